@@ -1,0 +1,65 @@
+package lockdir
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestSecondStartIsRefusedAndNamesTheOwner(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "a", "rcp")
+	l, err := Acquire(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = Acquire(dir)
+	if !errors.Is(err, ErrLocked) {
+		t.Fatalf("second lock: %v, want ErrLocked", err)
+	}
+	if want := fmt.Sprintf("process %d", os.Getpid()); !strings.Contains(err.Error(), want) {
+		t.Errorf("error %q does not name the owner (%s)", err, want)
+	}
+	if err := l.Release(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Acquire(dir)
+	if err != nil {
+		t.Fatalf("after release: %v", err)
+	}
+	_ = again.Release()
+	if st, err := os.Stat(dir); err != nil || st.Mode().Perm()&0o011 == 0 {
+		t.Errorf("mode of %s is %v (%v): others cannot reach the socket in it", dir, st.Mode(), err)
+	}
+}
+
+func TestLinkIsNotFollowed(t *testing.T) {
+	dir := t.TempDir()
+	target := filepath.Join(t.TempDir(), "precious")
+	if err := os.WriteFile(target, []byte("keep"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(target, filepath.Join(dir, fileName)); err != nil {
+		t.Fatal(err)
+	}
+	if l, err := Acquire(dir); err == nil {
+		_ = l.Release()
+		t.Fatal("a symlink was taken for the lock file")
+	}
+	if b, _ := os.ReadFile(target); string(b) != "keep" {
+		t.Fatalf("the link's target now holds %q", b)
+	}
+}
+
+func TestUnusableDirectorySaysWhatToDo(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Acquire(filepath.Join(file, "rcp"))
+	if err == nil || !strings.Contains(err.Error(), "SALLYPORT_DATA") {
+		t.Fatalf("got %v, want an error that names SALLYPORT_DATA", err)
+	}
+}
