@@ -1,0 +1,88 @@
+package config
+
+import (
+	"path/filepath"
+	"strings"
+)
+
+// Gateway is the configuration of `run gateway`, the embedded CA included.
+type Gateway struct {
+	Common
+	Listen        Listen    `env:"SALLYPORT_GATEWAY_LISTEN" envDefault:"127.0.0.1:8443" doc:"HTTPS address of the API" form:"host:port or off" why:"loopback: opening the API to a network is a decision"`
+	Socket        string    `env:"SALLYPORT_GATEWAY_SOCKET" doc:"unix socket of the API (mode 0660, group sallyport when it exists); who may open it is admin" form:"a path" why:"$SALLYPORT_DATA/gateway/api.sock: where the operator commands look"`
+	RCPs          Endpoints `env:"SALLYPORT_GATEWAY_RCPS" doc:"RCPs to dial, beside those added with rcp add" form:"host:port[,uuid];..." why:"none: rcp add also makes the join code"`
+	ChannelListen Listen    `env:"SALLYPORT_GATEWAY_CHANNEL_LISTEN" doc:"TCP and UDP address for RCPs and nodes that dial the gateway" form:"host:port or off" why:"off: nothing needs an inbound port into the trusted network"`
+	ChannelPublic string    `env:"SALLYPORT_GATEWAY_CHANNEL_PUBLIC" doc:"that address as others reach it, for join codes" form:"host:port" why:"none: NAT and balancers make it unknowable from here"`
+	Database      string    `env:"SALLYPORT_GATEWAY_DATABASE" doc:"SQLite file" form:"a path; postgres://... is not supported yet" why:"$SALLYPORT_DATA/gateway/sallyport.db: embedded, no server to run"`
+	NATS          string    `env:"SALLYPORT_GATEWAY_NATS" doc:"message bus between several gateways" form:"empty; other values are not supported yet" why:"empty: one gateway needs none"`
+	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
+	AdminListen   Listen    `env:"SALLYPORT_GATEWAY_ADMIN_LISTEN" envDefault:"127.0.0.1:9190" doc:"address of /metrics, /livez and /readyz" form:"host:port or off" why:"loopback: metrics name nodes"`
+}
+
+// LoadGateway reads environ, as os.Environ returns it.
+func LoadGateway(environ []string) (Gateway, error) {
+	var c Gateway
+	err := load(&c, environ)
+	return c, err
+}
+
+func (c *Gateway) common() *Common { return &c.Common }
+
+func (c *Gateway) validate() error {
+	if c.Socket == "" {
+		c.Socket = filepath.Join(c.Dir("gateway"), "api.sock")
+	}
+	if err := checkSocketPath("SALLYPORT_GATEWAY_SOCKET", c.Socket); err != nil {
+		return err
+	}
+	switch {
+	case c.Database == "":
+		c.Database = filepath.Join(c.Dir("gateway"), "sallyport.db")
+	case strings.HasPrefix(c.Database, "postgres://"), strings.HasPrefix(c.Database, "postgresql://"):
+		// The value may hold a password: it is not repeated.
+		return wrong("SALLYPORT_GATEWAY_DATABASE", "PostgreSQL is not supported yet; leave it empty, or name a file for SQLite")
+	case strings.Contains(c.Database, "://"):
+		return wrong("SALLYPORT_GATEWAY_DATABASE", "want the path of a SQLite file, not a URL")
+	}
+	if c.NATS != "" {
+		return wrong("SALLYPORT_GATEWAY_NATS", "several gateways are not supported yet; leave it empty")
+	}
+	if err := c.RCPs.needAddresses("SALLYPORT_GATEWAY_RCPS"); err != nil {
+		return err
+	}
+	if c.ChannelPublic != "" {
+		if err := checkAddr(c.ChannelPublic, false); err != nil {
+			return wrong("SALLYPORT_GATEWAY_CHANNEL_PUBLIC", "%v", err)
+		}
+		if c.ChannelListen == "" {
+			return wrong("SALLYPORT_GATEWAY_CHANNEL_PUBLIC", "is set, but SALLYPORT_GATEWAY_CHANNEL_LISTEN is not: nothing would listen there")
+		}
+	}
+	return nil
+}
+
+// maxSocketPath is the size of sun_path on Linux, less its terminating zero.
+const maxSocketPath = 107
+
+func checkSocketPath(variable, path string) error {
+	if len(path) > maxSocketPath {
+		return wrong(variable, "the socket %s has a path of %d bytes and the kernel takes %d; choose a shorter directory", quote(path), len(path), maxSocketPath)
+	}
+	return nil
+}
+
+// PKI is the configuration of the CA.
+type PKI struct {
+	Common
+	AdminListen Listen `env:"SALLYPORT_PKI_ADMIN_LISTEN" envDefault:"127.0.0.1:9193" doc:"address of /metrics, /livez and /readyz of a CA in a process of its own; inside a gateway it has none" form:"host:port or off" why:"loopback: metrics name nodes"`
+}
+
+// LoadPKI reads environ, as os.Environ returns it.
+func LoadPKI(environ []string) (PKI, error) {
+	var c PKI
+	err := load(&c, environ)
+	return c, err
+}
+
+func (c *PKI) common() *Common { return &c.Common }
+func (c *PKI) validate() error { return nil }

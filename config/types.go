@@ -1,0 +1,263 @@
+package config
+
+import (
+	"fmt"
+	"log/slog"
+	"math"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Secret is text that never shows itself: not in an error, not in a log line,
+// not inside a printed struct. Read it with [Secret.Reveal].
+type Secret string
+
+const hidden = "(hidden)"
+
+// String hides the secret.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return hidden
+}
+
+// GoString hides the secret from %#v.
+func (s Secret) GoString() string { return strconv.Quote(s.String()) }
+
+// LogValue hides the secret from slog.
+func (s Secret) LogValue() slog.Value { return slog.StringValue(s.String()) }
+
+// MarshalText hides the secret from JSON and YAML.
+func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// Reveal returns the secret itself.
+func (s Secret) Reveal() string { return string(s) }
+
+// LogLevel is the least level that is logged.
+type LogLevel slog.Level
+
+// UnmarshalText accepts the four names, in any case.
+func (l *LogLevel) UnmarshalText(b []byte) error {
+	name, err := oneOf(strings.ToLower(string(b)), "debug", "info", "warn", "error")
+	if err != nil {
+		return err
+	}
+	return (*slog.Level)(l).UnmarshalText([]byte(name))
+}
+
+// MarshalText writes the form that UnmarshalText reads.
+func (l LogLevel) MarshalText() ([]byte, error) {
+	return []byte(strings.ToLower(slog.Level(l).String())), nil
+}
+
+// Level makes a LogLevel a slog.Leveler.
+func (l LogLevel) Level() slog.Level { return slog.Level(l) }
+
+// LogFormat is "text" or "json".
+type LogFormat string
+
+// UnmarshalText accepts text and json.
+func (f *LogFormat) UnmarshalText(b []byte) error {
+	v, err := oneOf(string(b), "text", "json")
+	*f = LogFormat(v)
+	return err
+}
+
+// Duration is a time.Duration that is written with s, m, h, d and w.
+type Duration time.Duration
+
+// UnmarshalText reads the form of [ParseDuration].
+func (d *Duration) UnmarshalText(b []byte) error {
+	v, err := ParseDuration(string(b))
+	*d = Duration(v)
+	return err
+}
+
+// MarshalText writes the form that UnmarshalText reads.
+func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
+
+// String writes whole weeks or days as such, everything else as time.Duration does.
+func (d Duration) String() string {
+	const day = 24 * time.Hour
+	switch v := time.Duration(d); {
+	case v != 0 && v%(7*day) == 0:
+		return strconv.FormatInt(int64(v/(7*day)), 10) + "w"
+	case v != 0 && v%day == 0:
+		return strconv.FormatInt(int64(v/day), 10) + "d"
+	default:
+		return v.String()
+	}
+}
+
+var durationPart = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)`)
+
+var durationUnit = map[string]time.Duration{
+	"ms": time.Millisecond, "s": time.Second, "m": time.Minute, "h": time.Hour,
+	"d": 24 * time.Hour, "w": 7 * 24 * time.Hour,
+}
+
+// ParseDuration reads a sum of numbers with the units ms, s, m, h, d (24 h) and
+// w (7 d), such as "90s", "1h30m" or "2w". A bare 0 is accepted; a sign is not.
+func ParseDuration(s string) (time.Duration, error) {
+	const want = "want a number with s, m, h, d or w, such as 90s, 1h30m or 2w"
+	if s == "0" {
+		return 0, nil
+	}
+	var total float64
+	for rest := s; rest != "" || s == ""; {
+		m := durationPart.FindStringSubmatch(rest)
+		if m == nil {
+			return 0, fmt.Errorf("%s is not a duration; %s", quote(s), want)
+		}
+		n, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
+			return 0, fmt.Errorf("%s is not a duration; %s", quote(s), want)
+		}
+		total += n * float64(durationUnit[m[2]])
+		rest = rest[len(m[0]):]
+	}
+	if total >= math.MaxInt64 {
+		return 0, fmt.Errorf("%s is longer than 292 years", quote(s))
+	}
+	return time.Duration(math.Round(total)), nil
+}
+
+// Size is a number of bytes.
+type Size int64
+
+// UnmarshalText reads a number with an optional K, M or G (powers of 1,024).
+func (z *Size) UnmarshalText(b []byte) error {
+	s := string(b)
+	digits := strings.TrimRight(s, "KMG")
+	shift, ok := map[string]int{"": 0, "K": 10, "M": 20, "G": 30}[s[len(digits):]]
+	n, err := strconv.ParseInt(digits, 10, 64)
+	if !ok || err != nil || n <= 0 || n > math.MaxInt64>>shift {
+		return fmt.Errorf("%s is not a size; want a positive number of bytes, with K, M or G if you like, such as 256M", quote(s))
+	}
+	*z = Size(n << shift)
+	return nil
+}
+
+// MarshalText writes the form that UnmarshalText reads.
+func (z Size) MarshalText() ([]byte, error) {
+	for _, u := range []struct {
+		name  string
+		shift int
+	}{{"G", 30}, {"M", 20}, {"K", 10}} {
+		if z > 0 && z%(1<<u.shift) == 0 {
+			return []byte(strconv.FormatInt(int64(z)>>u.shift, 10) + u.name), nil
+		}
+	}
+	return []byte(strconv.FormatInt(int64(z), 10)), nil
+}
+
+// Count is a positive number.
+type Count int
+
+// UnmarshalText accepts 1 and more.
+func (c *Count) UnmarshalText(b []byte) error {
+	n, err := strconv.Atoi(string(b))
+	if err != nil || n < 1 {
+		return fmt.Errorf("%s is not accepted; want a whole number of at least 1", quote(string(b)))
+	}
+	*c = Count(n)
+	return nil
+}
+
+// none is how an allow list is written that allows nothing.
+const none = "none"
+
+// Globs is a list of shell patterns, separated by ";". An empty list matches
+// nothing; the single pattern "*" matches everything.
+type Globs []string
+
+// UnmarshalText splits, checks each pattern and drops empty parts.
+func (g *Globs) UnmarshalText(b []byte) error {
+	*g = nil
+	for _, p := range split(string(b)) {
+		if p == none {
+			continue
+		}
+		if _, err := path.Match(p, "/"); err != nil {
+			return fmt.Errorf("%s is not a pattern; want paths with *, ? and [a-z], separated by ;, or none", quote(p))
+		}
+		*g = append(*g, p)
+	}
+	return nil
+}
+
+// MarshalText writes the form that UnmarshalText reads.
+func (g Globs) MarshalText() ([]byte, error) {
+	if len(g) == 0 {
+		return []byte(none), nil
+	}
+	return []byte(strings.Join(g, ";")), nil
+}
+
+// Any reports whether everything is allowed.
+func (g Globs) Any() bool { return slices.Contains(g, "*") }
+
+// Tags are key=value pairs, separated by ",".
+type Tags map[string]string
+
+var (
+	tagKey   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_./-]{0,61}[A-Za-z0-9])?$`)
+	tagValue = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$`)
+)
+
+// ParseTag reads one key=value. The characters are those of Kubernetes labels,
+// because selectors are written in that language.
+func ParseTag(s string) (key, value string, err error) {
+	key, value, ok := strings.Cut(s, "=")
+	if !ok || !tagKey.MatchString(key) || !tagValue.MatchString(value) {
+		return "", "", fmt.Errorf("%s is not a tag; want key=value of letters, digits, '-', '_' and '.', at most 63 each", quote(s))
+	}
+	return key, value, nil
+}
+
+// UnmarshalText reads "role=web,env=prod".
+func (t *Tags) UnmarshalText(b []byte) error {
+	m := Tags{}
+	for _, p := range strings.Split(string(b), ",") {
+		p = strings.TrimSpace(p)
+		if p == "" {
+			continue
+		}
+		k, v, err := ParseTag(p)
+		if err != nil {
+			return err
+		}
+		if old, ok := m[k]; ok && old != v {
+			return fmt.Errorf("tag %s has two values, %s and %s", quote(k), quote(old), quote(v))
+		}
+		m[k] = v
+	}
+	*t = m
+	return nil
+}
+
+// MarshalText writes the pairs sorted by key.
+func (t Tags) MarshalText() ([]byte, error) {
+	pairs := make([]string, 0, len(t))
+	for k, v := range t {
+		pairs = append(pairs, k+"="+v)
+	}
+	slices.Sort(pairs)
+	return []byte(strings.Join(pairs, ",")), nil
+}
+
+// split cuts a list at ";" and drops empty parts and white space.
+func split(s string) []string {
+	var parts []string
+	for _, p := range strings.Split(s, ";") {
+		if p = strings.TrimSpace(p); p != "" {
+			parts = append(parts, p)
+		}
+	}
+	return parts
+}
