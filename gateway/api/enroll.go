@@ -1,0 +1,91 @@
+package api
+
+import (
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// CreateJoin asks for a join code for nodes.
+type CreateJoin struct {
+	Name      string            `json:"name,omitempty"`
+	Tags      map[string]string `json:"tags,omitempty"`
+	AllowTags []string          `json:"allow_tags,omitempty"` // globs over key=value that the node may set; none: all
+	Uses      int               `json:"uses,omitempty"`       // default 1
+	TTL       wire.Duration     `json:"ttl,omitempty"`        // default 24h
+	RCPs      []string          `json:"rcps,omitempty"`       // names of RCPs whose addresses the code carries; none: all
+	Manual    bool              `json:"manual,omitempty"`     // no token: an operator grants
+	Replace   bool              `json:"replace,omitempty"`    // revoke a live node of that name
+}
+
+// Join is one line of `join list`.
+type Join struct {
+	ID        string            `json:"id"`
+	Role      wire.Role         `json:"role"`
+	Name      string            `json:"name"`
+	State     string            `json:"state"` // open, used, expired, revoked
+	Tags      map[string]string `json:"tags"`
+	AllowTags []string          `json:"allow_tags"`
+	Uses      int               `json:"uses"`
+	Used      int               `json:"used"`
+	RCPs      []string          `json:"rcps"`
+	Manual    bool              `json:"manual"`
+	Replace   bool              `json:"replace"`
+	Created   time.Time         `json:"created"`
+	Expires   time.Time         `json:"expires"`
+	CreatedBy string            `json:"created_by"`
+}
+
+// CreatedJoin carries the code itself. Code is a secret.
+type CreatedJoin struct {
+	Join
+	Code      string   `json:"code"`
+	Addresses []string `json:"addresses"` // of the upstreams that stand in the code
+}
+
+// Request is one line of `request list`.
+type Request struct {
+	ID          string            `json:"id"`
+	Role        wire.Role         `json:"role"`
+	PartyID     wire.ID           `json:"party_id"`
+	Name        string            `json:"name"`
+	Fingerprint string            `json:"fingerprint"`
+	Source      string            `json:"source"` // address as reported by the RCP
+	RCP         string            `json:"rcp"`
+	Tags        map[string]string `json:"tags"`
+	State       string            `json:"state"`
+	Reason      string            `json:"reason"`
+	Requested   time.Time         `json:"requested"`
+	Decided     *time.Time        `json:"decided"`
+	DecidedBy   string            `json:"decided_by"`
+	Version     string            `json:"version"`
+}
+
+// States of a certificate request (PK-03).
+const (
+	RequestPending   = "pending"
+	RequestGranted   = "granted"
+	RequestDelivered = "delivered"
+	RequestDenied    = "denied"
+	RequestDiscarded = "discarded"
+	RequestFailed    = "failed"
+	RequestExpired   = "expired"
+)
+
+// Grant decides on a request. Fingerprint, if not empty, must be the one of
+// the request.
+type Grant struct {
+	Fingerprint string `json:"fingerprint,omitempty"`
+	Replace     bool   `json:"replace,omitempty"`
+}
+
+// Deny decides on a request the other way.
+type Deny struct {
+	Reason string `json:"reason,omitempty"`
+}
+
+// RequestQuery filters requests.
+type RequestQuery struct {
+	State string
+	Page
+}

@@ -1,0 +1,133 @@
+package api
+
+import (
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// Node is one line of `node list`.
+type Node struct {
+	ID              wire.ID           `json:"id"`
+	Name            string            `json:"name"`
+	Tenant          string            `json:"tenant"`
+	State           wire.NodeState    `json:"state"`
+	StateReason     string            `json:"state_reason"`
+	StateSince      time.Time         `json:"state_since"`
+	Tags            map[string]string `json:"tags"`
+	RCPs            []string          `json:"rcps"`    // names of the RCPs through which it is connected now
+	Carrier         string            `json:"carrier"` // "h2", "h3", or empty
+	Version         string            `json:"version"`
+	DesiredRevision wire.Revision     `json:"desired_revision"`
+	AppliedRevision wire.Revision     `json:"applied_revision"`
+	LastSeen        *time.Time        `json:"last_seen"`
+	Fingerprint     string            `json:"fingerprint"`
+}
+
+// NodeDetail is what `node show` prints.
+type NodeDetail struct {
+	Node
+	Created      time.Time         `json:"created"`
+	Mode         string            `json:"mode"`
+	OS           string            `json:"os"`
+	Arch         string            `json:"arch"`
+	AsRoot       bool              `json:"as_root"`
+	Installation string            `json:"installation"` // that it obeys
+	Certificate  CertificateStatus `json:"certificate"`
+	TagSources   []TagSource       `json:"tag_sources"`
+	Policies     []NodePolicy      `json:"policies"`
+	Deployments  []string          `json:"deployments"`
+	Paths        []NodePath        `json:"paths"`
+	Outbox       wire.OutboxState  `json:"outbox"`
+	SkewSeconds  float64           `json:"skew_seconds"` // of its clock against the gateway's
+	Versions     wire.VersionRange `json:"versions"`
+	ETag         string            `json:"etag"`
+}
+
+// CertificateStatus is the leaf that a party last showed.
+type CertificateStatus struct {
+	NotAfter   *time.Time `json:"not_after"`
+	RenewAfter *time.Time `json:"renew_after"`
+}
+
+// Sources of a tag, the strongest first.
+const (
+	TagFromGateway = "gateway" // node tag
+	TagFromJoin    = "join"    // join create --tag
+	TagFromNode    = "node"    // SALLYPORT_NODE_TAGS
+)
+
+// TagSource is one tag that somebody set. Effective is false where a stronger
+// source, or a removal by `node tag NAME k-`, hides it.
+type TagSource struct {
+	Key       string `json:"key"`
+	Value     string `json:"value"`
+	Source    string `json:"source"`
+	Effective bool   `json:"effective"`
+	Reason    string `json:"reason,omitempty"` // why it is not
+}
+
+// NodePolicy is one policy on one node.
+type NodePolicy struct {
+	Policy     string    `json:"policy"`
+	Type       string    `json:"type"`
+	Deployment string    `json:"deployment"`
+	State      string    `json:"state"` // applied, pending, failed, offline
+	Error      string    `json:"error"`
+	Since      time.Time `json:"since"`
+}
+
+// NodePath is one way in which a node is connected, as its RCP reports it.
+type NodePath struct {
+	RCP     string    `json:"rcp"`
+	Via     []string  `json:"via"` // further RCPs, nearest to the gateway first
+	Carrier string    `json:"carrier"`
+	Source  string    `json:"source"` // address as reported by the RCP
+	Since   time.Time `json:"since"`
+	RTT     float64   `json:"rtt_seconds"`
+}
+
+// NodeQuery filters a list of nodes. The zero value is all of them.
+type NodeQuery struct {
+	Selector string // Kubernetes label selector
+	State    string
+	Page
+}
+
+// TagChange sets and removes tags of one node.
+type TagChange struct {
+	Set    map[string]string `json:"set,omitempty"`
+	Remove []string          `json:"remove,omitempty"`
+}
+
+// Trace is the way to a node, hop by hop, with one verdict in plain words.
+type Trace struct {
+	Node    string     `json:"node"`
+	ID      wire.ID    `json:"id"`
+	Hops    []TraceHop `json:"hops"`
+	OK      bool       `json:"ok"`
+	Verdict string     `json:"verdict"`
+}
+
+// TraceHop is one channel, or the session at the end.
+type TraceHop struct {
+	From    string     `json:"from"`
+	To      string     `json:"to"`
+	Kind    string     `json:"kind"` // channel, session
+	Address string     `json:"address"`
+	Dialler string     `json:"dialler"` // which of the two dialled
+	Carrier string     `json:"carrier"`
+	Peer    string     `json:"peer"` // what its certificate proves, or what was reported
+	State   string     `json:"state"`
+	Since   *time.Time `json:"since"`
+	RTT     float64    `json:"rtt_seconds"`
+	Error   string     `json:"last_error"`
+	Source  string     `json:"source"` // who says so: "verified", or "reported by RCP x"
+}
+
+// Removal answers revoke and remove.
+type Removal struct {
+	ID          wire.ID `json:"id"`
+	Name        string  `json:"name"`
+	Revocations int64   `json:"revocations"` // number of the set that names it
+}
