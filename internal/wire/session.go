@@ -122,7 +122,7 @@ const (
 )
 
 // Envelope carries a signed document. The signature is ECDSA (ASN.1) with
-// SHA-256 over PAE(Type, Payload); see identity.Seal and identity.Open.
+// SHA-256 over PAE(Type, Payload); see identity.Seal and Identity.VerifyEnvelope.
 type Envelope struct {
 	Type      string   `json:"type"`
 	Payload   []byte   `json:"payload"`

@@ -1,0 +1,207 @@
+package identity
+
+import (
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// maxChain bounds the certificates that a peer or an envelope may bring.
+const maxChain = 8
+
+// CSR makes a PKCS #10 request with the key in use, or, with rekey, with a new
+// key that takes over when its certificate is installed. Only the public key
+// counts; the name is for people who look at the request.
+func (i *Identity) CSR(rekey bool) ([]byte, error) {
+	i.write.Lock()
+	defer i.write.Unlock()
+	i.mu.RLock()
+	key := i.key
+	i.mu.RUnlock()
+	if rekey {
+		next, err := i.makeKey(fileKeyNext)
+		if err != nil {
+			return nil, fmt.Errorf("new key: %w", err)
+		}
+		i.mu.Lock()
+		i.next = next
+		i.mu.Unlock()
+		key = next
+	}
+	return x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+		Subject: pkix.Name{CommonName: string(i.id)},
+	}, key)
+}
+
+// ParseCSR returns the public key of a request whose signature proves that the
+// sender holds it. Everything else in the request is ignored.
+func ParseCSR(der []byte) (*ecdsa.PublicKey, wire.KeyHash, error) {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, "", fmt.Errorf("certificate request: %w", err)
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, "", fmt.Errorf("certificate request: %w: %w", ErrSignature, err)
+	}
+	key, err := checkKey(csr.PublicKey)
+	if err != nil {
+		return nil, "", fmt.Errorf("certificate request: %w", err)
+	}
+	return key, wire.HashSPKI(csr.RawSubjectPublicKeyInfo), nil
+}
+
+// checkKey accepts the curves that this program ever makes or will make.
+func checkKey(pub any) (*ecdsa.PublicKey, error) {
+	key, ok := pub.(*ecdsa.PublicKey)
+	if !ok {
+		return nil, fmt.Errorf("public key is a %T, want ECDSA", pub)
+	}
+	if bits := key.Curve.Params().BitSize; bits != 256 && bits != 384 {
+		return nil, fmt.Errorf("ECDSA key of %d bits, want P-256 or P-384", bits)
+	}
+	return key, nil
+}
+
+// Install puts a chain (leaf first, ending with the root) in the place of the
+// one in use. The chain must lead to the pinned or a trusted root, name this
+// party, and hold the key in use or that of the last CSR.
+func (i *Identity) Install(chain [][]byte) error {
+	certs, err := parseChain(chain)
+	if err != nil {
+		return fmt.Errorf("install certificate: %w", err)
+	}
+	i.write.Lock()
+	defer i.write.Unlock()
+
+	i.mu.RLock()
+	peer, verr := i.verifyOwn(certs)
+	key, next, roots := i.key, i.next, i.roots
+	i.mu.RUnlock()
+	if verr != nil {
+		return fmt.Errorf("install certificate: %w", verr)
+	}
+	promote := false
+	switch leaf := certs[0]; {
+	case key.PublicKey.Equal(leaf.PublicKey):
+	case next != nil && next.PublicKey.Equal(leaf.PublicKey):
+		key, promote = next, true
+	default:
+		return fmt.Errorf("install certificate: it is for another key (%s)", wire.KeyOf(leaf).Fingerprint())
+	}
+
+	root := certs[len(certs)-1]
+	if !slices.ContainsFunc(roots, root.Equal) {
+		roots = append(slices.Clip(roots), root)
+		if err := writeFile(i.dir, fileRoots, encodeCerts(roots), 0o644); err != nil {
+			return err
+		}
+	}
+	if err := writeFile(i.dir, fileChain, encodeCerts(certs), 0o644); err != nil {
+		return err
+	}
+	if promote { // a crash before this is repaired by Open
+		if err := i.promoteNext(); err != nil {
+			return err
+		}
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.setRoots(roots)
+	i.chain, i.party = certs, peer.Party
+	if promote {
+		i.next = nil
+		if err := i.setKey(key); err != nil {
+			return err
+		}
+	}
+	i.setCertificate()
+	i.notify()
+	return nil
+}
+
+// verifyOwn checks a chain that is offered as our own; mu is held.
+func (i *Identity) verifyOwn(certs []*x509.Certificate) (Peer, error) {
+	root := certs[len(certs)-1]
+	if i.pin.Root == "" && len(i.roots) == 0 {
+		return Peer{}, ErrNotPinned
+	}
+	if !i.trusts(wire.KeyOf(root)) {
+		return Peer{}, fmt.Errorf("%w: its root %s is not the pinned one", ErrUntrusted, wire.KeyOf(root).Fingerprint())
+	}
+	if err := root.CheckSignatureFrom(root); err != nil {
+		return Peer{}, fmt.Errorf("%w: root: %w", ErrUntrusted, err)
+	}
+	peer, err := i.verifyChain(certs, []*x509.Certificate{root}, time.Now())
+	if err != nil {
+		return Peer{}, err
+	}
+	if peer.Party.Role != i.role {
+		return Peer{}, fmt.Errorf("%w: it is for a %s, this is a %s", ErrWrongRole, peer.Party.Role, i.role)
+	}
+	if peer.Party.ID != i.id {
+		return Peer{}, fmt.Errorf("%w: it is for %s, this is %s", ErrWrongParty, peer.Party.ID, i.id)
+	}
+	return peer, nil
+}
+
+// NewKey forgets the certificate and makes a new key; UUID, roots, pin and
+// revocations stay. It is for a revoked party that has a new join code.
+func (i *Identity) NewKey() error {
+	i.write.Lock()
+	defer i.write.Unlock()
+	// The chain goes first: a key without its chain is a party that waits,
+	// a chain without its key would be damage.
+	i.mu.RLock()
+	p := pin{Root: i.pin.Root, TrustDomain: i.trustDomain()}
+	i.mu.RUnlock()
+	if p.TrustDomain == "" {
+		return fmt.Errorf("new key: %w", ErrNotPinned)
+	}
+	if err := i.writePin(p); err != nil {
+		return fmt.Errorf("new key: %w", err)
+	}
+	for _, name := range []string{fileChain, fileKeyNext} {
+		if err := removeFile(i.dir, name); err != nil {
+			return fmt.Errorf("new key: %w", err)
+		}
+	}
+	key, err := i.makeKey(fileKey)
+	if err != nil {
+		return fmt.Errorf("new key: %w", err)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.chain, i.next, i.pin = nil, nil, p
+	i.party = wire.Party{}
+	if err := i.setKey(key); err != nil {
+		return err
+	}
+	i.setCertificate()
+	i.notify()
+	return nil
+}
+
+func parseChain(chain [][]byte) ([]*x509.Certificate, error) {
+	if len(chain) == 0 {
+		return nil, errors.New("chain is empty")
+	}
+	if len(chain) > maxChain {
+		return nil, fmt.Errorf("chain of %d certificates is above the limit of %d", len(chain), maxChain)
+	}
+	certs := make([]*x509.Certificate, len(chain))
+	for n, der := range chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("certificate %d of the chain: %w", n+1, err)
+		}
+		certs[n] = c
+	}
+	return certs, nil
+}

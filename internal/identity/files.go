@@ -1,0 +1,121 @@
+package identity
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+)
+
+const (
+	fileID          = "id"
+	fileKey         = "key.pem"
+	fileKeyNext     = "key-next.pem"
+	fileChain       = "chain.pem"
+	fileRoots       = "root.pem"
+	filePin         = "pin.json"
+	fileRevocations = "revocations.json"
+
+	pemKey  = "PRIVATE KEY"
+	pemCert = "CERTIFICATE"
+)
+
+// writeFile replaces dir/name: after it returned, a crash shows the new bytes,
+// before that the old ones.
+func writeFile(dir, name string, data []byte, mode fs.FileMode) error {
+	if err := renameio.WriteFile(filepath.Join(dir, name), data, mode, renameio.WithStaticPermissions(mode)); err != nil {
+		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
+	}
+	return syncDir(dir)
+}
+
+func removeFile(dir, name string) error {
+	if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return syncDir(dir)
+}
+
+// syncDir makes renames and removals in dir durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	if cerr := d.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("sync directory %s: %w", dir, err)
+	}
+	return nil
+}
+
+// readFile returns nil without an error for a file that is not there.
+func readFile(dir, name string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return b, err
+}
+
+func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: der}), nil
+}
+
+func decodeKey(b []byte) (*ecdsa.PrivateKey, error) {
+	block, rest := pem.Decode(b)
+	if block == nil || block.Type != pemKey || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, errors.New("not one PEM block of type " + pemKey)
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, err
+	}
+	key, ok := k.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, fmt.Errorf("holds a %T, want an ECDSA key", k)
+	}
+	return key, nil
+}
+
+func encodeCerts(certs []*x509.Certificate) []byte {
+	var b bytes.Buffer
+	for _, c := range certs {
+		_ = pem.Encode(&b, &pem.Block{Type: pemCert, Bytes: c.Raw}) // a bytes.Buffer takes all
+	}
+	return b.Bytes()
+}
+
+func decodeCerts(b []byte) ([]*x509.Certificate, error) {
+	var certs []*x509.Certificate
+	for {
+		var block *pem.Block
+		block, b = pem.Decode(b)
+		if block == nil {
+			break
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, c)
+	}
+	if len(bytes.TrimSpace(b)) > 0 || len(certs) == 0 {
+		return nil, errors.New("not a list of PEM certificates")
+	}
+	return certs, nil
+}

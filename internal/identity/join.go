@@ -1,0 +1,136 @@
+package identity
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"sallyport/internal/wire"
+)
+
+// maxJoinFile is more than any join code takes.
+const maxJoinFile = 16 << 10
+
+// maxJoinFiles bounds a directory of join codes.
+const maxJoinFiles = 256
+
+// JoinSource is the value of a *_JOIN variable: a join code, a file, a
+// directory with one file per gateway, or "-" for standard input. Files are
+// read anew by each Codes, so that a replaced one is picked up.
+type JoinSource struct {
+	value string
+	stdin string // what "-" gave; it can be read once
+}
+
+// Join is one code and the place it was read from, for messages.
+type Join struct {
+	Code   wire.JoinCode
+	Source string // "environment", "standard input" or a file name
+}
+
+// OpenJoin takes the value of a *_JOIN variable; empty is a source without
+// codes. Of stdin, at most 16 KiB are read, only for "-".
+func OpenJoin(value string, stdin io.Reader) (*JoinSource, error) {
+	s := &JoinSource{value: value}
+	if value == "-" {
+		b, err := readJoin(stdin)
+		if err != nil {
+			return nil, fmt.Errorf("join code from standard input: %w", err)
+		}
+		s.stdin = b
+	}
+	return s, nil
+}
+
+func (s *JoinSource) String() string {
+	if s == nil || s.value == "" {
+		return "none"
+	}
+	if strings.HasPrefix(s.value, wire.JoinPrefix) {
+		return "environment" // the value itself is a secret
+	}
+	return s.value
+}
+
+// Codes reads what is there now. A missing file or directory gives no codes
+// and no error: an enrolled party does not need it any more. A malformed code
+// is an error that wraps wire.ErrJoinCode; the good ones are returned with it.
+func (s *JoinSource) Codes() ([]Join, error) {
+	if s == nil || s.value == "" {
+		return nil, nil
+	}
+	switch {
+	case strings.HasPrefix(s.value, wire.JoinPrefix):
+		return one("environment", s.value)
+	case s.value == "-":
+		return one("standard input", s.stdin)
+	}
+	st, err := os.Stat(s.value)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("join code: %w", unreadable(err))
+	}
+	if !st.IsDir() {
+		return joinFile(s.value)
+	}
+	entries, err := os.ReadDir(s.value)
+	if err != nil {
+		return nil, fmt.Errorf("join codes: %w", unreadable(err))
+	}
+	var joins []Join
+	var errs []error
+	for n, e := range entries {
+		if n == maxJoinFiles {
+			errs = append(errs, fmt.Errorf("join codes: %s holds more than %d files", s.value, maxJoinFiles))
+			break
+		}
+		if strings.HasPrefix(e.Name(), ".") || e.IsDir() { // ..data of a mounted secret
+			continue
+		}
+		j, err := joinFile(filepath.Join(s.value, e.Name()))
+		joins = append(joins, j...)
+		errs = append(errs, err)
+	}
+	return joins, errors.Join(errs...)
+}
+
+func joinFile(path string) ([]Join, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // it went between the listing and now
+	}
+	if err != nil {
+		return nil, fmt.Errorf("join code: %w", unreadable(err))
+	}
+	defer func() { _ = f.Close() }()
+	b, err := readJoin(f)
+	if err != nil {
+		return nil, fmt.Errorf("join code: %s: %w", path, err)
+	}
+	return one(path, b)
+}
+
+func one(source, text string) ([]Join, error) {
+	c, err := wire.ParseJoinCode(text)
+	if err != nil {
+		return nil, fmt.Errorf("join code from %s: %w", source, err)
+	}
+	return []Join{{Code: c, Source: source}}, nil
+}
+
+func readJoin(r io.Reader) (string, error) {
+	b, err := io.ReadAll(io.LimitReader(r, maxJoinFile+1))
+	if err != nil {
+		return "", err
+	}
+	if len(b) > maxJoinFile {
+		return "", fmt.Errorf("%w: more than %d bytes", wire.ErrJoinCode, maxJoinFile)
+	}
+	return string(b), nil
+}

@@ -1,0 +1,124 @@
+package identity
+
+import (
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// Revocations is the highest set held: its number and the signed document to
+// hand on. Number 0 and nil before the first.
+func (i *Identity) Revocations() (number int64, env *wire.Envelope) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	return i.revNumber, i.revEnv
+}
+
+// Revoked tells whether a key is in the set held.
+func (i *Identity) Revoked(key wire.KeyHash) bool {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	_, bad := i.revoked[key]
+	return bad
+}
+
+// ApplyRevocations takes a set signed by the trust domain's SPIFFE
+// intermediate, whoever brought it. It tells whether the set is newer than the
+// one held, which is then on disk; the same set again is no error, a lower
+// number is ErrOlder.
+func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
+	i.write.Lock()
+	defer i.write.Unlock()
+	i.mu.RLock()
+	set, err := i.verifyRevocations(env, time.Now())
+	held := i.revNumber
+	i.mu.RUnlock()
+	if err != nil {
+		return false, err
+	}
+	if set.Number < held {
+		return false, fmt.Errorf("%w: number %d is below %d", ErrOlder, set.Number, held)
+	}
+	if set.Number == held {
+		return false, nil
+	}
+	b, err := json.Marshal(env)
+	if err != nil {
+		return false, err
+	}
+	if err := writeFile(i.dir, fileRevocations, b, 0o644); err != nil {
+		return false, err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.setRevocations(set, env)
+	i.notify()
+	return true, nil
+}
+
+func (i *Identity) loadRevocations(b []byte) error {
+	var env wire.Envelope
+	if err := json.Unmarshal(b, &env); err != nil {
+		return err
+	}
+	var at struct{ Issued time.Time }
+	if err := json.Unmarshal(env.Payload, &at); err != nil {
+		return err
+	}
+	// It was verified when it came; the intermediate may have expired since.
+	set, err := i.verifyRevocations(env, at.Issued)
+	if err != nil {
+		return err
+	}
+	i.setRevocations(set, env)
+	return nil
+}
+
+func (i *Identity) setRevocations(set wire.Revocations, env wire.Envelope) {
+	i.revoked = make(map[wire.KeyHash]struct{}, len(set.Revoked))
+	for _, r := range set.Revoked {
+		i.revoked[r.Key] = struct{}{}
+	}
+	i.revNumber, i.revEnv = set.Number, &env
+}
+
+// verifyRevocations checks the signature and that the signer is the SPIFFE
+// intermediate below a trusted root; mu is held.
+func (i *Identity) verifyRevocations(env wire.Envelope, at time.Time) (wire.Revocations, error) {
+	return VerifyRevocations(env, i.roots, i.trustDomain(), at)
+}
+
+// VerifyRevocations checks a revocation set against the roots of a trust domain.
+func VerifyRevocations(env wire.Envelope, roots []*x509.Certificate, trustDomain string, at time.Time) (wire.Revocations, error) {
+	var set wire.Revocations
+	certs, err := openEnvelope(env, wire.TypeRevocations)
+	if err != nil {
+		return set, err
+	}
+	if len(roots) == 0 {
+		return set, fmt.Errorf("revocations: %w", ErrNotPinned)
+	}
+	if !isSPIFFECA(certs[0], trustDomain) {
+		return set, fmt.Errorf("revocations: %w: not signed by the SPIFFE intermediate of %s", ErrUntrusted, trustDomain)
+	}
+	opts := x509.VerifyOptions{Roots: x509.NewCertPool(), CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}
+	for _, r := range roots {
+		opts.Roots.AddCert(r)
+	}
+	if _, err := certs[0].Verify(opts); err != nil {
+		return set, fmt.Errorf("revocations: %w: %w", ErrUntrusted, err)
+	}
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		return set, fmt.Errorf("revocations: payload: %w", err)
+	}
+	if set.TrustDomain != trustDomain {
+		return set, fmt.Errorf("revocations: %w: the set is for %q", ErrWrongTrustDomain, wire.Quotable(set.TrustDomain))
+	}
+	if set.Number < 1 {
+		return set, fmt.Errorf("revocations: number %d, want 1 or more", set.Number)
+	}
+	return set, nil
+}
