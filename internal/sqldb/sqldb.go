@@ -1,0 +1,186 @@
+// Package sqldb opens the SQL database of a role, brings its schema up to date
+// and runs its transactions. It knows SQLite; what it hands out is bun, whose
+// queries PostgreSQL understands too.
+//
+// A database has one writer and many readers: SQLite allows one writing
+// transaction at a time, and a transaction that starts with reading and goes
+// on to writing fails when another was faster. So [DB.Write] takes the only
+// writing connection and begins with BEGIN IMMEDIATE, and [DB.Read] is a pool
+// of read-only connections that WAL lets run beside it.
+package sqldb
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/pressly/goose/v3"
+	"github.com/uptrace/bun"
+	"github.com/uptrace/bun/dialect/sqlitedialect"
+	"golang.org/x/sys/unix"
+	_ "modernc.org/sqlite" // the driver "sqlite"
+)
+
+// ErrLocked says that another process has the database open.
+var ErrLocked = errors.New("database is in use by another process")
+
+const (
+	// busyTimeout bounds the wait for a lock that SQLite holds, which with one
+	// writer only happens during checkpoints and recovery.
+	busyTimeout = 10 * time.Second
+	readers     = 8
+)
+
+// DB is an open database.
+type DB struct {
+	write, read *bun.DB
+	lock        *os.File
+}
+
+// Config says which database to open.
+type Config struct {
+	Path       string // file of the database; its directory must exist
+	Migrations fs.FS  // goose migrations, at the root of the file system
+	Log        *slog.Logger
+}
+
+// Open locks the database, creates it if it is missing, and migrates it. A
+// second Open of one file fails with [ErrLocked], also from another process.
+func Open(ctx context.Context, cfg Config) (*DB, error) {
+	path, err := filepath.Abs(cfg.Path)
+	if err != nil {
+		return nil, fmt.Errorf("open database: %w", err)
+	}
+	lock, err := lockFile(path + ".lock")
+	if err != nil {
+		return nil, fmt.Errorf("open database %s: %w", path, err)
+	}
+	db := &DB{lock: lock}
+	if err := db.open(ctx, path, cfg); err != nil {
+		return nil, fmt.Errorf("open database %s: %w", path, errors.Join(err, db.Close()))
+	}
+	return db, nil
+}
+
+func (db *DB) open(ctx context.Context, path string, cfg Config) error {
+	w, err := connect(path, false)
+	if err != nil {
+		return err
+	}
+	w.SetMaxOpenConns(1)
+	db.write = bun.NewDB(w, sqlitedialect.New())
+	if err := checkDurable(ctx, w); err != nil {
+		return err
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return err
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, w, cfg.Migrations, goose.WithDisableGlobalRegistry(true))
+	if err != nil {
+		return fmt.Errorf("migrations: %w", err)
+	}
+	have, want, err := p.GetVersions(ctx)
+	if err != nil {
+		return fmt.Errorf("read schema version: %w", err)
+	}
+	if have > want {
+		return fmt.Errorf("its schema has version %d, this program knows %d: it was used by a newer version; run that one, or restore a backup", have, want)
+	}
+	done, err := p.Up(ctx)
+	if err != nil {
+		return fmt.Errorf("migrate from version %d: %w", have, err)
+	}
+	if len(done) > 0 {
+		cfg.Log.Info("database migrated", "from", have, "to", want)
+	}
+	r, err := connect(path, true)
+	if err != nil {
+		return err
+	}
+	r.SetMaxOpenConns(readers)
+	r.SetMaxIdleConns(readers)
+	db.read = bun.NewDB(r, sqlitedialect.New())
+	return r.PingContext(ctx)
+}
+
+func connect(path string, readOnly bool) (*sql.DB, error) {
+	q := url.Values{}
+	q.Add("_pragma", "busy_timeout("+strconv.FormatInt(busyTimeout.Milliseconds(), 10)+")")
+	q.Add("_pragma", "foreign_keys(1)")
+	q.Add("_pragma", "cache_size(-16384)") // KiB
+	if readOnly {
+		q.Add("_pragma", "query_only(1)")
+	} else {
+		q.Add("_pragma", "journal_mode(WAL)")
+		q.Set("_txlock", "immediate")
+	}
+	q.Add("_pragma", "synchronous(FULL)") // after journal_mode: WAL alone would allow NORMAL, which loses acknowledged commits at power loss
+	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: q.Encode()}
+	return sql.Open("sqlite", u.String())
+}
+
+// checkDurable refuses to run where the settings did not take effect: on some
+// network file systems WAL is silently not to be had.
+func checkDurable(ctx context.Context, db *sql.DB) error {
+	var mode string
+	var sync int
+	if err := db.QueryRowContext(ctx, "PRAGMA journal_mode").Scan(&mode); err != nil {
+		return err
+	}
+	if err := db.QueryRowContext(ctx, "PRAGMA synchronous").Scan(&sync); err != nil {
+		return err
+	}
+	if mode != "wal" || sync != synchronousFull {
+		return fmt.Errorf("journal_mode is %s and synchronous %d, want wal and %d: keep the database on a local file system", mode, sync, synchronousFull)
+	}
+	return nil
+}
+
+// synchronousFull is the value of PRAGMA synchronous for FULL.
+const synchronousFull = 2
+
+// Read returns the pool of read-only connections.
+func (db *DB) Read() *bun.DB { return db.read }
+
+// Write runs f in the one writing transaction and commits it unless f fails.
+// When it returns nil, what f wrote is on disk.
+func (db *DB) Write(ctx context.Context, f func(ctx context.Context, tx bun.Tx) error) error {
+	return db.write.RunInTx(ctx, nil, f)
+}
+
+// Close closes the database and gives up the lock.
+func (db *DB) Close() error {
+	var errs []error
+	if db.read != nil {
+		errs = append(errs, db.read.Close())
+	}
+	if db.write != nil {
+		errs = append(errs, db.write.Close())
+	}
+	return errors.Join(append(errs, db.lock.Close())...)
+}
+
+// lockFile takes the lock for the life of the process; the kernel drops it at
+// kill -9. The file stays: removing it would race with the next to open it.
+func lockFile(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, ErrLocked
+		}
+		return nil, fmt.Errorf("lock %s: %w", path, err)
+	}
+	return f, nil
+}
