@@ -86,7 +86,7 @@ type PeersHello struct {
 	Versions   VersionRange `json:"versions"`
 	Boot       string       `json:"boot"`
 	Generation int64        `json:"generation"`
-	Snapshot   bool         `json:"snapshot"` // a full snapshot follows: forget what you knew
+	Snapshot   bool         `json:"snapshot"` // a full snapshot follows: forget what you knew, your position too
 }
 
 // PeersLine is one line of GET /v1/peers?epoch=E&pos=N: exactly one member is
