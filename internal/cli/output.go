@@ -1,0 +1,253 @@
+package cli
+
+import (
+	"encoding/csv"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"charm.land/lipgloss/v2"
+	"charm.land/lipgloss/v2/table"
+	"github.com/spf13/pflag"
+	"golang.org/x/term"
+
+	"sallyport/config"
+)
+
+// Format of the output.
+type Format string
+
+// The formats.
+const (
+	FormatTable Format = "table"
+	FormatJSON  Format = "json"
+	FormatCSV   Format = "csv"
+)
+
+// Set makes a Format a flag.
+func (f *Format) Set(s string) error {
+	switch v := Format(s); v {
+	case FormatTable, FormatJSON, FormatCSV:
+		*f = v
+		return nil
+	}
+	return fmt.Errorf("want table, json or csv")
+}
+
+// String returns the flag's value.
+func (f *Format) String() string { return string(*f) }
+
+// Type names the form in --help.
+func (f *Format) Type() string { return "table|json|csv" }
+
+// Output prints results on stdout in the format that was asked for.
+type Output struct {
+	Format Format
+	w      io.Writer
+	err    io.Writer
+}
+
+// NewOutput prints on the streams; AddFlag chooses the format.
+func NewOutput(streams IO) *Output {
+	return &Output{Format: FormatTable, w: streams.Out, err: streams.Err}
+}
+
+// AddFlag adds -o.
+func (o *Output) AddFlag(flags *pflag.FlagSet) {
+	flags.VarP(&o.Format, "output", "o", "form of the output")
+}
+
+// Table is what people and spreadsheets see of a value.
+type Table struct {
+	Columns []string // in snake_case, as CSV shows them
+	Rows    [][]string
+}
+
+// Add appends one row.
+func (t *Table) Add(cells ...string) { t.Rows = append(t.Rows, cells) }
+
+// Print shows v as JSON, or its table. JSON is the whole value with stable
+// keys; the table is a selection.
+func (o *Output) Print(v any, t Table) error {
+	switch o.Format {
+	case FormatJSON:
+		return o.json(v)
+	case FormatCSV:
+		return o.csv(t)
+	}
+	if fd, ok := terminal(o.w); ok {
+		return o.styled(t, fd)
+	}
+	return o.plain(t)
+}
+
+// Stream shows one value at a time as it comes: JSON as one line each.
+func (o *Output) Stream(columns []string) func(v any, cells ...string) error {
+	first := true
+	return func(v any, cells ...string) error {
+		defer func() { first = false }()
+		switch o.Format {
+		case FormatJSON:
+			return json.NewEncoder(o.w).Encode(v)
+		case FormatCSV:
+			t := Table{Rows: [][]string{cells}}
+			if first {
+				t.Columns = columns
+			}
+			return o.csv(t)
+		}
+		clean := make([]string, len(cells))
+		for i, c := range cells {
+			clean[i] = Clean(c)
+		}
+		_, err := fmt.Fprintln(o.w, strings.Join(clean, "  "))
+		return err
+	}
+}
+
+// Say prints a line for people: on stdout as a table would be, on stderr
+// beside JSON and CSV.
+func (o *Output) Say(format string, args ...any) {
+	w := o.w
+	if o.Format != FormatTable {
+		w = o.err
+	}
+	_, _ = fmt.Fprintf(w, format+"\n", args...)
+}
+
+// Note prints a line on stderr in every format: advice beside a result.
+func (o *Output) Note(format string, args ...any) {
+	_, _ = fmt.Fprintf(o.err, format+"\n", args...)
+}
+
+// Raw prints bytes as they are.
+func (o *Output) Raw(b []byte) error {
+	_, err := o.w.Write(b)
+	return err
+}
+
+func (o *Output) json(v any) error {
+	e := json.NewEncoder(o.w)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+func (o *Output) csv(t Table) error {
+	w := csv.NewWriter(o.w)
+	if len(t.Columns) > 0 {
+		if err := w.Write(t.Columns); err != nil {
+			return err
+		}
+	}
+	if err := w.WriteAll(t.Rows); err != nil {
+		return err
+	}
+	return w.Error()
+}
+
+func titles(columns []string) []string {
+	out := make([]string, len(columns))
+	for i, c := range columns {
+		out[i] = strings.ToUpper(strings.ReplaceAll(c, "_", " "))
+	}
+	return out
+}
+
+// plain is for pipes and files: columns, nothing else.
+func (o *Output) plain(t Table) error {
+	w := tabwriter.NewWriter(o.w, 0, 0, 2, ' ', 0)
+	for _, row := range append([][]string{titles(t.Columns)}, t.Rows...) {
+		cells := make([]string, len(row))
+		for i, c := range row {
+			cells[i] = dash(Clean(c))
+		}
+		if _, err := fmt.Fprintln(w, strings.Join(cells, "\t")); err != nil {
+			return err
+		}
+	}
+	return w.Flush()
+}
+
+// styled is for terminals.
+func (o *Output) styled(t Table, fd int) error {
+	header := lipgloss.NewStyle().Bold(true).PaddingRight(2)
+	cell := lipgloss.NewStyle().PaddingRight(2)
+	view := table.New().Headers(titles(t.Columns)...).Wrap(false).
+		Border(lipgloss.HiddenBorder()).BorderTop(false).BorderBottom(false).BorderLeft(false).
+		BorderRight(false).BorderColumn(false).BorderHeader(false).
+		StyleFunc(func(row, col int) lipgloss.Style {
+			if row == table.HeaderRow {
+				return header
+			}
+			return cell.Foreground(colour(t.Rows[row][col]))
+		})
+	for _, row := range t.Rows {
+		cells := make([]string, len(row))
+		for i, c := range row {
+			cells[i] = dash(Clean(c))
+		}
+		view.Row(cells...)
+	}
+	text := view.Render()
+	if width, _, err := term.GetSize(fd); err == nil && lipgloss.Width(text) > width {
+		text = view.Width(width).Render()
+	}
+	_, err := lipgloss.Fprintln(o.w, text)
+	return err
+}
+
+// colour marks states and severities; everything else keeps the terminal's.
+func colour(cell string) (c interface{ RGBA() (r, g, b, a uint32) }) {
+	switch cell {
+	case "running", "applied", "active", "succeeded", "connected", "granted", "ok":
+		return lipgloss.Green
+	case "failing", "readonly", "draining", "pending", "queued", "sent", "warning", "minor", "degraded", "deploying", "connecting", "enrolling":
+		return lipgloss.Yellow
+	case "down", "unreachable", "failed", "locked", "quarantined", "revoked", "denied", "critical", "major", "error", "lost", "refused":
+		return lipgloss.Red
+	}
+	return lipgloss.NoColor{}
+}
+
+// Clean makes text that came from a node safe for a terminal: control
+// characters, escape sequences among them, would let it rewrite the screen.
+func Clean(s string) string {
+	return strings.Map(func(r rune) rune {
+		switch {
+		case r == '\n', r == '\r', r == '\t':
+			return ' '
+		case unicode.IsControl(r), unicode.Is(unicode.Cf, r):
+			return '�'
+		}
+		return r
+	}, s)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+// Time prints an instant as RFC 3339 in UTC; zero is empty.
+func Time(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Format(time.RFC3339)
+}
+
+// Pairs prints a map as k=v, sorted by key.
+func Pairs(m map[string]string) string {
+	b, err := config.Tags(m).MarshalText()
+	if err != nil {
+		return ""
+	}
+	return string(b)
+}
