@@ -283,6 +283,21 @@ const (
 	EnrollDenied  = "denied"
 )
 
+// Codes of a verdict: the machine-readable half of its reason.
+const (
+	EnrollTokenUnknown = "token-unknown" // never made here, or revoked
+	EnrollTokenExpired = "token-expired"
+	EnrollTokenUsed    = "token-used"    // by other keys
+	EnrollTokenForeign = "token-foreign" // for another role
+	EnrollNeedsToken   = "token-missing" // nothing is known of the party and it showed no token
+	EnrollManual       = "manual"        // an operator grants it
+	EnrollNameInUse    = "name-in-use"   // likewise
+	EnrollUUIDInUse    = "uuid-in-use"   // likewise
+	EnrollByOperator   = "denied"        // an operator refused it
+	EnrollRevoked      = "revoked"       // the key is revoked
+	EnrollBadRequest   = "bad-request"   // key, role, name or version cannot be accepted
+)
+
 // EnrollVerdict answers it: PUT by the gateway on the waiting party.
 type EnrollVerdict struct {
 	State        string         `json:"state"` // granted, pending, denied

@@ -1,0 +1,410 @@
+package enroll_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sallyport/internal/enroll"
+	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/wire"
+)
+
+// party is an applicant whose Run is under way inside a synctest bubble.
+type party struct {
+	*enroll.Applicant
+	id   *identity.Identity
+	file string
+	stop func() error
+	log  *bytes.Buffer
+}
+
+func start(t *testing.T, id *identity.Identity, file string, change ...func(*enroll.Config)) *party {
+	t.Helper()
+	join, err := identity.OpenJoin(file, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	cfg := enroll.Config{Identity: id, Join: join, Name: "web", Tags: map[string]string{"env": "prod"}, Program: "test", Log: slog.New(slog.NewTextHandler(&log, nil))}
+	for _, f := range change {
+		f(&cfg)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	p := &party{Applicant: enroll.New(cfg), id: id, file: file, log: &log}
+	done := make(chan error, 1)
+	go func() { done <- p.Run(ctx) }()
+	p.stop = func() error { cancel(); return <-done }
+	synctest.Wait()
+	return p
+}
+
+func code(t *testing.T, ca *identitytest.CA, token string, change ...func(*wire.JoinCode)) string {
+	t.Helper()
+	c := wire.JoinCode{TrustDomain: ca.TrustDomain, Root: wire.KeyOf(ca.Root), Role: wire.RoleNode, Addresses: []string{"rcp.example:9090"}, TokenID: token, Token: token + "-secret"}
+	if token == "" {
+		c.TokenID, c.Token = "", ""
+	}
+	for _, f := range change {
+		f(&c)
+	}
+	s, err := c.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func put(t *testing.T, file, text string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func fresh(t *testing.T) *identity.Identity {
+	t.Helper()
+	id, err := identity.Open(t.TempDir(), wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func (p *party) get(t *testing.T) (wire.EnrollRequest, int) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, wire.PathEnroll, nil))
+	var r wire.EnrollRequest
+	if w.Code == http.StatusOK {
+		if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return r, w.Code
+}
+
+func (p *party) put(t *testing.T, v wire.EnrollVerdict) int {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := httptest.NewRecorder()
+	p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
+	return w.Code
+}
+
+// mayTry tells whether Wait returns within d of the bubble's time.
+func (p *party) mayTry(t *testing.T, d time.Duration) bool {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), d)
+	defer cancel()
+	return p.Wait(ctx) == nil
+}
+
+func TestTokenIsGranted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		var kept wire.EnrollVerdict
+		p := start(t, fresh(t), file, func(c *enroll.Config) {
+			c.OnGrant = func(v wire.EnrollVerdict) error { kept = v; return nil }
+		})
+		if s := p.Status(); s.State != enroll.StateWaiting || !p.Needed() || p.Ready() == nil {
+			t.Fatalf("status %+v", s)
+		}
+		if !p.mayTry(t, time.Second) {
+			t.Fatal("the first attempt waits")
+		}
+		req, _ := p.get(t)
+		if req.Token != "t1-secret" || req.Name != "web" || req.ID != p.id.ID() || req.Tags["env"] != "prod" {
+			t.Errorf("request %+v", req)
+		}
+		if _, key, err := identity.ParseCSR(req.CSR); err != nil || key != p.id.KeyHash() {
+			t.Errorf("CSR for %s: %v", key, err)
+		}
+		granted, decided := p.Granted(), p.Decided()
+		set := ca.Revoke(t, 3)
+		if c := p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id), Installation: "uid", Revocations: &set}); c != http.StatusNoContent {
+			t.Fatalf("grant: %d", c)
+		}
+		<-granted
+		<-decided
+		if err := p.Ready(); err != nil || p.Needed() || kept.Installation != "uid" {
+			t.Errorf("ready %v, needed %v, kept %+v", err, p.Needed(), kept)
+		}
+		if n, _ := p.id.Revocations(); n != 3 {
+			t.Errorf("revocations %d", n)
+		}
+		if _, c := p.get(t); c != http.StatusConflict {
+			t.Errorf("an enrolled party hands out a request: %d", c)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+		if strings.Contains(p.log.String(), "secret") {
+			t.Errorf("the token is logged: %s", p.log)
+		}
+		// A missing file is no error once enrolled; the addresses stay known.
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		p = start(t, p.id, file)
+		if err := p.Ready(); err != nil || len(p.Addresses()) != 1 || p.Addresses()[0] != "rcp.example:9090" {
+			t.Errorf("after restart: %v %v", err, p.Addresses())
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRefusalWaitsAMinuteOrForAnotherCode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		denied := wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollTokenUsed, Reason: "used up"}
+		p.get(t)
+		decided := p.Decided()
+		p.put(t, denied)
+		<-decided
+		if s := p.Status(); s.State != enroll.StateDenied || s.Code != wire.EnrollTokenUsed || !strings.Contains(p.Ready().Error(), "used up") {
+			t.Errorf("status %+v, ready %v", s, p.Ready())
+		}
+		if _, c := p.get(t); c != http.StatusServiceUnavailable {
+			t.Errorf("asked again at once: %d, want 503", c)
+		}
+		if p.mayTry(t, 58*time.Second) {
+			t.Error("tried again within a minute")
+		}
+		if !p.mayTry(t, 3*time.Second) {
+			t.Error("did not try again after a minute")
+		}
+		p.get(t)
+		p.put(t, denied)
+		begin := time.Now()
+		put(t, file, code(t, ca, "t2"))
+		if !p.mayTry(t, 30*time.Second) || time.Since(begin) > 5*time.Second {
+			t.Errorf("a replaced code was picked up after %s", time.Since(begin))
+		}
+		if req, _ := p.get(t); req.Token != "t2-secret" {
+			t.Errorf("token %q", req.Token)
+		}
+		// A refusal of the code before this one comes late and does not count.
+		put(t, file, code(t, ca, "t3"))
+		time.Sleep(5 * time.Second)
+		p.put(t, denied)
+		if s := p.Status(); s.State != enroll.StateWaiting {
+			t.Errorf("status %+v", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestManualWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, ""))
+		p := start(t, fresh(t), file)
+		if req, _ := p.get(t); req.Token != "" || req.TokenID != "" {
+			t.Errorf("request %+v", req)
+		}
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollNameInUse, Reason: "web is taken"})
+		time.Sleep(time.Hour)
+		if s := p.Status(); s.State != enroll.StateWaiting || s.Code != wire.EnrollNameInUse {
+			t.Errorf("status %+v", s)
+		}
+		if c := p.put(t, wire.EnrollVerdict{State: "perhaps"}); c != http.StatusUnprocessableEntity {
+			t.Errorf("unknown verdict: %d", c)
+		}
+		foreign := identitytest.NewCA(t)
+		if c := p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: foreign.Issue(t, p.id)}); c != http.StatusUnprocessableEntity {
+			t.Errorf("a chain of another CA: %d", c)
+		}
+		if c := p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id)}); c != http.StatusNoContent || p.Ready() != nil {
+			t.Errorf("grant: %d %v", c, p.Ready())
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRevokedPartyTakesNewKeyWithNewCode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		p.get(t)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id)})
+		key, uuid := p.id.KeyHash(), p.id.ID()
+		if _, err := p.id.ApplyRevocations(ca.Revoke(t, 1, key)); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		if s := p.Status(); s.State != enroll.StateRevoked || p.Needed() || p.id.KeyHash() != key {
+			t.Errorf("with the old code: %+v, key %s", s, p.id.KeyHash())
+		}
+		put(t, file, code(t, ca, "t2"))
+		time.Sleep(5 * time.Second)
+		if s := p.Status(); s.State != enroll.StateWaiting || p.id.KeyHash() == key || p.id.ID() != uuid {
+			t.Errorf("with a new code: %+v, key %s", s, p.id.KeyHash())
+		}
+		if req, _ := p.get(t); req.Token != "t2-secret" || req.ID != uuid {
+			t.Errorf("request %+v", req)
+		}
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id)})
+
+		// Removed while it was away: all it sees is that upstreams refuse it.
+		key = p.id.KeyHash()
+		p.Refused(errors.New("bad certificate"))
+		if s := p.Status(); s.State != enroll.StateEnrolled || !strings.Contains(s.Reason, "bad certificate") || p.id.KeyHash() != key {
+			t.Errorf("refused without a new code: %+v", s)
+		}
+		put(t, file, code(t, ca, "t3"))
+		time.Sleep(5 * time.Second)
+		if s := p.Status(); s.State != enroll.StateWaiting || p.id.KeyHash() == key {
+			t.Errorf("refused with a new code: %+v", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestNewCodeAloneChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		id := ca.Party(t, wire.RoleNode)
+		key := id.KeyHash()
+		put(t, file, code(t, ca, "t9"))
+		p := start(t, id, file)
+		time.Sleep(time.Minute)
+		if err := p.Ready(); err != nil || id.KeyHash() != key {
+			t.Errorf("ready %v, key changed %v", err, id.KeyHash() != key)
+		}
+		// A code of another gateway does not move an enrolled party.
+		put(t, file, code(t, identitytest.NewCA(t), "other"))
+		time.Sleep(time.Minute)
+		if err := p.Ready(); err != nil || id.TrustDomain() != ca.TrustDomain {
+			t.Errorf("ready %v, trust domain %s", err, id.TrustDomain())
+		}
+		if n := strings.Count(p.log.String(), "is enrolled in"); n != 1 {
+			t.Errorf("said %d times, want once: %s", n, p.log)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestExpiredAsksForRenewalWithTheSameKey(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		id := ca.Party(t, wire.RoleNode)
+		p := start(t, id, "")
+		time.Sleep(40 * 24 * time.Hour)
+		if s := p.Status(); s.State != enroll.StateExpired || !p.Needed() || p.Ready() == nil {
+			t.Fatalf("status %+v", s)
+		}
+		req, _ := p.get(t)
+		if len(req.Expired) != 3 || req.Token != "" {
+			t.Errorf("request %+v", req)
+		}
+		if c := p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, id)}); c != http.StatusNoContent || p.Ready() != nil {
+			t.Errorf("renewal: %d %v", c, p.Ready())
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestBadCodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, "sp1.garbage")
+		if err := start(t, fresh(t), file).stop(); !errors.Is(err, wire.ErrJoinCode) {
+			t.Errorf("malformed: %v", err)
+		}
+		put(t, file, code(t, ca, "t1", func(c *wire.JoinCode) { c.Role = wire.RoleRCP }))
+		if err := start(t, fresh(t), file).stop(); !errors.Is(err, identity.ErrWrongRole) {
+			t.Errorf("another role: %v", err)
+		}
+		p := start(t, ca.Party(t, wire.RoleNode), file) // an enrolled one needs none
+		if err := p.Ready(); err != nil {
+			t.Error(err)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+		p = start(t, fresh(t), "")
+		if s := p.Status(); s.State != enroll.StateNoCode || p.Needed() || !strings.Contains(s.Reason, "SALLYPORT_NODE_JOIN") {
+			t.Errorf("without a code: %+v", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+		// Another instance's code is none of this one's business.
+		put(t, file, code(t, ca, "t1"))
+		p = start(t, fresh(t), file, func(c *enroll.Config) { c.TrustDomain = "other.sallyport" })
+		if s := p.Status(); s.State != enroll.StateNoCode {
+			t.Errorf("another instance's code: %+v", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestHandlerServesNothingElse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		p := start(t, ca.Pending(t, wire.RoleNode), "")
+		for _, r := range []*http.Request{
+			httptest.NewRequest(http.MethodPost, wire.PathEnroll, nil),
+			httptest.NewRequest(http.MethodGet, wire.PathHello, nil),
+			httptest.NewRequest(http.MethodPut, wire.PathCertificate, nil),
+		} {
+			w := httptest.NewRecorder()
+			p.Handler().ServeHTTP(w, r)
+			if w.Code != http.StatusNotFound && w.Code != http.StatusMethodNotAllowed {
+				t.Errorf("%s %s: %d", r.Method, r.URL, w.Code)
+			}
+		}
+		w := httptest.NewRecorder()
+		p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, io.LimitReader(zeros{}, 100<<20)))
+		if w.Code != http.StatusBadRequest {
+			t.Errorf("a body of 100 MB: %d", w.Code)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+type zeros struct{}
+
+func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }

@@ -1,0 +1,70 @@
+package enroll
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"strconv"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// Handler serves the enrolment session and nothing else: GET and PUT
+// /v1/enroll. It hands out the token, so it must only be reached through a
+// session whose other end was verified as a gateway below the pinned root.
+func (a *Applicant) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+wire.PathEnroll, a.get)
+	mux.HandleFunc("PUT "+wire.PathEnroll, a.put)
+	return mux
+}
+
+func (a *Applicant) get(w http.ResponseWriter, _ *http.Request) {
+	a.mu.Lock()
+	pause, ok := a.pause()
+	reason := a.status.Reason
+	a.mu.Unlock()
+	switch {
+	case !ok:
+		http.Error(w, "nothing to enrol: "+reason, http.StatusConflict)
+		return
+	case pause > 0: // a party that listens is asked whenever the gateway likes
+		w.Header().Set("Retry-After", strconv.Itoa(int(pause/time.Second)+1))
+		http.Error(w, "refused a moment ago: "+reason, http.StatusServiceUnavailable)
+		return
+	}
+	req, err := a.request()
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(req) // the session died: the gateway asks again
+}
+
+func (a *Applicant) put(w http.ResponseWriter, r *http.Request) {
+	var v wire.EnrollVerdict
+	if err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, wire.MaxEnrollBody+1), wire.MaxEnrollBody, &v); err != nil {
+		http.Error(w, "verdict: "+err.Error(), http.StatusBadRequest)
+		return
+	}
+	if err := a.verdict(v); err != nil {
+		a.cfg.Log.Warn("the gateway's verdict cannot be used", "state", wire.Quotable(v.State), "error", err)
+		http.Error(w, "verdict: "+err.Error(), verdictStatus(err))
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// verdictStatus tells the gateway whether the same verdict may help later.
+func verdictStatus(err error) int {
+	for _, e := range []error{errVerdict, identity.ErrWrongParty, identity.ErrWrongRole, identity.ErrWrongTrustDomain, identity.ErrUntrusted,
+		identity.ErrRevoked, identity.ErrNotPinned, identity.ErrExpired} {
+		if errors.Is(err, e) {
+			return http.StatusUnprocessableEntity
+		}
+	}
+	return http.StatusInternalServerError
+}
