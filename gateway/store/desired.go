@@ -1,0 +1,182 @@
+package store
+
+import (
+	"context"
+	"time"
+
+	"github.com/uptrace/bun"
+
+	"sallyport/internal/wire"
+)
+
+// Desired is what one node should have. The signed document is made from
+// Content, the revision, and the specs that Content names by digest.
+type Desired struct {
+	bun.BaseModel `bun:"table:desired"`
+	NodeID        wire.ID `bun:",pk"`
+	Generation    int64
+	N             int64
+	Digest        string // of Content
+	Content       DesiredContent
+	ChangedAt     time.Time
+	Refused       string // why the node refused the last push: a code of wire.DesiredResult, or RefusedAhead
+	Reason        string
+}
+
+// RefusedAhead says that a node has a higher revision than this database: a
+// restored backup. Nothing is pushed to it.
+const RefusedAhead = "ahead"
+
+// DesiredContent is everything of a desired state but revision, time and specs.
+type DesiredContent struct {
+	Name     string              `json:"name"`
+	Tags     map[string]string   `json:"tags,omitempty"`
+	Policies []DesiredPolicy     `json:"policies"`
+	RCPs     []wire.RCPAddresses `json:"rcps,omitempty"`
+}
+
+// DesiredPolicy is one policy with the deployments that bring it.
+type DesiredPolicy struct {
+	wire.Policy
+	Deployments []string `json:"deployments"`
+}
+
+// Revision orders the desired states of a node.
+func (d *Desired) Revision() wire.Revision {
+	return wire.Revision{Generation: d.Generation, N: d.N}
+}
+
+// Desired returns what a node should have; [ErrNotFound] before the first
+// state was made.
+func (r Queries) Desired(ctx context.Context, id wire.ID) (*Desired, error) {
+	d := new(Desired)
+	err := r.q.NewSelect().Model(d).Where("node_id = ?", id).Scan(ctx)
+	return d, notFound(err)
+}
+
+// AllDesired returns what every node should have.
+func (r Queries) AllDesired(ctx context.Context) (map[wire.ID]*Desired, error) {
+	var rows []*Desired
+	if err := r.q.NewSelect().Model(&rows).Scan(ctx); err != nil {
+		return nil, err
+	}
+	out := make(map[wire.ID]*Desired, len(rows))
+	for _, d := range rows {
+		out[d.NodeID] = d
+	}
+	return out, nil
+}
+
+// PutDesired stores a new desired state under the next revision, and sets it
+// in d.
+func (tx *Tx) PutDesired(ctx context.Context, d *Desired) error {
+	n, err := tx.next(ctx, "revision", 1)
+	if err != nil {
+		return err
+	}
+	d.Generation, d.N, d.ChangedAt = tx.db.inst.Generation, n, tx.now
+	_, err = tx.q.NewInsert().Model(d).On("CONFLICT (node_id) DO UPDATE").
+		Set("generation = EXCLUDED.generation, n = EXCLUDED.n, digest = EXCLUDED.digest, content = EXCLUDED.content").
+		Set("changed_at = EXCLUDED.changed_at, refused = EXCLUDED.refused, reason = EXCLUDED.reason").Exec(ctx)
+	return err
+}
+
+// SetRefused writes why a node refuses what it should have; empty: it does not.
+func (tx *Tx) SetRefused(ctx context.Context, id wire.ID, refused, reason string) (changed bool, err error) {
+	res, err := tx.q.NewRaw("UPDATE desired SET refused = ?, reason = ? WHERE node_id = ? AND (refused <> ? OR reason <> ?)",
+		refused, reason, id, refused, reason).Exec(ctx)
+	if err != nil {
+		return false, err
+	}
+	n, err := res.RowsAffected()
+	return n > 0, err
+}
+
+// SetApplied writes the revision that a node said it has applied.
+func (tx *Tx) SetApplied(ctx context.Context, id wire.ID, rev wire.Revision) error {
+	return one(tx.q.NewRaw("UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?", rev.Generation, rev.N, id).Exec(ctx))
+}
+
+// PolicyStatus is what a node said became of one policy.
+type PolicyStatus struct {
+	bun.BaseModel `bun:"table:policy_status"`
+	NodeID        wire.ID `bun:",pk"`
+	Policy        string  `bun:",pk"`
+	Type          string
+	Digest        string
+	State         string
+	Error         string
+	Since         time.Time
+}
+
+// PolicyStatus returns what one node said of its policies.
+func (r Queries) PolicyStatus(ctx context.Context, id wire.ID) ([]PolicyStatus, error) {
+	var out []PolicyStatus
+	err := r.q.NewSelect().Model(&out).Where("node_id = ?", id).OrderExpr("policy").Scan(ctx)
+	return out, err
+}
+
+// AllPolicyStatus returns what every node said.
+func (r Queries) AllPolicyStatus(ctx context.Context) (map[wire.ID]map[string]PolicyStatus, error) {
+	var rows []PolicyStatus
+	if err := r.q.NewSelect().Model(&rows).Scan(ctx); err != nil {
+		return nil, err
+	}
+	out := map[wire.ID]map[string]PolicyStatus{}
+	for _, s := range rows {
+		if out[s.NodeID] == nil {
+			out[s.NodeID] = map[string]PolicyStatus{}
+		}
+		out[s.NodeID][s.Policy] = s
+	}
+	return out, nil
+}
+
+// Limits on what a node may say of a policy, in bytes, and on how many.
+const (
+	maxStatusText = 4 << 10
+	maxStatuses   = 4096
+)
+
+// SetPolicyStatus replaces what a node said of its policies.
+func (tx *Tx) SetPolicyStatus(ctx context.Context, id wire.ID, statuses []wire.PolicyStatus) error {
+	old, err := tx.PolicyStatus(ctx, id)
+	if err != nil {
+		return err
+	}
+	before := make(map[string]PolicyStatus, len(old))
+	for _, s := range old {
+		before[s.Policy] = s
+	}
+	for i, s := range statuses {
+		if i == maxStatuses {
+			break
+		}
+		row := PolicyStatus{NodeID: id, Policy: clip(s.Name), Type: clip(s.Type), Digest: clip(s.Digest), State: clip(s.State), Error: clip(s.Error),
+			Since: s.Since.UTC().Truncate(time.Microsecond)}
+		was, ok := before[row.Policy]
+		delete(before, row.Policy)
+		was.Since = was.Since.UTC()
+		if ok && was == row {
+			continue
+		}
+		_, err := tx.q.NewInsert().Model(&row).On("CONFLICT (node_id, policy) DO UPDATE").
+			Set("type = EXCLUDED.type, digest = EXCLUDED.digest, state = EXCLUDED.state, error = EXCLUDED.error, since = EXCLUDED.since").Exec(ctx)
+		if err != nil {
+			return err
+		}
+	}
+	for name := range before {
+		if _, err := tx.q.NewRaw("DELETE FROM policy_status WHERE node_id = ? AND policy = ?", id, name).Exec(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func clip(s string) string {
+	if len(s) > maxStatusText {
+		return s[:maxStatusText]
+	}
+	return s
+}

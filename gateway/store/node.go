@@ -1,0 +1,228 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/uptrace/bun"
+
+	"sallyport/gateway/bus"
+	"sallyport/internal/wire"
+)
+
+// Node is one node. State is the last one that was written: presence in memory
+// knows more.
+type Node struct {
+	bun.BaseModel `bun:"table:nodes"`
+	ID            wire.ID `bun:",pk"`
+	Tenant        string
+	Name          string
+	State         wire.NodeState
+	StateReason   string
+	StateSince    time.Time
+	KeyHash       wire.KeyHash
+	JoinID        string
+	AllowTags     []string // globs over key=value; empty: the node may set any tag
+	Installation  string   // that the node said it obeys
+	Boot          string
+	Program       string
+	VersionMin    int
+	VersionMax    int
+	Mode          string
+	OS            string `bun:"os"`
+	Arch          string
+	AsRoot        bool
+	AppliedGen    int64
+	AppliedN      int64 `bun:"applied_n"`
+	Outbox        wire.OutboxState
+	SkewSeconds   float64
+	NotAfter      time.Time `bun:",nullzero"`
+	RenewAfter    time.Time `bun:",nullzero"`
+	LastSeen      time.Time `bun:",nullzero"`
+	CreatedAt     time.Time
+	RemovedAt     time.Time `bun:",nullzero"`
+	Version       int64     // rises with each change by an operator: the ETag
+}
+
+// Applied is the revision that the node said it has applied.
+func (n *Node) Applied() wire.Revision {
+	return wire.Revision{Generation: n.AppliedGen, N: n.AppliedN}
+}
+
+// Node returns a node that was not removed.
+func (r Queries) Node(ctx context.Context, id wire.ID) (*Node, error) {
+	n := new(Node)
+	err := r.q.NewSelect().Model(n).Where("id = ?", id).Where("removed_at IS NULL").Scan(ctx)
+	return n, notFound(err)
+}
+
+// AnyNode returns a node also when it was removed.
+func (r Queries) AnyNode(ctx context.Context, id wire.ID) (*Node, error) {
+	n := new(Node)
+	err := r.q.NewSelect().Model(n).Where("id = ?", id).Scan(ctx)
+	return n, notFound(err)
+}
+
+// NodeByName returns the live node of that name.
+func (r Queries) NodeByName(ctx context.Context, tenant, name string) (*Node, error) {
+	n := new(Node)
+	err := r.q.NewSelect().Model(n).Where("tenant = ?", tenant).Where("name = ?", name).Where("removed_at IS NULL").Scan(ctx)
+	return n, notFound(err)
+}
+
+// Nodes lists all nodes that were not removed, by name.
+func (r Queries) Nodes(ctx context.Context) ([]*Node, error) {
+	var out []*Node
+	err := r.q.NewSelect().Model(&out).Where("removed_at IS NULL").OrderExpr("name, id").Scan(ctx)
+	return out, err
+}
+
+// FindNodes returns the nodes that a reference may mean: the one of exactly
+// that name or ID, else all whose name or ID begins with it, at most limit.
+func (r Queries) FindNodes(ctx context.Context, ref string, limit int) ([]*Node, error) {
+	var out []*Node
+	err := r.q.NewSelect().Model(&out).Where("removed_at IS NULL").Where("name = ? OR id = ?", ref, ref).Scan(ctx)
+	if err != nil || len(out) > 0 || ref == "" {
+		return out, err
+	}
+	err = r.q.NewSelect().Model(&out).Where("removed_at IS NULL").
+		Where("substr(name, 1, ?) = ? OR substr(id, 1, ?) = ?", len([]rune(ref)), ref, len([]rune(ref)), ref).
+		OrderExpr("name").Limit(int64(limit)).Scan(ctx)
+	return out, err
+}
+
+// AddNode stores a new node, or one that was removed and enrols again under
+// its ID: its history, and the tags that the gateway set, stay.
+func (tx *Tx) AddNode(ctx context.Context, n *Node) error {
+	n.CreatedAt, n.StateSince, n.Version = tx.now, tx.now, 1
+	if n.Tenant == "" {
+		n.Tenant = DefaultTenant
+	}
+	if other, err := tx.NodeByName(ctx, n.Tenant, n.Name); err == nil && other.ID != n.ID {
+		return fmt.Errorf("node %q: %w", n.Name, ErrExists)
+	}
+	if old, err := tx.AnyNode(ctx, n.ID); err == nil {
+		n.CreatedAt, n.Version = old.CreatedAt, old.Version+1
+		n.AppliedGen, n.AppliedN = old.AppliedGen, old.AppliedN
+	}
+	_, err := tx.q.NewInsert().Model(n).On("CONFLICT (id) DO UPDATE").
+		Set("tenant = EXCLUDED.tenant, name = EXCLUDED.name, state = EXCLUDED.state, state_reason = EXCLUDED.state_reason").
+		Set("state_since = EXCLUDED.state_since, key_hash = EXCLUDED.key_hash, join_id = EXCLUDED.join_id").
+		Set("allow_tags = EXCLUDED.allow_tags, installation = EXCLUDED.installation, boot = EXCLUDED.boot, program = EXCLUDED.program").
+		Set("not_after = EXCLUDED.not_after, renew_after = EXCLUDED.renew_after, removed_at = NULL, version = EXCLUDED.version").
+		Exec(ctx)
+	tx.Wake(bus.Nodes)
+	return err
+}
+
+// SetNodeState writes a transition. It reports whether anything changed:
+// since is only moved by a new state.
+func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState, reason string) (changed bool, err error) {
+	res, err := tx.q.NewRaw(`UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
+		WHERE id = ? AND (state <> ? OR state_reason <> ?)`, state, tx.now, state, reason, id, state, reason).Exec(ctx)
+	err = one(res, err)
+	if err == nil {
+		tx.Wake(bus.Nodes)
+		return true, nil
+	}
+	if _, err := tx.AnyNode(ctx, id); err != nil {
+		return false, err
+	}
+	return false, nil
+}
+
+// RecordHello writes what a verified hello says: facts, policy statuses and
+// the tags that the node itself sets. It reports whether its effective tags
+// changed, which calls for a new desired state.
+func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration) (tagsChanged bool, err error) {
+	id := h.Party.ID
+	n, err := tx.Node(ctx, id)
+	if err != nil {
+		return false, err
+	}
+	n.Installation, n.Boot, n.Program, n.Mode, n.OS, n.Arch, n.AsRoot = h.Installation, h.Boot, h.Program, h.Mode, h.OS, h.Arch, h.AsRoot
+	n.VersionMin, n.VersionMax = h.Versions.Min, h.Versions.Max
+	n.AppliedGen, n.AppliedN = h.Applied.Generation, h.Applied.N
+	n.Outbox, n.SkewSeconds = h.Outbox, skew.Seconds()
+	n.NotAfter, n.RenewAfter, n.LastSeen = h.NotAfter.UTC(), h.RenewAfter.UTC(), tx.now
+	_, err = tx.q.NewUpdate().Model(n).WherePK().
+		Column("installation", "boot", "program", "mode", "os", "arch", "as_root", "version_min", "version_max").
+		Column("applied_gen", "applied_n", "outbox", "skew_seconds", "not_after", "renew_after", "last_seen").Exec(ctx)
+	if err != nil {
+		return false, err
+	}
+	if err := tx.SetPolicyStatus(ctx, id, h.Policies); err != nil {
+		return false, err
+	}
+	tx.Wake(bus.Nodes)
+	return tx.setOwnTags(ctx, n, h.Tags)
+}
+
+// setOwnTags replaces the tags whose source is the node.
+func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) (changed bool, err error) {
+	rows, err := tx.NodeTags(ctx, n.ID)
+	if err != nil {
+		return false, err
+	}
+	before := Effective(rows)
+	own := map[string]string{}
+	for _, t := range rows {
+		if t.Source == TagNode {
+			own[t.Key] = t.Value
+		}
+	}
+	allowed := map[string]string{}
+	for k, v := range tags {
+		if AllowsTag(n.AllowTags, k, v) && ValidTag(k, v) == nil {
+			allowed[k] = v
+		}
+	}
+	if maps.Equal(own, allowed) {
+		return false, nil
+	}
+	if err := tx.replaceTags(ctx, n.ID, TagNode, allowed); err != nil {
+		return false, err
+	}
+	rows, err = tx.NodeTags(ctx, n.ID)
+	return !maps.Equal(before, Effective(rows)), err
+}
+
+// RemoveNode takes a node off the list. Its row stays for its history.
+func (tx *Tx) RemoveNode(ctx context.Context, id wire.ID) error {
+	err := one(tx.q.NewRaw("UPDATE nodes SET removed_at = ?, state = ?, state_reason = ?, state_since = ?, version = version + 1 WHERE id = ? AND removed_at IS NULL",
+		tx.now, wire.StateRevoked, "removed", tx.now, id).Exec(ctx))
+	tx.Wake(bus.Nodes)
+	return err
+}
+
+// TouchNode raises a node's version. With want not 0 it must be the current
+// one, or nothing happens but [ErrChanged].
+func (tx *Tx) TouchNode(ctx context.Context, id wire.ID, want int64) error {
+	n, err := tx.Node(ctx, id)
+	if err != nil {
+		return err
+	}
+	if want != 0 && n.Version != want {
+		return ErrChanged
+	}
+	tx.Wake(bus.Nodes)
+	return one(tx.q.NewRaw("UPDATE nodes SET version = version + 1 WHERE id = ?", id).Exec(ctx))
+}
+
+// SetLastSeen writes when nodes were last heard of, many at once.
+func (db *DB) SetLastSeen(ctx context.Context, seen map[wire.ID]time.Time) error {
+	if len(seen) == 0 {
+		return nil
+	}
+	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		for _, id := range slices.Sorted(maps.Keys(seen)) {
+			if _, err := tx.q.NewRaw("UPDATE nodes SET last_seen = ? WHERE id = ?", seen[id].UTC(), id).Exec(ctx); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

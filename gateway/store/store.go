@@ -1,0 +1,247 @@
+// Package store is the gateway's memory: who exists, what they should do, what
+// they reported, and who changed it. The database is the only truth; what was
+// acknowledged to anybody is in it.
+//
+// Reading queries are methods of [Queries] and run either on the pool of
+// readers, as methods of [DB], or inside a transaction, as methods of [Tx].
+// Changes happen only in [DB.Update]. Rows that are tailed or exported carry a
+// position (pos), taken from one counter row by the committing transaction as
+// the last thing that it does: who sees position n committed will never see a
+// smaller one appear later.
+//
+// The SQL is plain enough for PostgreSQL to follow; what differs between the
+// two engines lives in the migrations.
+package store
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"time"
+
+	"github.com/uptrace/bun"
+
+	"sallyport/gateway/bus"
+	"sallyport/internal/sqldb"
+	"sallyport/internal/wire"
+)
+
+//go:embed migrations/sqlite/*.sql
+var migrations embed.FS
+
+// DefaultTenant is the tenant of everything that names none.
+const DefaultTenant = "default"
+
+// Conditions that callers match.
+var (
+	ErrNotFound = errors.New("not found")
+	ErrExists   = errors.New("exists already")
+	ErrChanged  = errors.New("changed in the meantime")
+)
+
+// Installation identifies this database. Nodes obey only the UID that they
+// learned at enrolment; Generation rises when a backup is restored.
+type Installation struct {
+	bun.BaseModel `bun:"table:installation"`
+	ID            int64 `bun:",pk"`
+	UID           string
+	Generation    int64
+	CreatedAt     time.Time
+}
+
+// Config says which database to open.
+type Config struct {
+	Path string
+	Log  *slog.Logger
+	Bus  bus.Bus          // woken after commits
+	Now  func() time.Time // nil: time.Now
+}
+
+// DB is the gateway's database.
+type DB struct {
+	Queries
+	sql  *sqldb.DB
+	log  *slog.Logger
+	bus  bus.Bus
+	now  func() time.Time
+	inst Installation
+}
+
+// Queries are the reading queries.
+type Queries struct{ q bun.IDB }
+
+// Open opens, creates or migrates the database. A second gateway on one file
+// is refused with [sqldb.ErrLocked].
+func Open(ctx context.Context, cfg Config) (*DB, error) {
+	sub, err := fs.Sub(migrations, "migrations/sqlite")
+	if err != nil {
+		return nil, err
+	}
+	s, err := sqldb.Open(ctx, sqldb.Config{Path: cfg.Path, Migrations: sub, Log: cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now}
+	if db.now == nil {
+		db.now = time.Now
+	}
+	if err := db.initialise(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open database %s: %w", cfg.Path, err), s.Close())
+	}
+	return db, nil
+}
+
+// initialise makes the installation UID when the database is new.
+func (db *DB) initialise(ctx context.Context) error {
+	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		err := tx.q.NewSelect().Model(&db.inst).Where("id = 1").Scan(ctx)
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		db.inst = Installation{ID: 1, UID: string(wire.NewID()), Generation: 1, CreatedAt: tx.Now()}
+		if _, err := tx.q.NewInsert().Model(&db.inst).Exec(ctx); err != nil {
+			return err
+		}
+		if _, err := tx.q.NewRaw("INSERT INTO tenants (id, name, created_at) VALUES (?, ?, ?)", DefaultTenant, DefaultTenant, tx.Now()).Exec(ctx); err != nil {
+			return err
+		}
+		_, err = tx.q.NewRaw("INSERT INTO spools (ref, node_id, spool, watermark, dropped, created_at) VALUES (?, '', ?, 0, 0, ?)",
+			internalSpool, "gateway", tx.Now()).Exec(ctx)
+		return err
+	})
+}
+
+// Close closes the database.
+func (db *DB) Close() error { return db.sql.Close() }
+
+// Installation returns the row that identifies this database, as it was when
+// the database was opened.
+func (db *DB) Installation() Installation { return db.inst }
+
+// Tx is a writing transaction.
+type Tx struct {
+	Queries
+	db     *DB
+	now    time.Time
+	audits []AuditEntry
+	raised []Internal
+	notes  []Annotation
+	topics map[bus.Topic]struct{}
+}
+
+// Update runs f in a transaction. When it returns nil, everything is on disk,
+// and the subscribers of the topics that it touched have been woken.
+func (db *DB) Update(ctx context.Context, f func(ctx context.Context, tx *Tx) error) error {
+	var topics map[bus.Topic]struct{}
+	err := db.sql.Write(ctx, func(ctx context.Context, btx bun.Tx) error {
+		tx := &Tx{Queries: Queries{q: btx}, db: db, now: db.now().UTC().Truncate(time.Microsecond), topics: map[bus.Topic]struct{}{}}
+		if err := f(ctx, tx); err != nil {
+			return err
+		}
+		topics = tx.topics // flush adds to it
+		return tx.flush(ctx)
+	})
+	if err != nil {
+		return err
+	}
+	if db.bus != nil {
+		for t := range topics {
+			db.bus.Wake(t)
+		}
+	}
+	return nil
+}
+
+// errDryRun rolls a transaction back that did its work only to show it.
+var errDryRun = errors.New("dry run")
+
+// Try runs f as Update does, and takes everything back. It returns what f
+// returned.
+func (db *DB) Try(ctx context.Context, f func(ctx context.Context, tx *Tx) error) error {
+	err := db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		if err := f(ctx, tx); err != nil {
+			return err
+		}
+		return errDryRun
+	})
+	if errors.Is(err, errDryRun) {
+		return nil
+	}
+	return err
+}
+
+// Now is the time of the transaction: UTC, in whole microseconds, which is
+// what the database keeps.
+func (tx *Tx) Now() time.Time { return tx.now }
+
+// Wake names a topic whose subscribers are woken after the commit.
+func (tx *Tx) Wake(t bus.Topic) { tx.topics[t] = struct{}{} }
+
+// next adds n to a counter and returns its new value. The row stays locked
+// until the transaction ends.
+func (tx *Tx) next(ctx context.Context, counter string, n int64) (v int64, err error) {
+	err = tx.q.NewRaw("UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", n, counter).Scan(ctx, &v)
+	return v, err
+}
+
+// flush writes the rows that carry a position, last of all.
+func (tx *Tx) flush(ctx context.Context) error {
+	n := int64(len(tx.raised) + len(tx.notes) + len(tx.audits))
+	if n == 0 {
+		return nil
+	}
+	last, err := tx.next(ctx, "pos", n)
+	if err != nil {
+		return err
+	}
+	pos := last - n
+	if len(tx.raised) > 0 {
+		if err := tx.storeRaised(ctx, pos); err != nil {
+			return err
+		}
+		pos += int64(len(tx.raised))
+	}
+	for i := range tx.notes {
+		pos++
+		tx.notes[i].Pos = pos
+	}
+	for i := range tx.audits {
+		pos++
+		tx.audits[i].Pos = pos
+	}
+	if len(tx.notes) > 0 {
+		if _, err := tx.q.NewInsert().Model(&tx.notes).Exec(ctx); err != nil {
+			return fmt.Errorf("store annotation: %w", err)
+		}
+	}
+	if len(tx.audits) > 0 {
+		if _, err := tx.q.NewInsert().Model(&tx.audits).Exec(ctx); err != nil {
+			return fmt.Errorf("write audit log: %w", err)
+		}
+	}
+	return nil
+}
+
+// notFound turns the absence of a row into [ErrNotFound].
+func notFound(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return ErrNotFound
+	}
+	return err
+}
+
+// one turns an update that hit no row into [ErrNotFound].
+func one(res sql.Result, err error) error {
+	if err != nil {
+		return err
+	}
+	n, err := res.RowsAffected()
+	if err == nil && n == 0 {
+		return ErrNotFound
+	}
+	return err
+}
