@@ -28,6 +28,9 @@ const (
 // ErrTooLarge says that a peer sent more than the limit of its message.
 var ErrTooLarge = errors.New("message is larger than its limit")
 
+// ErrMalformed says that a line is not what its reader expects.
+var ErrMalformed = errors.New("malformed line")
+
 // DecodeJSON reads exactly one JSON value of at most limit bytes from r into
 // v. It refuses trailing data; unknown fields are ignored, so that a newer
 // peer may add some.
@@ -56,7 +59,8 @@ func NewLineReader(r io.Reader, limit int) *LineReader {
 }
 
 // Next decodes the next line into v. It returns io.EOF at the clean end of the
-// stream, io.ErrUnexpectedEOF inside a line.
+// stream, io.ErrUnexpectedEOF inside a line; ErrTooLarge and ErrMalformed are
+// the peer's fault.
 func (l *LineReader) Next(v any) error {
 	l.long = l.long[:0]
 	for {
@@ -65,12 +69,12 @@ func (l *LineReader) Next(v any) error {
 			return fmt.Errorf("%w (line of %d bytes)", ErrTooLarge, l.limit)
 		}
 		if err == nil && len(l.long) == 0 {
-			return json.Unmarshal(part, v)
+			return decodeLine(part, v)
 		}
 		l.long = append(l.long, part...)
 		switch {
 		case err == nil:
-			return json.Unmarshal(l.long, v)
+			return decodeLine(l.long, v)
 		case errors.Is(err, bufio.ErrBufferFull):
 			continue
 		case errors.Is(err, io.EOF) && len(l.long) > 0:
@@ -79,6 +83,13 @@ func (l *LineReader) Next(v any) error {
 			return err
 		}
 	}
+}
+
+func decodeLine(b []byte, v any) error {
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	return nil
 }
 
 // AppendLine appends v as one line of JSON.
