@@ -24,6 +24,7 @@ const maxJoinFiles = 256
 type JoinSource struct {
 	value string
 	stdin string // what "-" gave; it can be read once
+	kept  string // file of Keep; empty: none
 }
 
 // Join is one code and the place it was read from, for messages.
@@ -46,6 +47,25 @@ func OpenJoin(value string, stdin io.Reader) (*JoinSource, error) {
 	return s, nil
 }
 
+// KeepIn adds a file beside the configured value: where [JoinSource.Keep] puts
+// a code that an operator hands over while the role runs.
+func (s *JoinSource) KeepIn(path string) { s.kept = path }
+
+// Keep stores a join code in the file of KeepIn, replacing the one before. The
+// next Codes returns it first.
+func (s *JoinSource) Keep(code string) error {
+	if _, err := wire.ParseJoinCode(code); err != nil {
+		return err
+	}
+	if s.kept == "" {
+		return errors.New("join code: there is no place to keep it")
+	}
+	if err := writeFile(filepath.Dir(s.kept), filepath.Base(s.kept), []byte(strings.TrimSpace(code)+"\n"), 0o600); err != nil {
+		return fmt.Errorf("join code: %w", unreadable(err))
+	}
+	return nil
+}
+
 func (s *JoinSource) String() string {
 	if s == nil || s.value == "" {
 		return "none"
@@ -60,10 +80,21 @@ func (s *JoinSource) String() string {
 // and no error: an enrolled party does not need it any more. A malformed code
 // is an error that wraps wire.ErrJoinCode; the good ones are returned with it.
 func (s *JoinSource) Codes() ([]Join, error) {
-	if s == nil || s.value == "" {
+	if s == nil {
 		return nil, nil
 	}
+	if s.kept == "" {
+		return s.configured()
+	}
+	kept, err := joinFile(s.kept)
+	joins, err2 := s.configured()
+	return append(kept, joins...), errors.Join(err, err2)
+}
+
+func (s *JoinSource) configured() ([]Join, error) {
 	switch {
+	case s.value == "":
+		return nil, nil
 	case strings.HasPrefix(s.value, wire.JoinPrefix):
 		return one("environment", s.value)
 	case s.value == "-":
