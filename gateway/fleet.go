@@ -1,0 +1,607 @@
+package gateway
+
+import (
+	"container/heap"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"sallyport/internal/wire"
+)
+
+// What the fleet answers when there is no way to a party.
+var (
+	ErrUnknownNode  = errors.New("unknown node")
+	ErrNotConnected = errors.New("node is not connected")
+)
+
+// Bounds on what one first hop may make the gateway remember.
+const (
+	maxPeersPerLink   = 100_000
+	maxUnknownPerLink = 10_000 // parties without a row in the database: stale, or made up
+	maxPendingPerLink = 1_000
+	maxWays           = 16 // to one party
+)
+
+// want is a reason to open a session with a party.
+type want uint8
+
+const (
+	wantHello want = 1 << iota // read and verify the hello
+	wantProve                  // prove that it can be reached, preferably by another way
+	wantPush                   // we have something for it: desired state, revocations
+	wantOutbox
+	wantActions
+)
+
+// lane is one kind of work with parties. Each first hop has a queue of its own
+// in each lane, with a bound on what runs at once: neither a node with a long
+// outbox nor an RCP that lets every session hang delays those beside it.
+type lane uint8
+
+const (
+	laneVisit    lane = iota
+	laneStranger      // visits to parties that the database does not know
+	laneOutbox
+	laneAction
+	laneCount
+)
+
+var lanes = [laneCount]struct {
+	name   string
+	wants  want
+	atOnce int // per first hop
+}{
+	laneVisit:    {"visit", wantHello | wantProve | wantPush, 32},
+	laneStranger: {"stranger", wantHello | wantProve, 2},
+	laneOutbox:   {"outbox", wantOutbox, 64},
+	laneAction:   {"action", wantActions, 16},
+}
+
+// laneBits says for each lane whether a party is queued or busy in it.
+type laneBits [laneCount]bool
+
+// firstHop is a party that we hold a link to, or would like to.
+type firstHop struct {
+	id   wire.ID
+	role wire.Role
+	name string
+
+	up       bool
+	since    time.Time // of up, or of not up
+	lastErr  string
+	carrier  string
+	address  string
+	dialled  bool // we dialled
+	rtt      func() time.Duration
+	draining bool
+
+	epoch   string
+	pos     int64 // 0 until a snapshot of this epoch is complete
+	synced  bool
+	peers   int
+	unknown int
+	refused int64 // lines that broke a rule or a bound
+
+	queues  [laneCount][]wire.ID
+	running [laneCount]int
+}
+
+// fleet knows who hangs where: the merged peers streams, and what sessions
+// proved. Everything in it is memory; [fleet.changes] gives what the database
+// must learn. It starts nothing: its owner calls tick when due says so.
+type fleet struct {
+	t            timings
+	log          *slog.Logger
+	installation string
+	started      time.Time
+
+	mu      sync.Mutex
+	members map[wire.ID]*member
+	links   map[wire.ID]*firstHop
+	pending map[wire.KeyHash]map[wire.ID]wire.Peer // by the first hop that reports it
+	waiting map[wire.ID]int                        // pending parties per first hop
+	due     dueHeap
+	ready   [laneCount]chan struct{} // holds one wake-up
+	retime  chan struct{}            // the next due time changed
+	changed map[wire.ID]*change
+	news    chan struct{}     // changed is not empty, or seen is not
+	seen    map[wire.ID]seen  // last_seen to be written in a batch
+	arrived chan wire.KeyHash // pending parties to be looked at; overflow is looked at again by the caller's sweep
+}
+
+// change is one transition that the database must learn. Transitions of one
+// party that were not yet written are merged: the first From and the last To.
+type change struct {
+	ID     wire.ID
+	Role   wire.Role
+	Name   string
+	Known  bool
+	From   wire.NodeState
+	To     wire.NodeState
+	Reason string
+	Since  time.Time
+	Alarms []alarm // oldest first
+}
+
+// alarm is what becomes of the event pair "lost" and "back" of a party.
+type alarm struct {
+	Lost   bool // or back
+	State  wire.NodeState
+	Reason string
+	At     time.Time
+}
+
+// maxAlarms bounds the alarms of one party that wait for the database.
+const maxAlarms = 16
+
+// seen is when a session with a party last succeeded.
+type seen struct {
+	At   time.Time
+	Role wire.Role
+}
+
+func newFleet(t timings, installation string, log *slog.Logger) *fleet {
+	f := &fleet{
+		t: t, log: log, installation: installation, started: time.Now(),
+		members: make(map[wire.ID]*member),
+		links:   make(map[wire.ID]*firstHop),
+		pending: make(map[wire.KeyHash]map[wire.ID]wire.Peer),
+		waiting: make(map[wire.ID]int),
+		retime:  make(chan struct{}, 1),
+		changed: make(map[wire.ID]*change),
+		news:    make(chan struct{}, 1),
+		seen:    make(map[wire.ID]seen),
+		arrived: make(chan wire.KeyHash, 256),
+	}
+	for i := range f.ready {
+		f.ready[i] = make(chan struct{}, 1)
+	}
+	return f
+}
+
+// record is what the database knows of a party.
+type record struct {
+	ID       wire.ID
+	Role     wire.Role
+	Name     string
+	State    wire.NodeState
+	Reason   string
+	Since    time.Time
+	LastSeen time.Time
+	Alarmed  bool
+	Revoked  string // why; empty if it is not
+}
+
+// learn adds a party of the database, or takes over its new name or
+// revocation. What is known of its presence stays.
+func (f *fleet) learn(r record) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	m := f.members[r.ID]
+	fresh := m == nil
+	if fresh {
+		m = f.add(r.ID, r.Role)
+		m.left, m.settle = f.started, f.started.Add(f.t.settle)
+		m.verified = r.LastSeen
+	}
+	adopted := !fresh && !m.known
+	if adopted {
+		f.countUnknown(m, -1)
+		m.hello, m.digest, m.verified = nil, "", time.Time{}
+	}
+	if fresh || adopted {
+		m.state, m.reason, m.since, m.alarmed = r.State, r.Reason, r.Since, r.Alarmed
+	}
+	m.known, m.name, m.revoked, m.role = true, r.Name, r.Revoked, r.Role
+	if adopted { // it was enrolled again while it was connected: its state is proven anew
+		m.lanes[laneStranger] = false
+		f.want(m, wantHello, false)
+	}
+	if m.since.IsZero() {
+		m.state, m.since = wire.StatePending, now
+	}
+	f.judgeNow(m, now)
+}
+
+// forget drops a party that was removed from the database. If it is still
+// there it turns up again as unknown.
+func (f *fleet) forget(id wire.ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil {
+		return
+	}
+	f.drop(m)
+	delete(f.changed, id)
+	delete(f.seen, id)
+}
+
+func (f *fleet) add(id wire.ID, role wire.Role) *member {
+	m := &member{id: id, role: role, index: -1, state: wire.StatePending, since: time.Now()}
+	f.members[id] = m
+	return m
+}
+
+func (f *fleet) drop(m *member) {
+	for _, w := range m.ways {
+		f.dropWay(m, w)
+	}
+	if m.index >= 0 {
+		heap.Remove(&f.due, m.index)
+	}
+	delete(f.members, m.id)
+}
+
+// judgeNow publishes the state of m if it changed, and sets its next due time.
+func (f *fleet) judgeNow(m *member, now time.Time) {
+	v := f.judge(m, now)
+	if v.state != m.state {
+		f.publish(m, v, now)
+	} else {
+		m.reason = v.reason
+	}
+	if m.state == wire.StateDown || m.state == wire.StatePending { // nothing holds it any more
+		for key, w := range m.ways {
+			if !w.gone.IsZero() {
+				f.dropWay(m, w)
+				delete(m.ways, key)
+			}
+		}
+	}
+	if !m.known && len(m.ways) == 0 {
+		f.drop(m)
+		return
+	}
+	next := v.next
+	earlier := func(t time.Time) {
+		if !t.IsZero() && (next.IsZero() || t.Before(next)) {
+			next = t
+		}
+	}
+	earlier(m.prove)
+	if m.held != 0 {
+		earlier(m.heldAt)
+	}
+	f.setDue(m, next)
+}
+
+func (f *fleet) publish(m *member, v verdict, now time.Time) {
+	c := f.changed[m.id]
+	if c == nil {
+		c = &change{ID: m.id, Role: m.role, From: m.state}
+		f.changed[m.id] = c
+	}
+	c.Name, c.Known, c.To, c.Reason, c.Since = m.name, m.known, v.state, v.reason, now
+	lost := v.state == wire.StateDown || v.state == wire.StateUnreachable && len(f.liveWays(m)) > 0
+	if m.known && (lost && !m.alarmed || up(v.state) && m.alarmed) {
+		m.alarmed = !m.alarmed
+		c.Alarms = append(c.Alarms, alarm{Lost: m.alarmed, State: v.state, Reason: v.reason, At: now})
+		if len(c.Alarms) > maxAlarms { // the database is stuck: the oldest pair goes
+			c.Alarms = c.Alarms[2:]
+		}
+	}
+	m.state, m.reason, m.since = v.state, v.reason, now
+	wake(f.news)
+}
+
+// setDue moves m in the heap of due times.
+func (f *fleet) setDue(m *member, at time.Time) {
+	m.due = at
+	switch {
+	case at.IsZero() && m.index >= 0:
+		heap.Remove(&f.due, m.index)
+	case at.IsZero():
+		return
+	case m.index >= 0:
+		heap.Fix(&f.due, m.index)
+	default:
+		heap.Push(&f.due, m)
+	}
+	if len(f.due) > 0 && f.due[0] == m {
+		wake(f.retime)
+	}
+}
+
+// tick does what is due at now and returns when to call it next; zero for
+// "when retime says so".
+func (f *fleet) tick(now time.Time) time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for len(f.due) > 0 && !f.due[0].due.After(now) {
+		m := f.due[0]
+		if m.held != 0 && !m.heldAt.After(now) {
+			held := m.held
+			m.held = 0
+			f.want(m, held, true)
+		}
+		if !m.prove.IsZero() && !m.prove.After(now) {
+			m.prove = time.Time{} // set again by the visit
+			if len(f.liveWays(m)) > 0 {
+				f.want(m, wantProve|wantHello, false)
+			}
+		}
+		f.judgeNow(m, now)
+		if m.index >= 0 && !m.due.After(now) { // cannot be: judge never asks for the past
+			f.setDue(m, now.Add(time.Second))
+		}
+	}
+	if len(f.due) == 0 {
+		return time.Time{}
+	}
+	return f.due[0].due
+}
+
+// want asks for a session with m. What was hinted by an RCP is limited; what
+// we want ourselves is not.
+func (f *fleet) want(m *member, w want, hinted bool) {
+	if m.revoked != "" {
+		return
+	}
+	if hinted {
+		if m.limit == nil {
+			m.limit = rate.NewLimiter(rate.Every(f.t.hintEvery), f.t.hintBurst)
+		}
+		if m.held != 0 {
+			m.held |= w
+			return
+		}
+		if !m.limit.Allow() {
+			m.held, m.heldAt = w, time.Now().Add(f.t.hintEvery)
+			if m.due.IsZero() || m.heldAt.Before(m.due) {
+				f.setDue(m, m.heldAt)
+			}
+			return
+		}
+	}
+	for l := range laneCount {
+		bits := w & lanes[l].wants
+		switch {
+		case bits == 0, l == laneVisit && !m.known, l == laneStranger && m.known:
+			continue
+		case (l == laneOutbox || l == laneAction) && !m.known && m.hello == nil:
+			continue // made up, until a session says otherwise
+		}
+		m.wants[l] |= bits
+		f.enqueue(m, l)
+	}
+}
+
+// enqueue puts m into the queue of its best first hop.
+func (f *fleet) enqueue(m *member, l lane) {
+	live := f.liveWays(m)
+	if m.lanes[l] || len(live) == 0 {
+		return
+	}
+	m.lanes[l] = true
+	hop := f.links[live[0].link]
+	hop.queues[l] = append(hop.queues[l], m.id)
+	wake(f.ready[l])
+}
+
+// ask wants something of parties for a reason of our own; those without a way
+// are asked when they come.
+func (f *fleet) ask(w want, ids ...wire.ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, id := range ids {
+		if m := f.members[id]; m != nil && len(f.liveWays(m)) > 0 {
+			f.want(m, w, false)
+		}
+	}
+}
+
+// askAll wants something of every connected party of a role.
+func (f *fleet) askAll(w want, roles ...wire.Role) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, m := range f.members {
+		for _, r := range roles {
+			if m.role == r && len(f.liveWays(m)) > 0 {
+				f.want(m, w, false)
+			}
+		}
+	}
+}
+
+// task is a party that was taken from a lane.
+type task struct {
+	id    wire.ID
+	role  wire.Role
+	name  string
+	known bool
+	wants want
+	hop   *firstHop // whose queue it stood in
+}
+
+// take returns a party of a lane; ok is false if there is none now. Every task
+// that was taken is given back with done.
+func (f *fleet) take(l lane) (t task, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, hop := range f.links { // in random order: fair enough
+		for hop.running[l] < lanes[l].atOnce && len(hop.queues[l]) > 0 {
+			id := hop.queues[l][0]
+			hop.queues[l] = hop.queues[l][1:]
+			m := f.members[id]
+			if m == nil || !m.lanes[l] {
+				continue
+			}
+			hop.running[l]++
+			t = task{id: id, role: m.role, name: m.name, known: m.known, wants: m.wants[l], hop: hop}
+			m.wants[l] = 0
+			return t, true
+		}
+	}
+	return task{}, false
+}
+
+// done gives a task back. again is wanted after the delay, beside what was
+// asked for in the meantime.
+func (f *fleet) done(l lane, t task, again want, delay time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	t.hop.running[l]--
+	wake(f.ready[l])
+	m := f.members[t.id]
+	if m == nil {
+		return
+	}
+	m.lanes[l] = false
+	if m.wants[l] != 0 {
+		f.enqueue(m, l)
+	}
+	if again != 0 {
+		m.held |= again
+		m.heldAt = time.Now().Add(delay)
+		f.judgeNow(m, time.Now())
+	}
+}
+
+// maxSkew is the error of a party's clock above which an operator is told.
+const maxSkew = time.Minute
+
+// verifiedHello takes over what a session with a party proved. skew is the
+// party's clock less ours. It reports whether the party's clock went wrong or
+// became right.
+func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew time.Duration) (skewChanged bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil {
+		m = f.add(id, role)
+	}
+	now := time.Now()
+	m.hello, m.digest, m.skew = &hello, hello.Digest(), skew
+	wrong := skew.Abs() > maxSkew
+	skewChanged = wrong != m.skewed
+	m.skewed = wrong
+	if !m.known && m.name == "" {
+		m.name = clip(hello.Name)
+	}
+	f.proven(m, now)
+	return skewChanged
+}
+
+// contact says that a session with the party did something useful just now.
+func (f *fleet) contact(id wire.ID) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil {
+		f.proven(m, time.Now())
+	}
+}
+
+func (f *fleet) proven(m *member, now time.Time) {
+	m.verified, m.failures, m.lastErr = now, 0, ""
+	m.prove = now.Add(f.t.proveMin + rand.N(f.t.proveMax-f.t.proveMin))
+	if m.known {
+		f.seen[m.id] = seen{At: now, Role: m.role}
+	}
+	f.judgeNow(m, now)
+}
+
+// unproven says that no session with the party could be opened, and plans the
+// next attempt.
+func (f *fleet) unproven(id wire.ID, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil {
+		return
+	}
+	now := time.Now()
+	m.failures++
+	m.lastErr = clip(err.Error())
+	if len(f.liveWays(m)) > 0 {
+		delay := f.t.retryMin << min(m.failures-1, 16)
+		delay = min(delay, f.t.retryMax)
+		if up(m.state) && now.Sub(m.verified) > f.t.window { // a lost cause costs little
+			delay = f.t.retryMax
+		}
+		m.prove = now.Add(delay/2 + rand.N(delay/2+1))
+	}
+	f.judgeNow(m, now)
+}
+
+// setNotice sets what an operator must know of a node although it runs; empty
+// clears it.
+func (f *fleet) setNotice(id wire.ID, text string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil && m.notice != text {
+		m.notice = text
+		f.judgeNow(m, time.Now())
+	}
+}
+
+// takeChanges returns what the database has to learn, and forgets it; the
+// caller gives it back with restore if it could not be written.
+func (f *fleet) takeChanges(withSeen bool) (changes []change, last map[wire.ID]seen) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.changed {
+		changes = append(changes, *c)
+	}
+	clear(f.changed)
+	if withSeen {
+		last = f.seen
+		f.seen = make(map[wire.ID]seen)
+	}
+	return changes, last
+}
+
+func (f *fleet) restore(changes []change, last map[wire.ID]seen) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range changes {
+		if newer := f.changed[c.ID]; newer != nil {
+			newer.From = c.From
+			newer.Alarms = append(c.Alarms, newer.Alarms...)
+			continue
+		}
+		f.changed[c.ID] = &c
+	}
+	for id, s := range last {
+		if _, ok := f.seen[id]; !ok {
+			f.seen[id] = s
+		}
+	}
+}
+
+// wake leaves a wake-up in a channel that holds one.
+func wake(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+// dueHeap orders members by when they must be judged again.
+type dueHeap []*member
+
+func (h dueHeap) Len() int           { return len(h) }
+func (h dueHeap) Less(i, j int) bool { return h[i].due.Before(h[j].due) }
+func (h dueHeap) Swap(i, j int) {
+	h[i], h[j] = h[j], h[i]
+	h[i].index, h[j].index = i, j
+}
+func (h *dueHeap) Push(x any) {
+	m := x.(*member)
+	m.index = len(*h)
+	*h = append(*h, m)
+}
+func (h *dueHeap) Pop() any {
+	old := *h
+	m := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	m.index = -1
+	return m
+}
