@@ -12,7 +12,7 @@ import (
 )
 
 func event(seq int64, key string, severity wire.Severity) wire.OutboxUp {
-	return wire.OutboxUp{Event: &wire.Event{ID: wire.NewID(), Seq: seq, Time: time.Now(), Severity: severity, Key: key, Text: fmt.Sprint("event ", seq)}}
+	return wire.OutboxUp{Event: &wire.Event{ID: wire.NewEventID(), Seq: seq, Time: time.Now(), Severity: severity, Key: key, Text: fmt.Sprint("event ", seq)}}
 }
 
 func events(t *testing.T, db *DB, f EventFilter) []Event {

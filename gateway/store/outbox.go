@@ -5,9 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"time"
-
-	"github.com/uptrace/bun"
 
 	"sallyport/gateway/bus"
 	"sallyport/internal/wire"
@@ -64,7 +61,7 @@ func (tx *Tx) storeOutbox(ctx context.Context, node wire.ID, spool string, batch
 		return out, err
 	}
 	before := mark
-	w, err := tx.eventWriter(ctx)
+	w, err := tx.eventWriter()
 	if err != nil {
 		return out, err
 	}
@@ -106,27 +103,25 @@ func (tx *Tx) storeOutbox(ctx context.Context, node wire.ID, spool string, batch
 				}
 			}
 			pos++
-			row := Event{Pos: pos, ID: e.ID, SpoolRef: ref, Seq: e.Seq, NodeID: node, Time: e.Time, ReceivedAt: tx.now, Severity: e.Severity,
-				Application: e.Application, Object: e.Object, Key: e.Key, Text: e.Text, Instance: e.Instance, State: eventOpen, Count: 1}
-			stored, err := w.insert(ctx, &row)
-			if err != nil {
-				return out, err
-			}
-			conflict := false
-			if !stored {
-				if conflict, err = tx.resolve(ctx, w, &row, spool); err != nil {
-					return out, err
-				}
-			}
-			switch {
-			case stored:
-				out.New++
-			case conflict:
-				out.Conflicts++
-			default:
-				out.Duplicates++
-			}
+			w.add(&Event{Pos: pos, ID: e.ID, SpoolRef: ref, Seq: e.Seq, NodeID: node, Time: e.Time, ReceivedAt: tx.now, Severity: e.Severity,
+				Application: e.Application, Object: e.Object, Key: e.Key, Text: e.Text, Instance: e.Instance, State: eventOpen, Count: 1})
 			mark = max(mark, e.Seq)
+		}
+	}
+	taken, err := w.flush(ctx)
+	if err != nil {
+		return out, err
+	}
+	out.New = w.added
+	for _, e := range taken {
+		conflict, err := tx.resolve(ctx, w, e, spool)
+		switch {
+		case err != nil:
+			return out, err
+		case conflict:
+			out.Conflicts++
+		default:
+			out.Duplicates++
 		}
 	}
 	out.Ack = mark
@@ -191,7 +186,7 @@ func (tx *Tx) resolve(ctx context.Context, w *eventWriter, e *Event, spool strin
 	case err == nil && owner == e.NodeID:
 		return false, nil
 	case err == nil:
-		e.ID = wire.NewID()
+		e.ID = wire.NewEventID()
 	case !errors.Is(err, sql.ErrNoRows):
 		return false, err
 	}
@@ -200,11 +195,12 @@ func (tx *Tx) resolve(ctx context.Context, w *eventWriter, e *Event, spool strin
 	if e.SpoolRef, _, err = tx.spool(ctx, e.NodeID, name); err != nil {
 		return false, err
 	}
-	stored, err := w.insert(ctx, e)
+	w.add(e)
+	taken, err := w.flush(ctx)
 	if err != nil {
 		return false, err
 	}
-	if !stored {
+	if len(taken) > 0 {
 		return false, fmt.Errorf("%s conflicts twice", what)
 	}
 	tx.Raise(Internal{NodeID: e.NodeID, Severity: wire.SeverityMajor, Object: "spool " + spool,
@@ -213,126 +209,26 @@ func (tx *Tx) resolve(ctx context.Context, w *eventWriter, e *Event, spool strin
 	return true, nil
 }
 
-// eventWriter inserts events and merges those that share a key.
-type eventWriter struct {
-	tx                    *Tx
-	add, head, bump, shut *sql.Stmt
-	received              string
-	receivedAt            time.Time
-}
-
-const (
-	insertEvent = `INSERT INTO events (pos, id, spool_ref, seq, node_id, time, received_at, severity, application, object, key, text, instance,
-		state, count, merged_into, changed_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, ?, '') ON CONFLICT DO NOTHING`
-	selectHead = `SELECT id, severity FROM events WHERE node_id = ? AND key = ? AND key <> '' AND state <> 'closed' AND merged_into = ''`
-	bumpHead   = `UPDATE events SET count = count + 1, severity = ?, text = ?, time = ?, received_at = ? WHERE id = ?`
-	closeHead  = `UPDATE events SET state = 'closed', changed_at = ?, changed_by = ? WHERE id = ?`
-)
-
-func (tx *Tx) eventWriter(ctx context.Context) (*eventWriter, error) {
-	btx, ok := tx.q.(bun.Tx)
-	if !ok {
-		return nil, fmt.Errorf("store: events are inserted in a transaction, not in %T", tx.q)
-	}
-	w := &eventWriter{tx: tx}
-	for _, p := range []struct {
-		stmt **sql.Stmt
-		text string
-	}{{&w.add, insertEvent}, {&w.head, selectHead}, {&w.bump, bumpHead}, {&w.shut, closeHead}} {
-		s, err := btx.Tx.PrepareContext(ctx, p.text)
-		if err != nil {
-			return nil, errors.Join(err, w.close())
-		}
-		*p.stmt = s
-	}
-	return w, nil
-}
-
-func (w *eventWriter) close() error {
-	var errs []error
-	for _, s := range []*sql.Stmt{w.add, w.head, w.bump, w.shut} {
-		if s != nil {
-			errs = append(errs, s.Close())
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// timeText is how bun writes times for SQLite: UTC, whole microseconds, sorted
-// as text.
-func timeText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05.999999-07:00") }
-
-// insert stores an event unless its position, ID or place is taken.
-//
-// One key of one node is one open event to an operator. Bad news with a key
-// that is open is merged into it; so is good news (normal) into good news;
-// good news closes bad news, and the other way round.
-func (w *eventWriter) insert(ctx context.Context, e *Event) (stored bool, err error) {
-	var head wire.ID
-	merge := false
-	if e.Key != "" {
-		var severity wire.Severity
-		err := w.head.QueryRowContext(ctx, string(e.NodeID), e.Key).Scan(&head, &severity)
-		switch {
-		case errors.Is(err, sql.ErrNoRows):
-		case err != nil:
-			return false, err
-		default:
-			good := e.Severity == wire.SeverityNormal
-			merge = good == (severity == wire.SeverityNormal)
-			if merge {
-				e.MergedInto = head
-			}
-			if merge || good {
-				e.State = eventClosed
-			}
-		}
-	}
-	if w.receivedAt != e.ReceivedAt {
-		w.receivedAt, w.received = e.ReceivedAt, timeText(e.ReceivedAt)
-	}
-	res, err := w.add.ExecContext(ctx, e.Pos, string(e.ID), e.SpoolRef, e.Seq, string(e.NodeID), timeText(e.Time), w.received, string(e.Severity),
-		e.Application, e.Object, e.Key, e.Text, e.Instance, e.State, string(e.MergedInto))
-	if err != nil {
-		return false, err
-	}
-	n, err := res.RowsAffected()
-	if err != nil || n == 0 || head == "" {
-		return n > 0, err
-	}
-	if merge {
-		_, err = w.bump.ExecContext(ctx, string(e.Severity), e.Text, timeText(e.Time), w.received, string(head))
-	} else {
-		_, err = w.shut.ExecContext(ctx, w.received, "event "+string(e.ID), string(head))
-	}
-	return true, err
-}
-
 // storeRaised stores the internal events at positions from pos+1 on.
 func (tx *Tx) storeRaised(ctx context.Context, pos int64) (err error) {
-	w, err := tx.eventWriter(ctx)
+	w, err := tx.eventWriter()
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	seq, err := tx.next(ctx, "internal", int64(len(tx.raised)))
+	n := int64(len(tx.raised))
+	seq, err := tx.next(ctx, "internal", n)
 	if err != nil {
 		return err
 	}
-	seq -= int64(len(tx.raised))
-	for _, in := range tx.raised {
-		pos++
-		seq++
-		e := Event{Pos: pos, ID: wire.NewID(), SpoolRef: internalSpool, Seq: seq, NodeID: in.NodeID, Time: tx.now, ReceivedAt: tx.now, Severity: in.Severity,
-			Application: InternalApplication, Object: in.Object, Key: in.Key, Text: in.Text, State: eventOpen}
-		stored, err := w.insert(ctx, &e)
-		if err == nil && !stored {
-			err = errors.New("its place is taken")
-		}
-		if err != nil {
-			return fmt.Errorf("store internal event %d: %w", seq, err)
-		}
+	for i, in := range tx.raised {
+		w.add(&Event{Pos: pos + 1 + int64(i), ID: wire.NewEventID(), SpoolRef: internalSpool, Seq: seq - n + 1 + int64(i), NodeID: in.NodeID, Time: tx.now, ReceivedAt: tx.now,
+			Severity: in.Severity, Application: InternalApplication, Object: in.Object, Key: in.Key, Text: in.Text, State: eventOpen})
+	}
+	taken, err := w.flush(ctx)
+	if err == nil && len(taken) > 0 {
+		err = fmt.Errorf("store internal event: the place of %d is taken", taken[0].Seq)
 	}
 	tx.Wake(bus.Events)
-	return nil
+	return err
 }

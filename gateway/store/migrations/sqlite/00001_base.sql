@@ -1,5 +1,7 @@
 -- +goose Up
 
+-- INTEGER PRIMARY KEY makes a column the row's own key in SQLite, which saves an index.
+
 -- One row: which installation this is, and how often it was restored.
 CREATE TABLE installation (
     id          BIGINT    NOT NULL PRIMARY KEY CHECK (id = 1),
@@ -256,7 +258,7 @@ CREATE TABLE action_frames (
 
 -- One row per spool that a node ever had: ref stands in events for both.
 CREATE TABLE spools (
-    ref         BIGINT    NOT NULL PRIMARY KEY,
+    ref         INTEGER   NOT NULL PRIMARY KEY,
     node_id     TEXT      NOT NULL,
     spool       TEXT      NOT NULL,
     watermark   BIGINT    NOT NULL,
@@ -266,7 +268,7 @@ CREATE TABLE spools (
 CREATE UNIQUE INDEX spools_name ON spools (node_id, spool);
 
 CREATE TABLE events (
-    pos          BIGINT    NOT NULL PRIMARY KEY,
+    pos          INTEGER   NOT NULL PRIMARY KEY,
     id           TEXT      NOT NULL,
     spool_ref    BIGINT    NOT NULL,
     seq          BIGINT    NOT NULL,
@@ -291,7 +293,7 @@ CREATE INDEX events_node ON events (node_id, pos);
 CREATE INDEX events_key ON events (node_id, key) WHERE key <> '' AND state <> 'closed' AND merged_into = '';
 
 CREATE TABLE annotations (
-    pos       BIGINT    NOT NULL PRIMARY KEY,
+    pos       INTEGER   NOT NULL PRIMARY KEY,
     event_id  TEXT      NOT NULL,
     time      TIMESTAMP NOT NULL,
     by_whom   TEXT      NOT NULL,
@@ -300,7 +302,7 @@ CREATE TABLE annotations (
 CREATE INDEX annotations_event ON annotations (event_id);
 
 CREATE TABLE gaps (
-    pos      BIGINT    NOT NULL PRIMARY KEY,
+    pos      INTEGER   NOT NULL PRIMARY KEY,
     node_id  TEXT      NOT NULL,
     spool    TEXT      NOT NULL,
     from_seq BIGINT    NOT NULL,
@@ -311,7 +313,7 @@ CREATE TABLE gaps (
 CREATE UNIQUE INDEX gaps_place ON gaps (node_id, spool, from_seq, to_seq);
 
 CREATE TABLE audit (
-    pos      BIGINT    NOT NULL PRIMARY KEY,
+    pos      INTEGER   NOT NULL PRIMARY KEY,
     time     TIMESTAMP NOT NULL,
     who      TEXT      NOT NULL,
     origin   TEXT      NOT NULL,
