@@ -1,0 +1,285 @@
+package pki
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/smallstep/certificates/authority"
+	"github.com/smallstep/certificates/authority/config"
+	"github.com/smallstep/certificates/authority/provisioner"
+	_ "github.com/smallstep/certificates/cas/softcas" // signs with the intermediate's key
+	"github.com/smallstep/certificates/db"
+	_ "go.step.sm/crypto/kms/softkms" // keys in files
+
+	"sallyport/internal/identity"
+	"sallyport/internal/lockdir"
+	"sallyport/internal/wire"
+)
+
+// Lives of leaves, counted from the moment of issue.
+const (
+	LeafLife    = 30 * 24 * time.Hour
+	GatewayLife = 14 * 24 * time.Hour
+)
+
+// ErrRefused says that a request asks for what is never issued.
+var ErrRefused = errors.New("certificate is refused")
+
+// Authority issues leaves and signs revocation sets for one trust domain. It
+// is safe for concurrent use.
+type Authority struct {
+	dir  string
+	m    *material
+	ca   *authority.Authority
+	lock *lockdir.Lock
+	log  *slog.Logger
+
+	leafLife, gatewayLife time.Duration
+
+	mu      sync.Mutex
+	highest int64
+	env     *wire.Envelope
+	revoked map[wire.KeyHash]struct{}
+}
+
+// An Option changes what Open makes.
+type Option func(*Authority)
+
+// WithLives changes how long leaves live, for tests of renewal and expiry.
+func WithLives(leaf, gateway time.Duration) Option {
+	return func(a *Authority) { a.leafLife, a.gatewayLife = leaf, gateway }
+}
+
+// Open locks dir, and loads the authority in it or makes one in an empty
+// directory. A second process gets lockdir.ErrLocked.
+func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*Authority, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("pki: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
+	}
+	lock, err := lockdir.Acquire(dir)
+	if err != nil {
+		return nil, fmt.Errorf("pki: %w", err)
+	}
+	a := &Authority{dir: dir, lock: lock, log: log, leafLife: LeafLife, gatewayLife: GatewayLife}
+	for _, o := range opts {
+		o(a)
+	}
+	if err := a.open(ctx); err != nil {
+		_ = lock.Release()
+		return nil, fmt.Errorf("pki in %s: %w", dir, err)
+	}
+	return a, nil
+}
+
+func (a *Authority) open(ctx context.Context) error {
+	m, made, err := loadOrMake(a.dir)
+	if err != nil {
+		return err
+	}
+	a.m = m
+	if err := a.loadRevocations(); err != nil {
+		return err
+	}
+	noDB, err := db.New(nil) // what was issued stands in the gateway's database
+	if err != nil {
+		return err
+	}
+	a.ca, err = authority.NewEmbedded(
+		authority.WithConfig(&config.Config{
+			SkipValidation: true, // it has no listener, and would ask for an address
+			CommonName:     "Sallyport",
+			AuthorityConfig: &config.AuthConfig{
+				DisableIssuedAtCheck: true,
+				Backdate:             &provisioner.Duration{Duration: identity.Backdate},
+			},
+		}),
+		authority.WithDatabase(noDB),
+		authority.WithQuietInit(),
+		authority.WithX509RootCerts(m.root),
+		authority.WithX509Signer(m.inter, m.interKey),
+	)
+	if err != nil {
+		return err
+	}
+	if made {
+		a.log.InfoContext(ctx, "made a new certificate authority", "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
+	}
+	if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
+		a.log.WarnContext(ctx, "the SPIFFE intermediate ends soon", "not_after", m.inter.NotAfter)
+	}
+	return nil
+}
+
+// Close gives the directory up.
+func (a *Authority) Close() error {
+	return errors.Join(a.ca.Shutdown(), a.lock.Release())
+}
+
+// TrustDomain is the name that every identity of this authority carries.
+func (a *Authority) TrustDomain() string { return a.m.trustDomain }
+
+// Root is the certificate whose key join codes pin.
+func (a *Authority) Root() *x509.Certificate { return a.m.root }
+
+// Issue makes the chain (leaf, intermediate, root) of a node or an RCP. It
+// never makes a gateway, whoever asks.
+func (a *Authority) Issue(ctx context.Context, r wire.IssueRequest) ([][]byte, error) {
+	switch r.Party.Role {
+	case wire.RoleNode:
+		if r.Tenant == "" {
+			r.Tenant = wire.DefaultTenant
+		}
+		if !wire.ValidName(r.Name) || !wire.ValidName(r.Tenant) {
+			return nil, fmt.Errorf("%w: node name %q (tenant %q): want letters, digits, '.', '-' and '_', at most %d", ErrRefused, wire.Quotable(r.Name), wire.Quotable(r.Tenant), wire.MaxName)
+		}
+	case wire.RoleRCP:
+	default:
+		return nil, fmt.Errorf("%w: role %q is not issued on request", ErrRefused, wire.Quotable(string(r.Party.Role)))
+	}
+	return a.issue(ctx, r, a.leafLife)
+}
+
+// IssueGateway makes the chain of a gateway. It is for the local operator of
+// the authority and must not be put behind a listener.
+func (a *Authority) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]byte, error) {
+	return a.issue(ctx, wire.IssueRequest{
+		Party: wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: a.m.trustDomain},
+		CSR:   csr,
+	}, a.gatewayLife)
+}
+
+func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Duration) ([][]byte, error) {
+	if _, err := wire.ParsePartyURI(r.Party.URI()); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	if r.Party.TrustDomain != a.m.trustDomain {
+		return nil, fmt.Errorf("%w: %s belongs to %q, this authority to %s", ErrRefused, r.Party, wire.Quotable(r.Party.TrustDomain), a.m.trustDomain)
+	}
+	pub, key, err := identity.ParseCSR(r.CSR)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	if a.isRevoked(key) {
+		return nil, fmt.Errorf("%w: %s: %w", ErrRefused, key.Fingerprint(), identity.ErrRevoked)
+	}
+	csr, err := x509.ParseCertificateRequest(r.CSR)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
+	}
+	// The template is replaced whole, so that no name, extension or time
+	// of the request can reach the certificate.
+	leaf := a.leaf(r, life)
+	leaf.PublicKey, leaf.PublicKeyAlgorithm = pub, x509.ECDSA
+	replace := provisioner.CertificateEnforcerFunc(func(cert *x509.Certificate) error {
+		*cert = *leaf
+		return nil
+	})
+	chain, err := a.ca.SignWithContext(ctx, csr, provisioner.SignOptions{}, replace)
+	if err != nil {
+		return nil, fmt.Errorf("sign certificate of %s: %w", r.Party, err)
+	}
+	return [][]byte{chain[0].Raw, a.m.inter.Raw, a.m.root.Raw}, nil
+}
+
+func (a *Authority) leaf(r wire.IssueRequest, life time.Duration) *x509.Certificate {
+	now := time.Now()
+	leaf := &x509.Certificate{
+		NotBefore:             now.Add(-identity.Backdate),
+		NotAfter:              now.Add(life),
+		KeyUsage:              x509.KeyUsageDigitalSignature,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
+		BasicConstraintsValid: true,
+	}
+	if leaf.NotAfter.After(a.m.inter.NotAfter) {
+		leaf.NotAfter = a.m.inter.NotAfter
+	}
+	leaf.Subject.CommonName = string(r.Party.ID)
+	leaf.URIs = append(leaf.URIs, r.Party.URI())
+	leaf.DNSNames = []string{r.Party.ServerName()}
+	if r.Party.Role == wire.RoleNode {
+		leaf.DNSNames = append(leaf.DNSNames, identity.NodeName(r.Name, r.Tenant, a.m.trustDomain))
+	}
+	return leaf
+}
+
+func (a *Authority) isRevoked(key wire.KeyHash) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	_, bad := a.revoked[key]
+	return bad
+}
+
+// hold takes a set that is on disk; mu is held or the authority is not shared yet.
+func (a *Authority) hold(set wire.Revocations, env wire.Envelope) {
+	a.highest, a.env = set.Number, &env
+	a.revoked = make(map[wire.KeyHash]struct{}, len(set.Revoked))
+	for _, r := range set.Revoked {
+		a.revoked[r.Key] = struct{}{}
+	}
+}
+
+// SignRevocations signs a set whose number is above every one signed before,
+// and keeps it on disk. Trust domain and time are filled in.
+func (a *Authority) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if set.Number <= a.highest {
+		return wire.Envelope{}, fmt.Errorf("sign revocations: %w: number %d was signed already, want more than %d", identity.ErrOlder, set.Number, a.highest)
+	}
+	set.TrustDomain, set.Issued = a.m.trustDomain, time.Now().UTC()
+	env, err := identity.Seal(a.m.interKey, [][]byte{a.m.inter.Raw}, wire.TypeRevocations, set)
+	if err != nil {
+		return wire.Envelope{}, err
+	}
+	b, err := json.Marshal(env)
+	if err != nil {
+		return wire.Envelope{}, err
+	}
+	if len(b) > wire.MaxRevocations {
+		return wire.Envelope{}, fmt.Errorf("sign revocations: %w: %d keys", wire.ErrTooLarge, len(set.Revoked))
+	}
+	if err := writeFile(a.dir, fileRevocations, b, 0o600); err != nil {
+		return wire.Envelope{}, fmt.Errorf("sign revocations: %w", err)
+	}
+	a.hold(set, env)
+	return env, nil
+}
+
+// Revocations is the highest set that was signed; false before the first.
+func (a *Authority) Revocations() (wire.Envelope, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.env == nil {
+		return wire.Envelope{}, false
+	}
+	return *a.env, true
+}
+
+func (a *Authority) loadRevocations() error {
+	b, err := os.ReadFile(filepath.Join(a.dir, fileRevocations))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var env wire.Envelope
+	if err := json.Unmarshal(b, &env); err != nil {
+		return damaged(fileRevocations, err.Error())
+	}
+	set, err := identity.VerifyRevocations(env, []*x509.Certificate{a.m.root}, a.m.trustDomain, a.m.inter.NotBefore)
+	if err != nil {
+		return damaged(fileRevocations, err.Error())
+	}
+	a.hold(set, env)
+	return nil
+}

@@ -1,0 +1,257 @@
+package pki
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/google/renameio/v2"
+
+	"sallyport/internal/wire"
+)
+
+const (
+	fileRoot        = "root.pem"
+	fileRootKey     = "root.key"
+	fileInter       = "intermediate.pem"
+	fileInterKey    = "intermediate.key"
+	fileTrustDomain = "trust-domain"
+	fileRevocations = "revocations.json"
+)
+
+// Lives of the certificates, counted from the moment of issue. The issuers
+// are backdated further than the leaves below them.
+const (
+	rootLife       = 20 * 365 * 24 * time.Hour
+	interLife      = 10 * 365 * 24 * time.Hour
+	issuerBackdate = 96 * time.Hour
+)
+
+// ErrDamaged says that files of the authority are missing or do not fit
+// together. Nothing is ever made anew in their place: that would be another CA.
+var ErrDamaged = errors.New("certificate authority is damaged")
+
+// material is what the files hold.
+type material struct {
+	root, inter *x509.Certificate
+	interKey    *ecdsa.PrivateKey
+	trustDomain string
+}
+
+func damaged(file, cause string) error {
+	return fmt.Errorf("%w: %s %s; restore the pki directory from a backup (without it every party has to enrol again)", ErrDamaged, file, cause)
+}
+
+// loadOrMake reads the authority in dir, or makes one in an empty directory.
+// The trust domain is written last: a directory in which nothing was ever
+// issued, because a crash interrupted the making, is made anew.
+func loadOrMake(dir string) (*material, bool, error) {
+	have := map[string]bool{}
+	for _, name := range []string{fileRoot, fileRootKey, fileInter, fileInterKey, fileTrustDomain, fileRevocations} {
+		_, err := os.Stat(filepath.Join(dir, name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, false, err
+		}
+		have[name] = err == nil
+	}
+	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] {
+		m, err := create(dir)
+		return m, true, err
+	}
+	for _, name := range []string{fileRoot, fileInter, fileInterKey} {
+		if !have[name] {
+			return nil, false, damaged(name, "is missing")
+		}
+	}
+	m, err := load(dir)
+	return m, false, err
+}
+
+func create(dir string) (*material, error) {
+	rootKey, err := newKey(dir, fileRootKey)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	tmpl := issuer(now, rootLife)
+	tmpl.Subject.CommonName = "Sallyport root"
+	tmpl.MaxPathLen = 1
+	root, err := sign(tmpl, tmpl, &rootKey.PublicKey, rootKey)
+	if err != nil {
+		return nil, err
+	}
+	td := wire.DefaultTrustDomain(root)
+	if err := writePEM(dir, fileRoot, root); err != nil {
+		return nil, err
+	}
+	interKey, err := newKey(dir, fileInterKey)
+	if err != nil {
+		return nil, err
+	}
+	inter, err := sign(spiffeIntermediate(now, td), root, &interKey.PublicKey, rootKey)
+	if err != nil {
+		return nil, err
+	}
+	if err := writePEM(dir, fileInter, inter); err != nil {
+		return nil, err
+	}
+	if err := writeFile(dir, fileTrustDomain, []byte(td+"\n"), 0o600); err != nil {
+		return nil, err
+	}
+	return &material{root: root, inter: inter, interKey: interKey, trustDomain: td}, nil
+}
+
+func issuer(now time.Time, life time.Duration) *x509.Certificate {
+	return &x509.Certificate{
+		NotBefore:             now.Add(-issuerBackdate),
+		NotAfter:              now.Add(life),
+		IsCA:                  true,
+		BasicConstraintsValid: true,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+}
+
+// spiffeIntermediate is the template of the one intermediate whose leaves may
+// open channels: its URI is the trust domain (X509-SVID, section 3.1), and the
+// constraints hold whatever it signs inside that domain (RFC 5280, 4.2.1.10).
+func spiffeIntermediate(now time.Time, trustDomain string) *x509.Certificate {
+	tmpl := issuer(now, interLife)
+	tmpl.Subject = pkix.Name{CommonName: "Sallyport SPIFFE intermediate", Organization: []string{trustDomain}}
+	tmpl.MaxPathLenZero = true
+	tmpl.KeyUsage |= x509.KeyUsageDigitalSignature // it signs revocation sets itself
+	tmpl.URIs = []*url.URL{{Scheme: "spiffe", Host: trustDomain}}
+	tmpl.PermittedDNSDomainsCritical = true
+	tmpl.PermittedDNSDomains = []string{trustDomain}
+	tmpl.PermittedURIDomains = []string{trustDomain}
+	return tmpl
+}
+
+func sign(tmpl, parent *x509.Certificate, pub *ecdsa.PublicKey, key *ecdsa.PrivateKey) (*x509.Certificate, error) {
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
+	if err != nil {
+		return nil, err
+	}
+	tmpl.SerialNumber = serial.Add(serial, big.NewInt(1))
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
+	if err != nil {
+		return nil, err
+	}
+	return x509.ParseCertificate(der)
+}
+
+func load(dir string) (*material, error) {
+	var m material
+	var err error
+	if m.root, err = readCert(dir, fileRoot); err != nil {
+		return nil, err
+	}
+	if m.inter, err = readCert(dir, fileInter); err != nil {
+		return nil, err
+	}
+	if m.interKey, err = readKey(dir, fileInterKey); err != nil {
+		return nil, err
+	}
+	if !m.interKey.PublicKey.Equal(m.inter.PublicKey) {
+		return nil, damaged(fileInterKey, "does not belong to "+fileInter)
+	}
+	if err := m.inter.CheckSignatureFrom(m.root); err != nil {
+		return nil, damaged(fileInter, "was not issued by "+fileRoot)
+	}
+	if len(m.inter.URIs) != 1 || m.inter.URIs[0].Scheme != "spiffe" {
+		return nil, damaged(fileInter, "is not a SPIFFE intermediate")
+	}
+	m.trustDomain = m.inter.URIs[0].Host
+	b, err := os.ReadFile(filepath.Join(dir, fileTrustDomain))
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // the certificate says it too
+		return &m, writeFile(dir, fileTrustDomain, []byte(m.trustDomain+"\n"), 0o600)
+	case err != nil:
+		return nil, err
+	case strings.TrimSpace(string(b)) != m.trustDomain:
+		return nil, damaged(fileTrustDomain, fmt.Sprintf("says %q, %s says %q", strings.TrimSpace(string(b)), fileInter, m.trustDomain))
+	}
+	if now := time.Now(); now.After(m.inter.NotAfter) {
+		return nil, fmt.Errorf("the SPIFFE intermediate expired on %s (is the clock of this host right?)", m.inter.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return &m, nil
+}
+
+func newKey(dir, name string) (*ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return key, writeFile(dir, name, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
+}
+
+func readKey(dir, name string) (*ecdsa.PrivateKey, error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, damaged(name, "is not a PEM file")
+	}
+	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		return nil, damaged(name, "holds no key: "+err.Error())
+	}
+	key, ok := k.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, damaged(name, fmt.Sprintf("holds a %T, want an ECDSA key", k))
+	}
+	return key, nil
+}
+
+func readCert(dir, name string) (*x509.Certificate, error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode(b)
+	if block == nil {
+		return nil, damaged(name, "is not a PEM file")
+	}
+	c, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, damaged(name, "holds no certificate: "+err.Error())
+	}
+	return c, nil
+}
+
+func writePEM(dir, name string, c *x509.Certificate) error {
+	return writeFile(dir, name, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}), 0o600)
+}
+
+// writeFile replaces dir/name and has it on disk when it returns.
+func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
+	if err := renameio.WriteFile(filepath.Join(dir, name), b, mode, renameio.WithStaticPermissions(mode)); err != nil {
+		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	if cerr := d.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
