@@ -1,0 +1,75 @@
+package harness
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+)
+
+// RaceVariable builds the programs with the race detector when it is "1". They
+// are slower then: deadlines of the contract are for ordinary builds.
+const RaceVariable = "SALLYPORT_TEST_RACE"
+
+var programs = sync.OnceValues(func() (string, error) { return build(context.Background()) })
+
+// build makes all programs in a cached directory. The test programs of several
+// packages share it, one at a time; the go command leaves what is up to date.
+func build(ctx context.Context) (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	kind := "static"
+	args := []string{"build", "-o", "", "./cmd/..."}
+	env := append(os.Environ(), "CGO_ENABLED=0")
+	if os.Getenv(RaceVariable) == "1" {
+		kind = "race"
+		args = []string{"build", "-race", "-o", "", "./cmd/..."}
+		env = append(os.Environ(), "CGO_ENABLED=1")
+	}
+	root, err := Repository()
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(cache, "sallyport-tests", kind)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = lock.Close() }() // which unlocks
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
+	}
+	args[len(args)-2] = dir + string(filepath.Separator)
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir, cmd.Env = root, env
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
+	}
+	return dir, nil
+}
+
+// Repository returns the root of this module.
+func Repository() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", fmt.Errorf("no go.mod above the working directory")
+		}
+		dir = parent
+	}
+}
