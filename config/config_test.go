@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
@@ -185,36 +184,6 @@ func TestDefaultData(t *testing.T) {
 	if _, err := defaultData(nil, 7); !errors.Is(err, ErrConfig) {
 		t.Errorf("without HOME: got %v", err)
 	}
-}
-
-func TestDuration(t *testing.T) {
-	for s, want := range map[string]time.Duration{
-		"0": 0, "90s": 90 * time.Second, "1h30m": 90 * time.Minute, "2w": 14 * 24 * time.Hour, "1d12h": 36 * time.Hour, "1.5h": 90 * time.Minute, "250ms": 250 * time.Millisecond,
-	} {
-		if got, err := ParseDuration(s); err != nil || got != want {
-			t.Errorf("%q: got %v, %v", s, got, err)
-		}
-	}
-	for _, s := range []string{"", "5", "-1s", "1y", "s", "1h 2m", "99999999999999w", "1e3s"} {
-		if d, err := ParseDuration(s); err == nil {
-			t.Errorf("%q was read as %v", s, d)
-		}
-	}
-}
-
-func FuzzParseDuration(f *testing.F) {
-	for _, s := range []string{"90s", "1h30m", "2w", "0", "1.5d"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, s string) {
-		d, err := ParseDuration(s)
-		if err != nil {
-			return
-		}
-		if d < 0 {
-			t.Fatalf("%q became negative: %v", s, d)
-		}
-	})
 }
 
 func TestSecretHides(t *testing.T) {

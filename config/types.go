@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 )
 
 // Secret is text that never shows itself: not in an error, not in a log line,
@@ -66,65 +65,6 @@ func (f *LogFormat) UnmarshalText(b []byte) error {
 	v, err := oneOf(string(b), "text", "json")
 	*f = LogFormat(v)
 	return err
-}
-
-// Duration is a time.Duration that is written with s, m, h, d and w.
-type Duration time.Duration
-
-// UnmarshalText reads the form of [ParseDuration].
-func (d *Duration) UnmarshalText(b []byte) error {
-	v, err := ParseDuration(string(b))
-	*d = Duration(v)
-	return err
-}
-
-// MarshalText writes the form that UnmarshalText reads.
-func (d Duration) MarshalText() ([]byte, error) { return []byte(d.String()), nil }
-
-// String writes whole weeks or days as such, everything else as time.Duration does.
-func (d Duration) String() string {
-	const day = 24 * time.Hour
-	switch v := time.Duration(d); {
-	case v != 0 && v%(7*day) == 0:
-		return strconv.FormatInt(int64(v/(7*day)), 10) + "w"
-	case v != 0 && v%day == 0:
-		return strconv.FormatInt(int64(v/day), 10) + "d"
-	default:
-		return v.String()
-	}
-}
-
-var durationPart = regexp.MustCompile(`^([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d|w)`)
-
-var durationUnit = map[string]time.Duration{
-	"ms": time.Millisecond, "s": time.Second, "m": time.Minute, "h": time.Hour,
-	"d": 24 * time.Hour, "w": 7 * 24 * time.Hour,
-}
-
-// ParseDuration reads a sum of numbers with the units ms, s, m, h, d (24 h) and
-// w (7 d), such as "90s", "1h30m" or "2w". A bare 0 is accepted; a sign is not.
-func ParseDuration(s string) (time.Duration, error) {
-	const want = "want a number with s, m, h, d or w, such as 90s, 1h30m or 2w"
-	if s == "0" {
-		return 0, nil
-	}
-	var total float64
-	for rest := s; rest != "" || s == ""; {
-		m := durationPart.FindStringSubmatch(rest)
-		if m == nil {
-			return 0, fmt.Errorf("%s is not a duration; %s", quote(s), want)
-		}
-		n, err := strconv.ParseFloat(m[1], 64)
-		if err != nil {
-			return 0, fmt.Errorf("%s is not a duration; %s", quote(s), want)
-		}
-		total += n * float64(durationUnit[m[2]])
-		rest = rest[len(m[0]):]
-	}
-	if total >= math.MaxInt64 {
-		return 0, fmt.Errorf("%s is longer than 292 years", quote(s))
-	}
-	return time.Duration(math.Round(total)), nil
 }
 
 // Size is a number of bytes.

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport/config"
+	"sallyport/internal/wire"
 )
 
 // Root prepares the top of a program: no noise of cobra's own, usage errors
@@ -48,19 +49,27 @@ func Group(use, short string, verbs ...*cobra.Command) *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
 				if cmd.HasParent() {
-					return Usage("%s: say what to do: %s", cmd.CommandPath(), strings.Join(verbsOf(cmd), ", "))
+					return Usage("%ssay what to do: %s", at(cmd), strings.Join(verbsOf(cmd), ", "))
 				}
 				return cmd.Help()
 			}
 			if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-				return Usage("%s: unknown command %q; did you mean %s?", cmd.CommandPath(), args[0], strings.Join(near, " or "))
+				return Usage("%sunknown command %q; did you mean %s?", at(cmd), args[0], strings.Join(near, " or "))
 			}
-			return Usage("%s: unknown command %q; there are %s", cmd.CommandPath(), args[0], strings.Join(verbsOf(cmd), ", "))
+			return Usage("%sunknown command %q; there are %s", at(cmd), args[0], strings.Join(verbsOf(cmd), ", "))
 		},
 		SuggestionsMinimumDistance: 2,
 	}
 	g.AddCommand(verbs...)
 	return g
+}
+
+// at names a command below the program, whose own name begins every message.
+func at(cmd *cobra.Command) string {
+	if !cmd.HasParent() {
+		return ""
+	}
+	return strings.TrimPrefix(cmd.CommandPath(), cmd.Root().Name()+" ") + ": "
 }
 
 func verbsOf(cmd *cobra.Command) []string {
@@ -92,8 +101,8 @@ func counted(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
-// DurationFlag is a flag in the form of [config.ParseDuration].
-type DurationFlag struct{ config.Duration }
+// DurationFlag is a flag in the form of [wire.ParseDuration].
+type DurationFlag struct{ wire.Duration }
 
 // Set reads the flag.
 func (d *DurationFlag) Set(s string) error { return d.UnmarshalText([]byte(s)) }

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/config"
+	"sallyport/gateway/api"
+	"sallyport/internal/cli"
+	"sallyport/internal/wire"
+)
+
+// defaultJoinTTL of a code: a day for carrying it to the other side.
+const defaultJoinTTL = wire.Duration(24 * time.Hour)
+
+func (a *app) joinCommand() *cobra.Command {
+	list := &cobra.Command{Use: "list", Short: "List join codes, without their secrets", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Join, error) { return c.Joins(ctx) })
+			if err != nil {
+				return err
+			}
+			return a.out.Print(all, joinTable(all...))
+		}}
+	revoke := &cobra.Command{Use: "revoke ID", Short: "Make a join code useless", Args: cli.Exactly(1),
+		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Joins, func(j api.Join) string { return j.ID })),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			j, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Join, error) { return c.RevokeJoin(ctx, args[0]) })
+			if err != nil {
+				return err
+			}
+			return a.out.Print(j, joinTable(j))
+		}}
+	return cli.Group("join", "Join codes: how nodes enrol", a.joinCreateCommand(), list, revoke)
+}
+
+func (a *app) joinCreateCommand() *cobra.Command {
+	var in api.CreateJoin
+	var tags []string
+	var ttl cli.DurationFlag
+	cmd := &cobra.Command{
+		Use:   "create [--name N] [--tag k=v]... [--uses N] [--ttl D]",
+		Short: "Print a join code for nodes",
+		Long: "Print a join code, alone, on stdout; what to set on the node's host stands on stderr.\n" +
+			"With --manual the code holds no token: the node waits until `sallyport request grant`.",
+		Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if in.Tags, err = parseTags(tags); err != nil {
+				return err
+			}
+			if in.Uses < 1 {
+				return cli.Usage("--uses: want a number of at least 1")
+			}
+			if in.Name != "" && in.Uses > 1 {
+				return cli.Usage("--name with --uses %d: one name is for one node", in.Uses)
+			}
+			if in.Name != "" {
+				if err := config.CheckName(in.Name); err != nil {
+					return cli.Usage("--name: %w", err)
+				}
+			}
+			in.TTL = ttl.Duration
+			j, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
+			if err != nil {
+				return err
+			}
+			return a.printJoin(j)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&in.Name, "name", "", "name of the node")
+	f.StringArrayVar(&tags, "tag", nil, "tag that the node gets, k=v; it cannot change it")
+	f.StringArrayVar(&in.AllowTags, "allow-tag", nil, "glob over the k=v that the node may set itself; any without it")
+	f.IntVar(&in.Uses, "uses", 1, "number of nodes that may use the code")
+	ttl.Duration = defaultJoinTTL
+	f.Var(&ttl, "ttl", "life of the code")
+	f.StringArrayVar(&in.RCPs, "rcp", nil, "RCP whose addresses stand in the code; all without it")
+	f.BoolVar(&in.Manual, "manual", false, "without a token: an operator grants by hand")
+	f.BoolVar(&in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
+	_ = cmd.RegisterFlagCompletionFunc("rcp", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))
+	return cmd
+}
+
+func (a *app) printJoin(j api.CreatedJoin) error {
+	if a.out.Format != cli.FormatTable {
+		return a.out.Print(j, cli.Table{Columns: []string{"id", "code"}, Rows: [][]string{{j.ID, j.Code}}})
+	}
+	a.noteJoin("the node's host", "/etc/sallyport/node.join", "sallyport-node", j, []string{"SALLYPORT_NODE_JOIN=/etc/sallyport/node.join"})
+	if len(j.Addresses) == 0 {
+		a.out.Note("# The code holds no address: add SALLYPORT_NODE_UPSTREAMS=host:port, or give the RCPs one with `sallyport rcp set NAME --public HOST:PORT`.")
+	}
+	if j.Manual {
+		a.out.Note("# Then compare the fingerprint that `sallyport-node local status` shows with `sallyport request list`, and run `sallyport request grant`.")
+	}
+	return a.out.Raw([]byte(j.Code + "\n"))
+}
+
+func joinTable(all ...api.Join) cli.Table {
+	t := cli.Table{Columns: []string{"id", "role", "name", "state", "uses", "tags", "rcps", "kind", "expires", "created_by"}}
+	for _, j := range all {
+		kind := "token"
+		if j.Manual {
+			kind = "manual"
+		}
+		t.Add(j.ID, string(j.Role), j.Name, j.State, fmt.Sprintf("%d/%d", j.Used, j.Uses), cli.Pairs(j.Tags), strings.Join(j.RCPs, ","), kind, cli.Time(j.Expires), j.CreatedBy)
+	}
+	return t
+}
+
+func (a *app) requestCommand() *cobra.Command {
+	var state string
+	list := &cobra.Command{Use: "list [--state S]", Short: "List certificate requests, newest first", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Request, error) {
+				return c.Requests(ctx, api.RequestQuery{State: state})
+			})
+			if err != nil {
+				return err
+			}
+			return a.out.Print(all, requestTable(all...))
+		}}
+	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
+	list.Flags().StringVar(&state, "state", "", "only those in this state: "+strings.Join(states, ", "))
+	_ = list.RegisterFlagCompletionFunc("state", fixed(states...))
+
+	var in api.Grant
+	grant := a.decideCommand("grant ID|NAME... [--fingerprint F] [--replace]", "Let a party in", "grant", func(ctx context.Context, c *api.Client, ref string) (api.Request, error) {
+		return c.GrantRequest(ctx, ref, in)
+	})
+	grant.Flags().StringVar(&in.Fingerprint, "fingerprint", "", "grant only the key with this fingerprint, as the other side shows it")
+	grant.Flags().BoolVar(&in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
+	var reason api.Deny
+	deny := a.decideCommand("deny ID|NAME... [--reason R]", "Refuse a party, and tell it", "deny", func(ctx context.Context, c *api.Client, ref string) (api.Request, error) {
+		return c.DenyRequest(ctx, ref, reason)
+	})
+	deny.Flags().StringVar(&reason.Reason, "reason", "", "what the party is told")
+	discard := a.decideCommand("discard ID|NAME...", "Forget a request without telling the party", "discard", func(ctx context.Context, c *api.Client, ref string) (api.Request, error) {
+		return c.DiscardRequest(ctx, ref)
+	})
+	return cli.Group("request", "Certificate requests", list, grant, deny, discard)
+}
+
+// decideCommand is one verdict on one or several requests.
+func (a *app) decideCommand(use, short, verb string, decide func(context.Context, *api.Client, string) (api.Request, error)) *cobra.Command {
+	var yes bool
+	pending := func(ctx context.Context, c *api.Client) ([]string, error) {
+		all, err := c.Requests(ctx, api.RequestQuery{State: api.RequestPending})
+		if err != nil {
+			return nil, err
+		}
+		var names []string
+		for _, r := range all {
+			names = append(names, r.ID)
+		}
+		return names, nil
+	}
+	cmd := &cobra.Command{Use: use, Short: short, Args: cli.AtLeast(1), ValidArgsFunction: a.completeNames(0, pending)}
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask when there are several")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 1 {
+			if verb == "grant" && cmd.Flags().Changed("fingerprint") {
+				return cli.Usage("--fingerprint with %d requests: one fingerprint is for one request", len(args))
+			}
+			if err := cli.Confirm(a.streams, yes, "%s %d requests", verb, len(args)); err != nil {
+				return err
+			}
+		}
+		c, err := a.client()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		done := []api.Request{}
+		for _, ref := range args {
+			r, err := decide(cmd.Context(), c, ref)
+			if err != nil {
+				return fmt.Errorf("%s %s: %w", verb, ref, err)
+			}
+			done = append(done, r)
+		}
+		if len(args) == 1 {
+			return a.out.Print(done[0], requestTable(done...))
+		}
+		return a.out.Print(done, requestTable(done...))
+	}
+	return cmd
+}
+
+func requestTable(all ...api.Request) cli.Table {
+	t := cli.Table{Columns: []string{"id", "role", "name", "state", "reason", "fingerprint", "source", "rcp", "tags", "requested"}}
+	for _, r := range all {
+		source := r.Source
+		if source != "" && r.RCP != "" {
+			source += " (reported by RCP " + r.RCP + ")"
+		}
+		t.Add(r.ID, string(r.Role), r.Name, r.State, r.Reason, r.Fingerprint, source, r.RCP, cli.Pairs(r.Tags), cli.Time(r.Requested))
+	}
+	return t
+}

@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/config"
+	"sallyport/gateway/api"
+	"sallyport/internal/cli"
+)
+
+func (a *app) rcpCommand() *cobra.Command {
+	names := a.completeNames(1, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name }))
+	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.RCP, error)) *cobra.Command {
+		return &cobra.Command{Use: use + " NAME", Short: short, Args: cli.Exactly(1), ValidArgsFunction: names,
+			RunE: func(cmd *cobra.Command, args []string) error {
+				r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCP, error) { return f(c, ctx, args[0]) })
+				if err != nil {
+					return err
+				}
+				return a.out.Print(r, rcpTable(r))
+			}}
+	}
+	join := a.rcpJoinCommand()
+	set := a.rcpSetCommand()
+	remove := &cobra.Command{Use: "remove NAME", Short: "Revoke an RCP and take it off the list", Args: cli.Exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Removal, error) { return c.RemoveRCP(ctx, args[0]) })
+			if err != nil {
+				return err
+			}
+			return a.out.Print(r, removalTable(r))
+		}}
+	for _, c := range []*cobra.Command{join, set, remove} {
+		c.ValidArgsFunction = names
+	}
+	return cli.Group("rcp", "RCPs: the boxes that join channels",
+		a.rcpAddCommand(), a.rcpListCommand(),
+		verb("show", "Show one RCP", (*api.Client).RCP),
+		set, join,
+		verb("drain", "Let an RCP finish what runs and take no more", (*api.Client).DrainRCP),
+		verb("resume", "End a drain", (*api.Client).ResumeRCP),
+		remove,
+		verb("retry", "Dial a failed RCP at once", (*api.Client).RetryRCP))
+}
+
+func (a *app) rcpAddCommand() *cobra.Command {
+	var in api.AddRCP
+	var ttl cli.DurationFlag
+	cmd := &cobra.Command{
+		Use:   "add NAME [HOST:PORT] [--public HOST:PORT]... [--via RCP]",
+		Short: "Add an RCP and print its join code",
+		Long: "Add an RCP and print its join code, alone, on stdout; what to set on its host stands on stderr.\n" +
+			"With HOST:PORT the gateway dials it; without, it dials the gateway's channel port.",
+		Args: cli.Between(1, 2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			in.Name, in.TTL = args[0], ttl.Duration
+			if err := config.CheckName(in.Name); err != nil {
+				return cli.Usage("NAME: %w", err)
+			}
+			if len(args) > 1 {
+				in.Address = args[1]
+			}
+			if err := checkAddrs(append([]string{in.Address}, in.Public...)); err != nil {
+				return err
+			}
+			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.AddRCP(ctx, in) })
+			if err != nil {
+				return err
+			}
+			return a.printRCPJoin(r)
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&in.Public, "public", nil, "address by which nodes reach it; HOST:PORT without it")
+	f.StringVar(&in.Via, "via", "", "name of the RCP behind which it stands")
+	f.Var(&ttl, "ttl", "life of the join code (default 24h)")
+	return cmd
+}
+
+func checkAddrs(addrs []string) error {
+	for _, addr := range addrs {
+		if addr == "" {
+			continue
+		}
+		if err := config.CheckAddr(addr); err != nil {
+			return cli.Usage("%w", err)
+		}
+	}
+	return nil
+}
+
+func (a *app) rcpJoinCommand() *cobra.Command {
+	var in api.JoinRCP
+	var ttl cli.DurationFlag
+	cmd := &cobra.Command{
+		Use: "join NAME [--replace]", Short: "Print a new join code for an RCP", Args: cli.Exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			in.TTL = ttl.Duration
+			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
+			if err != nil {
+				return err
+			}
+			return a.printRCPJoin(r)
+		},
+	}
+	cmd.Flags().Var(&ttl, "ttl", "life of the join code (default 24h)")
+	cmd.Flags().BoolVar(&in.Replace, "replace", false, "revoke the identity that it has")
+	return cmd
+}
+
+// printRCPJoin prints the code alone on stdout, so that it can be piped into a
+// file, and the environment of the other side on stderr.
+func (a *app) printRCPJoin(r api.RCPJoin) error {
+	if a.out.Format != cli.FormatTable {
+		return a.out.Print(r, cli.Table{Columns: []string{"name", "code"}, Rows: [][]string{{r.RCP.Name, r.Join.Code}}})
+	}
+	lines := []string{"SALLYPORT_RCP_JOIN=/etc/sallyport/rcp.join"}
+	if port := portOf(r.RCP.Address); port != "" && port != "9090" {
+		lines = append(lines, "SALLYPORT_RCP_LISTEN=:"+port)
+	}
+	if r.RCP.Address == "" && len(r.Join.Addresses) > 0 {
+		lines = append(lines, "SALLYPORT_RCP_UPSTREAMS="+strings.Join(r.Join.Addresses, ";"))
+	}
+	a.noteJoin("the RCP's host", "/etc/sallyport/rcp.join", "sallyport-rcp", r.Join, lines)
+	return a.out.Raw([]byte(r.Join.Code + "\n"))
+}
+
+// noteJoin writes to stderr what the other side needs.
+func (a *app) noteJoin(host, file, program string, j api.CreatedJoin, env []string) {
+	a.out.Note("# join code %s, good until %s for %s.", j.ID, cli.Time(j.Expires), uses(j.Uses))
+	a.out.Note("# On %s: put the line from stdout into %s (mode 0600), and start `%s` with", host, file, program)
+	for _, line := range env {
+		a.out.Note("%s", line)
+	}
+}
+
+func uses(n int) string {
+	if n == 1 {
+		return "one use"
+	}
+	return fmt.Sprintf("%d uses", n)
+}
+
+func portOf(addr string) string {
+	if i := strings.LastIndexByte(addr, ':'); i >= 0 {
+		return addr[i+1:]
+	}
+	return ""
+}
+
+func (a *app) rcpSetCommand() *cobra.Command {
+	var address, via string
+	var public []string
+	cmd := &cobra.Command{
+		Use: "set NAME [--address HOST:PORT] [--public HOST:PORT]... [--via RCP]", Short: "Change how an RCP is reached", Args: cli.Exactly(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			var in api.SetRCP
+			changed := cmd.Flags().Changed
+			if changed("address") {
+				in.Address = &address
+			}
+			if changed("public") {
+				in.Public = &public
+			}
+			if changed("via") {
+				in.Via = &via
+			}
+			if in == (api.SetRCP{}) {
+				return cli.Usage("nothing to set: give --address, --public or --via")
+			}
+			if err := checkAddrs(append([]string{address}, public...)); err != nil {
+				return err
+			}
+			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCP, error) { return c.SetRCP(ctx, args[0], in) })
+			if err != nil {
+				return err
+			}
+			return a.out.Print(r, rcpTable(r))
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&address, "address", "", "that the gateway dials; empty: it dials the gateway")
+	f.StringArrayVar(&public, "public", nil, "address by which nodes reach it")
+	f.StringVar(&via, "via", "", "name of the RCP behind which it stands; empty: none")
+	return cmd
+}
+
+func (a *app) rcpListCommand() *cobra.Command {
+	return &cobra.Command{Use: "list", Short: "List RCPs", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.RCP, error) { return c.RCPs(ctx) })
+			if err != nil {
+				return err
+			}
+			return a.out.Print(all, rcpTable(all...))
+		}}
+}
+
+func rcpTable(all ...api.RCP) cli.Table {
+	t := cli.Table{Columns: []string{"name", "state", "since", "address", "carrier", "nodes", "pending", "via", "version", "id", "last_error"}}
+	for _, r := range all {
+		t.Add(r.Name, r.State, cli.Age(r.StateSince, now()), r.Address, r.Carrier, fmt.Sprint(r.Online), fmt.Sprint(r.Pending), r.Via, r.Version, string(r.ID), firstOf(r.LastError, r.StateReason))
+	}
+	return t
+}
+
+func removalTable(r api.Removal) cli.Table {
+	return cli.Table{Columns: []string{"id", "name", "revocations"}, Rows: [][]string{{string(r.ID), r.Name, fmt.Sprint(r.Revocations)}}}
+}
+
+func firstOf(values ...string) string {
+	for _, v := range values {
+		if v != "" {
+			return v
+		}
+	}
+	return ""
+}
+
+// parseTags reads repeated --tag k=v flags.
+func parseTags(pairs []string) (map[string]string, error) {
+	if len(pairs) == 0 {
+		return nil, nil
+	}
+	m := map[string]string{}
+	for _, p := range pairs {
+		k, v, err := config.ParseTag(p)
+		if err != nil {
+			return nil, cli.Usage("%w", err)
+		}
+		m[k] = v
+	}
+	return m, nil
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"os"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"sallyport/internal/cli"
+)
+
+// TestMain lets scripts call the program by its name: the test binary is it.
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"sallyport": main})
+}
+
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata",
+		Setup: func(e *testscript.Env) error {
+			// Sockets have short paths: TMPDIR of a test may be too deep.
+			dir, err := os.MkdirTemp("", "sp")
+			if err != nil {
+				return err
+			}
+			e.Defer(func() { _ = os.RemoveAll(dir) })
+			e.Setenv("SALLYPORT_DATA", dir)
+			e.Setenv("HOME", e.WorkDir)
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+	})
+}
+
+// exits CODE PROGRAM ARG... runs a program and wants exactly this exit code.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits CODE PROGRAM ARG...")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	got := "0"
+	if err != nil {
+		got = exitCode(err)
+	}
+	if got != args[0] {
+		ts.Fatalf("%v exited with %s, want %s", args[1:], got, args[0])
+	}
+}
+
+// TestTree walks the whole command tree: every command says what it does and
+// refuses arguments that it has no use for.
+func TestTree(t *testing.T) {
+	root := newRoot(cli.IO{Env: []string{}})
+	walk(root, func(path string, short string, runnable, checked bool) {
+		if short == "" {
+			t.Errorf("%s has no short help", path)
+		}
+		if runnable && !checked {
+			t.Errorf("%s does not check its arguments", path)
+		}
+	})
+}
