@@ -8,6 +8,18 @@ import (
 	"time"
 )
 
+// SpecError says which key of a spec no node could do anything with.
+type SpecError struct {
+	Field  string // as in files[0].path
+	Reason string
+}
+
+func (e *SpecError) Error() string { return e.Field + ": " + e.Reason }
+
+func specError(field, format string, args ...any) error {
+	return &SpecError{Field: field, Reason: fmt.Sprintf(format, args...)}
+}
+
 // Types of policies that have a spec here.
 const (
 	PolicyFiles = "files"
@@ -35,7 +47,7 @@ func (s CheckSpec) Validate() error {
 		return err
 	}
 	if s.Interval != 0 && s.Interval < MinCheckInterval {
-		return fmt.Errorf("interval: %v is shorter than %v", s.Interval, MinCheckInterval)
+		return specError("interval", "%v is shorter than %v", s.Interval, MinCheckInterval)
 	}
 	return nil
 }
@@ -75,21 +87,22 @@ func (f FileSpec) Perm() (uint32, error) {
 // spec's own key.)
 func (s FilesSpec) Check() error {
 	if len(s.Files) == 0 {
-		return fmt.Errorf("files: at least one file is needed")
+		return specError("files", "at least one file is needed")
 	}
 	seen := make(map[string]bool, len(s.Files))
 	for i, f := range s.Files {
+		field := fmt.Sprintf("files[%d].", i)
 		switch {
 		case !path.IsAbs(f.Path) || path.Clean(f.Path) != f.Path || f.Path == "/":
-			return fmt.Errorf("files[%d].path: %q is not an absolute, clean path of a file", i, Quotable(f.Path))
+			return specError(field+"path", "%q is not an absolute, clean path of a file", Quotable(f.Path))
 		case strings.ContainsRune(f.Path, 0):
-			return fmt.Errorf("files[%d].path: it contains a NUL byte", i)
+			return specError(field+"path", "it contains a NUL byte")
 		case seen[f.Path]:
-			return fmt.Errorf("files[%d].path: %q stands there twice", i, Quotable(f.Path))
+			return specError(field+"path", "%q stands there twice", Quotable(f.Path))
 		}
 		seen[f.Path] = true
 		if _, err := f.Perm(); err != nil {
-			return fmt.Errorf("files[%d].mode: %w", i, err)
+			return specError(field+"mode", "%v", err)
 		}
 	}
 	if s.Validate != nil {
@@ -107,11 +120,11 @@ func (s FilesSpec) Check() error {
 // and matches the resolved path against its allow variables.
 func validCommand(key string, command []string) error {
 	if len(command) == 0 || command[0] == "" {
-		return fmt.Errorf("%s: a program is needed", key)
+		return specError(key, "a program is needed")
 	}
 	for i, a := range command {
 		if strings.ContainsRune(a, 0) {
-			return fmt.Errorf("%s[%d]: it contains a NUL byte", key, i)
+			return specError(fmt.Sprintf("%s[%d]", key, i), "it contains a NUL byte")
 		}
 	}
 	return nil
