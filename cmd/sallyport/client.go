@@ -31,13 +31,16 @@ func (a *app) client() (*api.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	token, err := c.Token()
-	if err != nil {
-		return nil, err
-	}
-	cfg := api.ClientConfig{URL: string(c.URL), Token: token.Reveal()}
+	cfg := api.ClientConfig{URL: string(c.URL)}
 	if cfg.URL == "" {
 		cfg.URL = findSocket(c.Data, a.streams.Env)
+	}
+	if strings.HasPrefix(cfg.URL, "https://") { // over the socket the kernel says who asks
+		token, err := c.Token()
+		if err != nil {
+			return nil, err
+		}
+		cfg.Token = token.Reveal()
 	}
 	if c.CAFile != "" {
 		if cfg.Roots, err = readRoots(c.CAFile); err != nil {

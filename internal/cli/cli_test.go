@@ -1,0 +1,173 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"runtime/debug"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/config"
+	"sallyport/internal/local"
+	"sallyport/internal/lockdir"
+	"sallyport/internal/wire"
+)
+
+func streams(in string) (IO, *bytes.Buffer, *bytes.Buffer) {
+	var out, errs bytes.Buffer
+	return IO{In: strings.NewReader(in), Out: &out, Err: &errs, Env: []string{"SALLYPORT_DATA=/nowhere"}}, &out, &errs
+}
+
+func TestExitCodes(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want int
+	}{
+		{nil, 0},
+		{errors.New("x"), ExitFailed},
+		{Usage("x"), ExitUsage},
+		{fmt.Errorf("a: %w", &config.Error{Variable: "SALLYPORT_X", Problem: "bad"}), ExitUsage},
+		{fmt.Errorf("a: %w", wire.ErrJoinCode), ExitUsage},
+		{fmt.Errorf("a: %w", lockdir.ErrLocked), ExitRefused},
+		{&local.Error{Code: local.CodeNotFound}, ExitNotFound},
+		{&local.Error{Code: local.CodeForbidden}, ExitRefused},
+		{&local.Error{Code: local.CodeUnavailable}, ExitFailed},
+		{fmt.Errorf("a: %w", local.ErrNotRunning), ExitFailed},
+		{fmt.Errorf("a: %w", context.DeadlineExceeded), ExitTimeout},
+		{fmt.Errorf("a: %w", Fail(ExitNotFound, "gone")), ExitNotFound},
+		{&ExitError{Code: 42}, 42},
+		{fs.ErrNotExist, ExitFailed},
+	} {
+		if got := Code(c.err); got != c.want {
+			t.Errorf("%v: exit %d, want %d", c.err, got, c.want)
+		}
+	}
+}
+
+func hostile() Table {
+	return Table{Columns: []string{"node_id", "text"}, Rows: [][]string{{"a", "say \x1b[31mred\x07\nnext, \"line\""}, {"b", ""}}}
+}
+
+func TestOutputForms(t *testing.T) {
+	s, out, errs := streams("")
+	o := NewOutput(s)
+	v := []map[string]any{{"node_id": "a", "text": "<b>"}}
+	for _, c := range []struct {
+		format Format
+		want   []string
+		never  string
+	}{
+		{FormatTable, []string{"NODE ID  TEXT", "�[31mred� next", "b        -"}, "\x1b"},
+		{FormatJSON, []string{`"node_id": "a"`, `"<b>"`}, "\\u003c"},
+		{FormatCSV, []string{"node_id,text", `""line""`}, "NODE"},
+	} {
+		out.Reset()
+		o.Format = c.format
+		if err := o.Print(v, hostile()); err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range c.want {
+			if !strings.Contains(out.String(), w) {
+				t.Errorf("%s: %q is missing in\n%s", c.format, w, out)
+			}
+		}
+		if strings.Contains(out.String(), c.never) {
+			t.Errorf("%s: %q stands in\n%s", c.format, c.never, out)
+		}
+	}
+	out.Reset()
+	o.Format = FormatJSON
+	o.Say("for people")
+	if out.Len() != 0 || errs.String() != "for people\n" {
+		t.Errorf("beside JSON, stdout holds %q and stderr %q", out, errs)
+	}
+}
+
+func TestStreamIsOneLineEach(t *testing.T) {
+	s, out, _ := streams("")
+	o := NewOutput(s)
+	for format, want := range map[Format]string{
+		FormatJSON: "{\"n\":1}\n{\"n\":2}\n", FormatCSV: "n\n1\n2\n", FormatTable: "1\n2\n",
+	} {
+		out.Reset()
+		o.Format = format
+		show := o.Stream([]string{"n"})
+		for n := 1; n <= 2; n++ {
+			if err := show(map[string]int{"n": n}, fmt.Sprint(n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if out.String() != want {
+			t.Errorf("%s: %q, want %q", format, out, want)
+		}
+	}
+}
+
+func TestConfirmNeedsAPersonOrYes(t *testing.T) {
+	s, _, _ := streams("y\n")
+	if err := Confirm(s, false, "change %d nodes", 3); Code(err) != ExitRefused || !strings.Contains(err.Error(), "change 3 nodes") || !strings.Contains(err.Error(), "--yes") {
+		t.Errorf("a pipe was taken for a person: %v", err)
+	}
+	if err := Confirm(s, true, "change"); err != nil {
+		t.Errorf("--yes: %v", err)
+	}
+}
+
+func TestExecuteReportsOnce(t *testing.T) {
+	s, out, errs := streams("")
+	root := Root("prog", "x", "", s)
+	o := NewOutput(s)
+	o.AddFlag(root.PersistentFlags())
+	root.AddCommand(VersionCommand(o), LocalCommand(o, s, wire.RoleNode))
+	if code := Execute(t.Context(), root, s, []string{"version"}); code != 0 || !strings.HasPrefix(out.String(), "prog ") {
+		t.Errorf("version: %d, %q", code, out)
+	}
+	if code := Execute(t.Context(), root, s, []string{"versoin"}); code != ExitUsage || strings.Count(errs.String(), "versoin") != 1 {
+		t.Errorf("typing slip: %d, %q", code, errs)
+	}
+	errs.Reset()
+	if code := Execute(t.Context(), root, s, []string{"local", "status"}); code != ExitFailed || !strings.Contains(errs.String(), "/nowhere/node/local.sock") {
+		t.Errorf("status without a role: %d, %q", code, errs)
+	}
+	s.Env = append(s.Env, "SALLYPORT_TYPO=1")
+	root = Root("prog", "x", "", s)
+	root.AddCommand(VersionCommand(o), LocalCommand(o, s, wire.RoleNode))
+	if code := Execute(t.Context(), root, s, []string{"local", "status"}); code != ExitUsage {
+		t.Errorf("unknown variable: %d", code)
+	}
+	if code := Execute(t.Context(), root, s, []string{"version"}); code != ExitOK {
+		t.Errorf("version must work in any environment: %d", code)
+	}
+}
+
+func TestVersionOf(t *testing.T) {
+	commit := []debug.BuildSetting{{Key: "vcs.revision", Value: "0123456789abcdef"}, {Key: "vcs.modified", Value: "true"}}
+	for _, c := range []struct {
+		info debug.BuildInfo
+		want string
+	}{
+		{debug.BuildInfo{Main: debug.Module{Version: "v1.2.3"}}, "v1.2.3"},
+		{debug.BuildInfo{Main: debug.Module{Version: "(devel)"}, Settings: commit}, "devel+0123456789ab.modified"},
+		{debug.BuildInfo{}, "devel"},
+	} {
+		if got := versionOf(&c.info); got != c.want {
+			t.Errorf("got %q, want %q", got, c.want)
+		}
+	}
+}
+
+func TestAge(t *testing.T) {
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for d, want := range map[time.Duration]string{0: "0s", -time.Hour: "0s", 59 * time.Second: "59s", 3 * time.Minute: "3m", 47 * time.Hour: "47h", 72 * time.Hour: "3d"} {
+		if got := Age(now.Add(-d), now); got != want {
+			t.Errorf("%v: %q, want %q", d, got, want)
+		}
+	}
+	if Age(time.Time{}, now) != "" || Time(time.Time{}) != "" {
+		t.Error("no time must be empty")
+	}
+}
