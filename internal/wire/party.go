@@ -89,6 +89,12 @@ func (p Party) ServerName() string {
 	return string(p.ID) + "." + string(p.Role) + "." + p.TrustDomain
 }
 
+// DNSNames are the DNS SANs of every party's leaf: its own name, and the trust
+// domain, the ServerName of a dialler that does not know yet who will answer.
+// (The standard library insists on a name; which party it is, and that its role
+// fits, is checked after that.)
+func (p Party) DNSNames() []string { return []string{p.ServerName(), p.TrustDomain} }
+
 func (p Party) String() string { return string(p.Role) + " " + string(p.ID) }
 
 // ParsePartyURI is the inverse of [Party.URI]. It refuses everything that URI

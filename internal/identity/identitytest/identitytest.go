@@ -173,7 +173,7 @@ func (c *CA) IssueKey(t testing.TB, party wire.Party, pub *ecdsa.PublicKey, opts
 		f(&o)
 	}
 	party = wire.Party{Role: o.role, ID: o.id, TrustDomain: o.trustDomain}
-	names := []string{party.ServerName()}
+	names := party.DNSNames()
 	if o.name != "" {
 		names = append(names, identity.NodeName(o.name, o.tenant, party.TrustDomain))
 	}
