@@ -1,0 +1,256 @@
+package channel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// Conditions that callers tell apart.
+var (
+	ErrClosed       = errors.New("channel is closed")
+	ErrPeerGone     = errors.New("peer closed the channel")
+	ErrExpired      = errors.New("certificate that opened the channel has expired")
+	ErrReplaced     = errors.New("channel was replaced by a newer one")
+	ErrDraining     = errors.New("channel is draining")
+	ErrWrongPeer    = errors.New("another party answers at this address")
+	ErrWrongSide    = errors.New("wrong side of the channel")
+	ErrNotAdmitted  = errors.New("not admitted")
+	ErrNoTransport  = errors.New("no such carrier")
+	ErrTooManyPeers = errors.New("too many pending parties")
+)
+
+// transport is what a carrier provides for one connection.
+type transport interface {
+	// serve answers requests until the connection ends.
+	serve(ctx context.Context, h http.Handler) error
+	RoundTrip(*http.Request) (*http.Response, error)
+	// close ends the connection at once; it may be called more than once.
+	close()
+	rtt() time.Duration
+}
+
+// Conn is one live, verified connection. All methods are safe for concurrent use.
+type Conn struct {
+	peer    identity.Peer
+	dir     Direction
+	proto   *protocol
+	dialled bool
+	local   net.Addr
+	remote  net.Addr
+	since   time.Time
+	expires time.Time // zero: never
+	limits  Limits
+	t       transport
+
+	class    atomic.Pointer[string]
+	named    atomic.Bool // class was told to, or by, the peer
+	streams  atomic.Int64
+	drainReq chan struct{}
+	drained  atomic.Bool // takes no more
+	drainOne sync.Once
+
+	mu     sync.Mutex
+	err    error
+	done   chan struct{}
+	expiry *time.Timer
+	idle   chan struct{}  // closed when streams falls to 0; made on demand
+	tails  sync.WaitGroup // closed streams that still hand over their last bytes
+}
+
+// newConn makes a Conn; attach gives it its transport.
+func newConn(p *protocol, peer identity.Peer, dir Direction, dialled bool, local, remote net.Addr, lim Limits) *Conn {
+	c := &Conn{peer: peer, dir: dir, proto: p, dialled: dialled, local: local, remote: remote,
+		since: time.Now(), limits: lim.forClass(p.class), done: make(chan struct{}), drainReq: make(chan struct{})}
+	c.class.Store(&p.class)
+	return c
+}
+
+// attach completes a Conn. It ends at expires, on our monotonic clock.
+func (c *Conn) attach(t transport, expires time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.t = t
+	if c.expires = expires; !expires.IsZero() {
+		c.expiry = time.AfterFunc(time.Until(expires), func() { c.Close(ErrExpired) })
+	}
+}
+
+// Peer is the verified party at the other end.
+func (c *Conn) Peer() identity.Peer { return c.peer }
+
+// Direction says where the peer is.
+func (c *Conn) Direction() Direction { return c.dir }
+
+// Carrier is "h2" or "h3".
+func (c *Conn) Carrier() string { return c.proto.carrier }
+
+// ALPN is the negotiated protocol.
+func (c *Conn) ALPN() string { return c.proto.alpn }
+
+// Dialled tells whether we dialled.
+func (c *Conn) Dialled() bool { return c.dialled }
+
+// RemoteAddr is the peer's address as we see it.
+func (c *Conn) RemoteAddr() string { return c.remote.String() }
+
+// Since is when the handshake ended.
+func (c *Conn) Since() time.Time { return c.since }
+
+// Enrolling tells whether this is an enrolment connection: one side has no
+// valid certificate. The peer is pending when it is downstream.
+func (c *Conn) Enrolling() bool { return c.proto.enroll }
+
+// Expires is when the connection ends at the latest: the NotAfter of the leaf
+// that opened it, whichever of the two comes first. Zero on enrolment.
+func (c *Conn) Expires() time.Time { return c.expires }
+
+// RTT is the round trip that the carrier measured last; 0 if it knows none.
+func (c *Conn) RTT() time.Duration { return c.t.rtt() }
+
+// Streams is the number of requests and CONNECT streams that are open.
+func (c *Conn) Streams() int { return int(c.streams.Load()) }
+
+// Class is admin, session or bulk.
+func (c *Conn) Class() string { return *c.class.Load() }
+
+// SetClass changes the class, which the next request to a downstream peer that
+// was not told yet carries in Sallyport-Class. Bulk is fixed by the ALPN.
+func (c *Conn) SetClass(class string) {
+	if c.proto.class == ClassBulk || class == ClassBulk || class == "" || class == c.Class() {
+		return
+	}
+	c.class.Store(&class)
+	c.named.Store(false)
+}
+
+// Done is closed when the connection has ended.
+func (c *Conn) Done() <-chan struct{} { return c.done }
+
+// Err says why the connection ended; nil while it lives.
+func (c *Conn) Err() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// Close ends the connection at once; nil means ErrClosed. Only the first call counts.
+func (c *Conn) Close(cause error) {
+	if cause == nil {
+		cause = ErrClosed
+	}
+	c.mu.Lock()
+	t := c.t
+	if c.err == nil {
+		c.err = cause
+		close(c.done)
+		if c.expiry != nil {
+			c.expiry.Stop()
+		}
+	}
+	c.mu.Unlock()
+	if t != nil {
+		t.close()
+	}
+}
+
+// live returns why a new request cannot start.
+func (c *Conn) live() error {
+	if err := c.Err(); err != nil {
+		return fmt.Errorf("%s: %w", c.peer, err)
+	}
+	return nil
+}
+
+// DrainRequested is closed when the peer has asked to be replaced, with
+// POST /v1/drain, or when [Conn.Drain] began.
+func (c *Conn) DrainRequested() <-chan struct{} { return c.drainReq }
+
+func (c *Conn) requestDrain() { c.drainOne.Do(func() { close(c.drainReq) }) }
+
+// Draining tells whether the connection should get no new streams.
+func (c *Conn) Draining() bool {
+	select {
+	case <-c.drainReq:
+		return true
+	default:
+		return false
+	}
+}
+
+// Drain ends the connection gently: a downstream peer is told (POST
+// /v1/drain), no new stream starts, and when the last one has ended, or after
+// d.Deadline, the connection is closed. An upstream peer is told by the owner
+// of the peers or signals stream, which carries a draining line; new CONNECT
+// requests are refused with 503 meanwhile. Neither carrier's own farewell is
+// used: both cut running streams.
+func (c *Conn) Drain(ctx context.Context, d wire.Drain) error {
+	if c.dir == PeerDownstream {
+		if err := c.postDrain(ctx, d); err != nil {
+			c.Close(ErrDraining)
+			return fmt.Errorf("drain %s: %w", c.peer, err)
+		}
+	}
+	c.drained.Store(true)
+	c.requestDrain()
+	ctx, cancel := context.WithTimeout(ctx, d.Deadline)
+	defer cancel()
+	err := c.waitIdle(ctx)
+	c.Close(ErrDraining)
+	return err
+}
+
+// retire closes a replaced connection when its streams have ended, at the
+// latest after grace.
+func (c *Conn) retire(ctx context.Context, grace time.Duration) {
+	c.requestDrain()
+	ctx, cancel := context.WithTimeout(ctx, grace)
+	defer cancel()
+	_ = c.waitIdle(ctx)
+	c.Close(ErrReplaced)
+}
+
+// waitIdle waits until no stream is open.
+func (c *Conn) waitIdle(ctx context.Context) error {
+	for {
+		c.mu.Lock()
+		if c.streams.Load() == 0 {
+			c.mu.Unlock()
+			return nil
+		}
+		if c.idle == nil {
+			c.idle = make(chan struct{})
+		}
+		idle := c.idle
+		c.mu.Unlock()
+		select {
+		case <-idle:
+		case <-c.done:
+			return nil
+		case <-ctx.Done():
+			return fmt.Errorf("%d streams of %s are still open: %w", c.Streams(), c.peer, ctx.Err())
+		}
+	}
+}
+
+func (c *Conn) streamBegins() { c.streams.Add(1) }
+
+func (c *Conn) streamEnds() {
+	if c.streams.Add(-1) > 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.idle != nil && c.streams.Load() == 0 {
+		close(c.idle)
+		c.idle = nil
+	}
+}

@@ -1,0 +1,166 @@
+package channel
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"sync"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// Dialer reaches one address. Its fields must not change after the first use.
+type Dialer struct {
+	Addr     string    // host:port
+	Peer     Direction // where the party at Addr is, seen from us: PeerUpstream, we will serve; PeerDownstream, we will ask
+	Identity *identity.Identity
+	Expect   *wire.ID // the UUID that must answer; nil: any party with a fitting role
+
+	// Enroll tells, before each attempt to a downstream peer, whether that
+	// party is still pending; nil: never. Towards an upstream peer the
+	// enrolment protocol is used by itself while we have no valid certificate.
+	Enroll func() bool
+
+	Carrier string // CarrierAuto (also ""), CarrierH2, CarrierH3
+	Class   string // ClassAdmin (also ""), ClassSession, ClassBulk
+	Backoff Backoff
+	Limits  Limits
+	Log     *slog.Logger
+
+	Proxy       func(target *url.URL) (*url.URL, error)                              // nil: from HTTPS_PROXY and NO_PROXY
+	DialContext func(ctx context.Context, network, address string) (net.Conn, error) // nil: the network; set: never QUIC
+	OnState     func(State)                                                          // called by Run at every change; must not block
+
+	// NoConfirm lets Dial return before the other side has verified us, for
+	// tests that serve its end later.
+	NoConfirm bool
+
+	once sync.Once
+	tls  *clientTLS
+	lim  Limits
+	race race
+}
+
+// State is what Run knows of its address.
+type State struct {
+	Addr     string
+	Conn     *Conn     // nil while not connected
+	Err      error     // of the last attempt or connection; nil while all is well
+	Failures int       // in a row
+	Next     time.Time // of the next attempt; zero if none is planned
+	Since    time.Time // when Conn came, or went
+}
+
+// Connected tells whether a live connection is there.
+func (s State) Connected() bool { return s.Conn != nil }
+
+func (d *Dialer) init() error {
+	if d.Identity == nil || d.Log == nil {
+		return errors.New("dial: identity and log are needed")
+	}
+	if d.Peer != PeerUpstream && d.Peer != PeerDownstream {
+		return fmt.Errorf("dial %s: %s is not a direction", d.Addr, d.Peer)
+	}
+	switch d.Carrier {
+	case "", CarrierAuto, CarrierH2, CarrierH3:
+	default:
+		return fmt.Errorf("dial %s: %w: %q", d.Addr, ErrNoTransport, d.Carrier)
+	}
+	d.once.Do(func() {
+		d.tls = &clientTLS{id: d.Identity, expect: d.Expect}
+		d.lim = d.Limits.withDefaults()
+	})
+	return nil
+}
+
+func (d *Dialer) enrolling() bool {
+	if d.Peer == PeerUpstream {
+		return waiting(d.Identity)
+	}
+	return d.Enroll != nil && d.Enroll()
+}
+
+// Dial makes one attempt, at most Limits.HandshakeTimeout long. It succeeds
+// only after the other side has verified us too.
+func (d *Dialer) Dial(ctx context.Context) (*Conn, error) {
+	if err := d.init(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, d.lim.HandshakeTimeout)
+	defer cancel()
+	c, err := d.dialRace(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", d.Addr, err)
+	}
+	if d.Class != "" {
+		c.SetClass(d.Class)
+	}
+	return c, nil
+}
+
+// dialH2 makes one attempt over TCP.
+func (d *Dialer) dialH2(ctx context.Context) (*Conn, error) {
+	p, err := protocolFor(d.Peer, CarrierH2, d.Class, d.enrolling())
+	if err != nil {
+		return nil, err
+	}
+	conf, err := d.tls.config(p, d.Peer)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := d.dialTCP(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := d.handshake(ctx, raw, p, conf)
+	if err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+func (d *Dialer) handshake(ctx context.Context, raw net.Conn, p *protocol, conf *tls.Config) (*Conn, error) {
+	unblock := context.AfterFunc(ctx, func() { _ = raw.SetDeadline(time.Unix(1, 0)) })
+	defer unblock()
+	conn := tls.Client(raw, conf)
+	if err := conn.HandshakeContext(ctx); err != nil {
+		return nil, handshakeError(ctx, err)
+	}
+	v, err := d.tls.verify(p, d.Peer, conn.ConnectionState())
+	if err != nil {
+		return nil, err
+	}
+	// With TLS 1.3 the dialler is done before the other side has looked at
+	// its certificate (RFC 8446 section 2): whether it was accepted shows in
+	// the first byte, which both the client and the server of HTTP/2 send
+	// unasked.
+	var established net.Conn = conn
+	if !d.NoConfirm {
+		if established, err = peek(conn, 64); err != nil {
+			return nil, handshakeError(ctx, err)
+		}
+	}
+	if !unblock() {
+		return nil, context.Cause(ctx)
+	}
+	return connH2(p, v, true, established, d.lim, d.Log)
+}
+
+// handshakeError says what a failed handshake probably means.
+func handshakeError(ctx context.Context, err error) error {
+	var alert tls.AlertError
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("handshake: %w", context.Cause(ctx))
+	case errors.As(err, &alert):
+		return fmt.Errorf("the other side refuses us (its log says why): %w", err)
+	}
+	return fmt.Errorf("handshake: %w", err)
+}

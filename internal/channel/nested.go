@@ -1,0 +1,89 @@
+package channel
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"time"
+
+	"golang.org/x/net/http2"
+)
+
+// Nested HTTP/2 has few streams and no keep-alive of its own: the channels
+// below it have theirs, and an idle session must cost nothing.
+var nestedLimits = Limits{Streams: 64, StreamWindow: 256 << 10, KeepAlive: -1}.withDefaults()
+
+// ClientConn is an HTTP/2 client on one connection of any kind.
+type ClientConn struct {
+	cc   *http2.ClientConn
+	conn *watchedConn
+	done chan struct{}
+}
+
+// Client makes an HTTP/2 client of conn, which it owns from then on: for
+// [sallyport/internal/session]. Closing it, or the end of conn, closes Done.
+func Client(conn net.Conn) (*ClientConn, error) {
+	c := &ClientConn{done: make(chan struct{})}
+	c.conn = &watchedConn{Conn: conn, ended: func(error) { close(c.done) }}
+	cc, err := newH2Client(c.conn, nestedLimits)
+	if err != nil {
+		_ = c.conn.Close()
+		return nil, fmt.Errorf("HTTP/2: %w", err)
+	}
+	c.cc = cc
+	return c, nil
+}
+
+// RoundTrip sends a request; host and scheme of its URL are ignored.
+func (c *ClientConn) RoundTrip(req *http.Request) (*http.Response, error) {
+	out := req.Clone(req.Context())
+	out.URL.Scheme = "https"
+	if req.Method != http.MethodConnect {
+		out.URL.Host, out.Host = "peer", "peer"
+	}
+	res, err := c.cc.RoundTrip(out)
+	if err != nil {
+		select {
+		case <-c.done:
+			return nil, c.conn.cause()
+		default:
+		}
+	}
+	return res, err
+}
+
+// Ping measures one round trip to the server at the other end.
+func (c *ClientConn) Ping(ctx context.Context) (time.Duration, error) {
+	start := time.Now()
+	err := c.cc.Ping(ctx)
+	return time.Since(start), err
+}
+
+// Done is closed when the connection has ended.
+func (c *ClientConn) Done() <-chan struct{} { return c.done }
+
+// Close ends the connection and what runs on it.
+func (c *ClientConn) Close() error { return c.conn.Close() }
+
+var _ interface {
+	http.RoundTripper
+	io.Closer
+} = (*ClientConn)(nil)
+
+// Serve answers HTTP/2 requests on conn until it ends or ctx is done, and
+// returns when every handler has: for [sallyport/internal/session]. It closes conn.
+func Serve(ctx context.Context, conn net.Conn, h http.Handler) error {
+	w := &watchedConn{Conn: conn}
+	stop := context.AfterFunc(ctx, func() { _ = w.Close() })
+	defer stop()
+	g := &countingHandler{next: h}
+	serveH2(ctx, w, g, nestedLimits, slog.New(slog.DiscardHandler))
+	g.wait()
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	return w.cause()
+}

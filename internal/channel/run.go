@@ -1,0 +1,216 @@
+package channel
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+const (
+	// steady is how long a connection must live to count as a success.
+	steady = 10 * time.Second
+	// retireGrace is how long a replaced connection may finish its streams.
+	retireGrace = 30 * time.Second
+)
+
+// Run keeps the address connected until ctx is done: jitter before the first
+// attempt, jittered exponential backoff between attempts, and a replacement
+// made before the old connection is broken when our leaf was renewed, when
+// either leaf is about to end, when the peer drains, or when a better carrier
+// is back. f is called in a goroutine of its own for each connection, so for a
+// moment it may run for two; when it returns, the connection is closed. Run
+// returns when every f has.
+func (d *Dialer) Run(ctx context.Context, f func(context.Context, *Conn)) error {
+	if err := d.init(); err != nil {
+		return err
+	}
+	k := &keeper{d: d, f: f, backoff: d.Backoff.withDefaults(), conns: newRegistry(d.Identity)}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer k.wg.Wait()
+	defer cancel(nil)
+	k.wg.Go(func() { k.conns.watch(ctx) })
+	return k.run(ctx)
+}
+
+// keeper is the state of one Run.
+type keeper struct {
+	d        *Dialer
+	f        func(context.Context, *Conn)
+	backoff  Backoff
+	conns    *registry
+	wg       sync.WaitGroup
+	failures int
+	current  *Conn
+	since    time.Time
+}
+
+func (k *keeper) run(ctx context.Context) error {
+	if err := k.pause(ctx, k.backoff.first()); err != nil {
+		return err
+	}
+	for {
+		changed := identityState(k.d.Identity)
+		c, err := k.d.Dial(ctx)
+		if ctx.Err() != nil {
+			if c != nil {
+				c.Close(nil)
+			}
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			k.failures++
+			wait := k.backoff.after(k.failures)
+			k.report(err, time.Now().Add(wait))
+			if k.failures == 1 || k.failures%10 == 0 {
+				k.d.Log.Info("dial failed", "address", k.d.Addr, "failures", k.failures, "err", err, "retry_in", wait.Round(time.Millisecond))
+			}
+			if err := k.pause(ctx, wait); err != nil {
+				return err
+			}
+			continue
+		}
+		old := k.current
+		k.current, k.since = c, time.Now()
+		k.start(ctx, c)
+		if old != nil {
+			k.wg.Go(func() { old.retire(ctx, retireGrace) })
+		}
+		k.report(nil, time.Time{})
+		if err := k.hold(ctx, c, changed); err != nil {
+			return err
+		}
+	}
+}
+
+// start runs f for a connection, which it owns until it has ended.
+func (k *keeper) start(ctx context.Context, c *Conn) {
+	k.wg.Go(func() {
+		stop := context.AfterFunc(ctx, func() { c.Close(context.Cause(ctx)) })
+		defer stop()
+		k.conns.add(c)
+		defer k.conns.remove(c)
+		defer c.tails.Wait()
+		defer c.Close(nil)
+		k.f(ctx, c)
+	})
+}
+
+// hold returns nil when it is time to dial again: the connection has ended and
+// the wait after that is over, or it is to be replaced.
+func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) error {
+	var renew <-chan time.Time
+	if !c.Expires().IsZero() {
+		left := time.Until(c.Expires())
+		t := time.NewTimer(left - min(left/10, rand.N(time.Hour)+time.Minute))
+		defer t.Stop()
+		renew = t.C
+	}
+	better, stopProbe := k.d.probe(ctx, c)
+	defer stopProbe()
+	for {
+		changed := k.d.Identity.Changed()
+		if identityState(k.d.Identity) != was {
+			return k.replaceSoon(ctx, c)
+		}
+		select {
+		case <-changed:
+		case <-renew:
+			return k.replaceSoon(ctx, c)
+		case <-c.DrainRequested():
+			return k.replaceSoon(ctx, c)
+		case <-better:
+			return nil
+		case <-c.Done():
+			return k.lost(ctx, c)
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// replaceSoon returns at once for a connection that has lived for a while, and
+// backs off for one that has not: a peer that drains whatever comes must not be
+// dialled in a loop.
+func (k *keeper) replaceSoon(ctx context.Context, c *Conn) error {
+	if time.Since(k.since) >= steady || c.Enrolling() {
+		k.failures = 0
+		return nil
+	}
+	k.failures++
+	return k.pause(ctx, k.backoff.after(k.failures))
+}
+
+func (k *keeper) lost(ctx context.Context, c *Conn) error {
+	k.current = nil
+	lived := time.Since(k.since)
+	k.since = time.Now()
+	wait := k.backoff.first()
+	if lived >= steady {
+		k.failures = 0
+	} else {
+		k.failures++
+		wait = k.backoff.after(k.failures)
+	}
+	k.report(c.Err(), time.Now().Add(wait))
+	if ctx.Err() == nil {
+		k.d.Log.Info("channel lost", "address", k.d.Addr, "peer", c.Peer().String(), "carrier", c.Carrier(), "err", c.Err(), "retry_in", wait.Round(time.Millisecond))
+	}
+	return k.pause(ctx, wait)
+}
+
+// pause waits for d; it ends early when our certificate changes, and forgets
+// the failures then.
+func (k *keeper) pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	was := identityState(k.d.Identity)
+	for {
+		changed := k.d.Identity.Changed()
+		if identityState(k.d.Identity) != was {
+			k.failures = 0
+			return nil
+		}
+		select {
+		case <-t.C:
+			return nil
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (k *keeper) report(err error, next time.Time) {
+	if k.d.OnState == nil {
+		return
+	}
+	if k.current != nil && k.current.Err() != nil {
+		k.current = nil
+	}
+	if errors.Is(err, ErrReplaced) {
+		err = nil
+	}
+	k.d.OnState(State{Addr: k.d.Addr, Conn: k.current, Err: err, Failures: k.failures, Next: next, Since: k.since})
+}
+
+// identityKey changes when another certificate is to be shown.
+type identityKey struct {
+	key  wire.KeyHash
+	cert *tls.Certificate
+	root wire.KeyHash
+}
+
+func identityState(id *identity.Identity) identityKey {
+	root, _ := id.Pinned()
+	cert, err := id.Certificate()
+	if err != nil {
+		cert = nil
+	}
+	return identityKey{key: id.KeyHash(), cert: cert, root: root}
+}
