@@ -204,7 +204,7 @@ func (a *Authority) leaf(r wire.IssueRequest, life time.Duration) *x509.Certific
 	}
 	leaf.Subject.CommonName = string(r.Party.ID)
 	leaf.URIs = append(leaf.URIs, r.Party.URI())
-	leaf.DNSNames = []string{r.Party.ServerName()}
+	leaf.DNSNames = r.Party.DNSNames()
 	if r.Party.Role == wire.RoleNode {
 		leaf.DNSNames = append(leaf.DNSNames, identity.NodeName(r.Name, r.Tenant, a.m.trustDomain))
 	}

@@ -116,7 +116,7 @@ func TestLeaves(t *testing.T) {
 		leaf := leafOf(t, chain)
 		near(t, "leaf from", leaf.NotBefore, now.Add(-72*time.Hour))
 		near(t, "leaf until", leaf.NotAfter, now.Add(c.life))
-		want := []string{req.Party.ServerName()}
+		want := req.Party.DNSNames()
 		for _, n := range c.want {
 			want = append(want, n+a.TrustDomain())
 		}
@@ -155,7 +155,7 @@ func TestHostileRequest(t *testing.T) {
 		t.Fatal(err)
 	}
 	leaf := leafOf(t, chain)
-	if leaf.IsCA || leaf.KeyUsage != x509.KeyUsageDigitalSignature || len(leaf.DNSNames) != 2 || len(leaf.IPAddresses)+len(leaf.EmailAddresses) != 0 ||
+	if leaf.IsCA || leaf.KeyUsage != x509.KeyUsageDigitalSignature || len(leaf.DNSNames) != 3 || len(leaf.IPAddresses)+len(leaf.EmailAddresses) != 0 ||
 		leaf.Subject.String() != "CN="+string(id) || len(leaf.URIs) != 1 || strings.Contains(leaf.URIs[0].String(), "gateway") {
 		t.Errorf("the request reached the certificate: %s %v %v %v", leaf.Subject, leaf.DNSNames, leaf.URIs, leaf.IsCA)
 	}
