@@ -1,0 +1,254 @@
+package session_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/channel/channeltest"
+	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/session"
+	"sallyport/internal/wire"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// world is a gateway that reaches another party over a channel.
+type world struct {
+	ca      *identitytest.CA
+	gateway *identity.Identity
+	other   *identity.Identity
+	up      *channel.Conn
+	served  chan error
+}
+
+// answer is what the other party does with each CONNECT.
+type answer func(ctx context.Context, stream net.Conn, id *identity.Identity, h http.Handler) error
+
+func newWorld(t *testing.T, ca *identitytest.CA, gateway, other *identity.Identity, serve answer, h http.Handler) *world {
+	t.Helper()
+	up, down := channeltest.PairOf(t, gateway, other, false)
+	w := &world{ca: ca, gateway: gateway, other: other, up: up, served: make(chan error, 100)}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = down.Serve(context.Background(), http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			stream, err := channel.AcceptConnect(rw, r)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			w.served <- serve(r.Context(), stream, other, h)
+		}))
+	}()
+	t.Cleanup(func() {
+		down.Close(nil)
+		<-ended
+	})
+	return w
+}
+
+func (w *world) stream(t *testing.T) net.Conn {
+	t.Helper()
+	s, err := w.up.Connect(t.Context(), wire.ConnectAuthority(w.other.ID()), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func whoami(w http.ResponseWriter, r *http.Request) {
+	p, ok := session.PeerFrom(r.Context())
+	if !ok {
+		http.Error(w, "nobody", http.StatusInternalServerError)
+		return
+	}
+	_, _ = io.WriteString(w, r.URL.Path+" by "+p.Party.String())
+}
+
+func get(t *testing.T, rt http.RoundTripper, path string) (string, error) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://peer"+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := rt.RoundTrip(req)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = res.Body.Close() }()
+	b, err := io.ReadAll(res.Body)
+	return string(b), err
+}
+
+func party(t *testing.T, id *identity.Identity) wire.Party {
+	t.Helper()
+	p, ok := id.Party()
+	if !ok {
+		t.Fatal("no certificate")
+	}
+	return p
+}
+
+func TestSession(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Party(t, wire.RoleNode), session.Serve, http.HandlerFunc(whoami))
+	for i, resumed := range []bool{false, true, true} {
+		s, err := session.Dial(t.Context(), w.stream(t), w.gateway, party(t, w.other))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := get(t, s, "/v1/hello")
+		if err != nil || got != "/v1/hello by gateway "+string(w.gateway.ID()) {
+			t.Fatalf("got %q, %v", got, err)
+		}
+		if s.Resumed() != resumed {
+			t.Errorf("session %d: resumed %v, want %v", i, s.Resumed(), resumed)
+		}
+		if s.Peer().Party.ID != w.other.ID() {
+			t.Errorf("peer is %s", s.Peer())
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		<-s.Done()
+		<-w.served
+	}
+}
+
+func TestDialRefusesAnotherParty(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Party(t, wire.RoleNode), session.Serve, http.HandlerFunc(whoami))
+	want := party(t, w.other)
+	want.ID = wire.NewID()
+	if _, err := session.Dial(t.Context(), w.stream(t), w.gateway, want); err == nil {
+		t.Error("a session with another node was opened")
+	}
+	<-w.served
+}
+
+func TestServeRefusesAnybodyButAGateway(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Party(t, wire.RoleNode), session.Serve, http.HandlerFunc(whoami))
+	rcp := ca.Party(t, wire.RoleRCP)
+	s, err := session.Dial(t.Context(), w.stream(t), rcp, party(t, w.other))
+	if err == nil { // TLS 1.3: the refusal shows in the first request
+		_, err = get(t, s, "/v1/hello")
+		_ = s.Close()
+	}
+	if err == nil {
+		t.Error("an RCP was answered")
+	}
+	if err := <-w.served; !errors.Is(err, identity.ErrWrongRole) {
+		t.Errorf("served: %v", err)
+	}
+}
+
+func TestRevokedGatewayIsCutAndCannotResume(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Party(t, wire.RoleNode), session.Serve, http.HandlerFunc(whoami))
+	s, err := session.Dial(t.Context(), w.stream(t), w.gateway, party(t, w.other))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	if _, err := get(t, s, "/v1/hello"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.other.ApplyRevocations(ca.Revoke(t, 1, w.gateway.KeyHash())); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-w.served; !errors.Is(err, identity.ErrRevoked) {
+		t.Errorf("served: %v", err)
+	}
+	<-s.Done()
+	s2, err := session.Dial(t.Context(), w.stream(t), w.gateway, party(t, w.other))
+	if err == nil {
+		_, err = get(t, s2, "/v1/hello")
+		_ = s2.Close()
+	}
+	if err == nil {
+		t.Error("a revoked gateway was answered")
+	}
+	if err := <-w.served; !errors.Is(err, identity.ErrRevoked) {
+		t.Errorf("served: %v", err)
+	}
+}
+
+func TestSessionEndsWithItsLeaf(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	gateway := ca.Party(t, wire.RoleGateway)
+	node := ca.Party(t, wire.RoleNode)
+	// The channel below keeps the longer leaf of the RCP's place.
+	w := newWorld(t, ca, gateway, node, session.Serve, http.HandlerFunc(whoami))
+	ca.Certify(t, gateway, identitytest.NotAfter(time.Now().Add(2*time.Second)))
+	s, err := session.Dial(t.Context(), w.stream(t), gateway, party(t, node))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	if _, err := get(t, s, "/"); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-s.Done():
+	case <-time.After(10 * time.Second):
+		t.Error("the session outlives its leaf")
+	}
+	<-w.served
+}
+
+func TestEnrolment(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	big := strings.Repeat("x", wire.MaxEnrollBody+1)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/who", whoami)
+	mux.HandleFunc("/big", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, big) })
+	w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Pending(t, wire.RoleNode), session.ServeEnroll, mux)
+	s, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, w.other.KeyHash())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := get(t, s, "/who"); err != nil || got != "/who by gateway "+string(w.gateway.ID()) {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if _, err := get(t, s, "/big"); !errors.Is(err, wire.ErrTooLarge) {
+		t.Errorf("an answer above the limit gave %v", err)
+	}
+	if !s.Peer().Pending || s.Peer().Key != w.other.KeyHash() {
+		t.Errorf("peer is %+v", s.Peer())
+	}
+	_ = s.Close()
+	<-w.served
+
+	if _, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, ca.Pending(t, wire.RoleNode).KeyHash()); !errors.Is(err, identity.ErrWrongParty) {
+		t.Errorf("another key gave %v", err)
+	}
+	<-w.served
+
+	for name, id := range map[string]*identity.Identity{
+		"rcp":             ca.Party(t, wire.RoleRCP),
+		"foreign gateway": identitytest.NewCA(t).Party(t, wire.RoleGateway),
+	} {
+		s, err := session.DialEnroll(t.Context(), w.stream(t), id, w.other.KeyHash())
+		if err == nil {
+			_, err = get(t, s, "/who")
+			_ = s.Close()
+		}
+		if err == nil {
+			t.Errorf("%s was answered", name)
+		}
+		if err := <-w.served; err == nil {
+			t.Errorf("%s was served", name)
+		}
+	}
+}
