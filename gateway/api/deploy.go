@@ -30,6 +30,7 @@ type Applied struct {
 	Offline   int             `json:"offline"` // of them, not connected now
 	Files     int             `json:"files_restored"`
 	Conflicts []string        `json:"conflicts"` // paths that two policies claim, on which nodes
+	Warnings  []string        `json:"warnings"`  // what the gateway accepted and does not do
 	Summary   string          `json:"summary"`   // one line for people
 }
 
@@ -92,7 +93,7 @@ const (
 	DeploymentActive    = "active"    // every selected node has applied all of it
 	DeploymentInactive  = "inactive"  // it selects no node, and needs none
 	DeploymentDegraded  = "degraded"  // some nodes failed or are offline, or fewer than min are selected
-	DeploymentError     = "error"     // no selected node has applied it, and one failed; or more than max are selected
+	DeploymentError     = "error"     // no selected node has applied it, and at least one failed
 	DeploymentOrphan    = "orphan"    // deleted, while nodes that cannot be reached still carry its policies
 	DeploymentDeploying = "deploying" // connected nodes have yet to answer
 )
@@ -106,7 +107,7 @@ type Deployment struct {
 	Selector string           `json:"selector"`
 	Policies []string         `json:"policies"`
 	Min      int              `json:"min"`
-	Max      int              `json:"max"` // 0: no limit
+	Max      int              `json:"max"` // 0: no limit; else that many of the selected nodes get it, by name, those that have it first
 	Counts   DeploymentCounts `json:"counts"`
 	Created  time.Time        `json:"created"`
 	Updated  time.Time        `json:"updated"`

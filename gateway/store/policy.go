@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -123,11 +124,18 @@ type Deployment struct {
 	Selector      string
 	Policies      []string
 	MinNodes      int
-	MaxNodes      int   // 0: no limit
-	Revision      int64 // rises with each change of it or of its policies
+	MaxNodes      int      // 0: no limit
+	Rollout       *Rollout // nil: none was asked for
+	Revision      int64    // rises with each change of it or of its policies
 	CreatedAt     time.Time
 	UpdatedAt     time.Time
 	DeletedAt     time.Time `bun:",nullzero"`
+}
+
+// Rollout says how a change shall spread over the nodes of a deployment.
+type Rollout struct {
+	MaxParallel string `json:"max_parallel,omitempty"` // a number of nodes, or a percentage
+	MaxFailures int    `json:"max_failures"`
 }
 
 // Deployments lists deployments by name, those that are being taken back
@@ -173,15 +181,8 @@ func (tx *Tx) PutDeployment(ctx context.Context, d *Deployment, force bool) (cha
 }
 
 func same(a, b *Deployment) bool {
-	if a.Selector != b.Selector || a.MinNodes != b.MinNodes || a.MaxNodes != b.MaxNodes || len(a.Policies) != len(b.Policies) {
-		return false
-	}
-	for i := range a.Policies {
-		if a.Policies[i] != b.Policies[i] {
-			return false
-		}
-	}
-	return true
+	rollouts := a.Rollout == b.Rollout || a.Rollout != nil && b.Rollout != nil && *a.Rollout == *b.Rollout
+	return rollouts && a.Selector == b.Selector && a.MinNodes == b.MinNodes && a.MaxNodes == b.MaxNodes && slices.Equal(a.Policies, b.Policies)
 }
 
 // DeleteDeployment marks a deployment as deleted.

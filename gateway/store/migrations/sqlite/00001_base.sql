@@ -186,6 +186,7 @@ CREATE TABLE deployments (
     policies    TEXT      NOT NULL,
     min_nodes   BIGINT    NOT NULL,
     max_nodes   BIGINT    NOT NULL,
+    rollout     TEXT,
     revision    BIGINT    NOT NULL,
     created_at  TIMESTAMP NOT NULL,
     updated_at  TIMESTAMP NOT NULL,
