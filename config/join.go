@@ -45,6 +45,15 @@ func (j Join) String() string {
 	return j.path
 }
 
+// Reveal returns the value as it was set, a code included: for
+// identity.OpenJoin, which reads the codes.
+func (j Join) Reveal() string {
+	if j.code != "" {
+		return j.code.Reveal()
+	}
+	return j.path
+}
+
 // IsZero reports whether no join code was configured.
 func (j Join) IsZero() bool { return j == Join{} }
 

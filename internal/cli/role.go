@@ -1,0 +1,71 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/config"
+	"sallyport/internal/admin"
+)
+
+// Role is one role that is ready to run: its configuration was read, and
+// nothing was opened yet.
+type Role struct {
+	Name string
+	Log  *slog.Logger
+	Run  func(ctx context.Context) error // returns when all that it started has ended
+}
+
+// NewRole reads nothing and opens nothing: it gives a role its logger and its
+// own registry of metrics, and build makes the value whose Run blocks.
+func NewRole(name string, c config.Common, streams IO, build func(*slog.Logger, *prometheus.Registry) (func(context.Context) error, error)) (Role, error) {
+	log := NewLogger(streams.Err, c).With("role", name)
+	run, err := build(log, admin.NewRegistry(BuildVersion()))
+	return Role{Name: name, Log: log, Run: run}, err
+}
+
+// errRoleEnded stops the other roles when one has ended without an error.
+var errRoleEnded = errors.New("a role ended")
+
+// RunRoles runs roles in one process until ctx ends or one of them fails. A
+// signal is the ordinary end, and no error.
+func RunRoles(ctx context.Context, roles ...Role) error {
+	g, inner := errgroup.WithContext(ctx)
+	for _, r := range roles {
+		g.Go(func() error {
+			r.Log.InfoContext(inner, "starting", "version", BuildVersion())
+			err := r.Run(inner)
+			if err == nil && ctx.Err() == nil {
+				err = errRoleEnded
+			}
+			if err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx)) {
+				err = nil
+			}
+			r.Log.InfoContext(inner, "stopped")
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// SlimRoot is the top of a program that is one role: without a command it runs
+// the role.
+func SlimRoot(use, short string, streams IO, run func(ctx context.Context) error) *cobra.Command {
+	root := Root(use, short, short+".\n\nWithout a command it runs until a signal.", streams)
+	unknown := root.RunE
+	root.RunE = func(cmd *cobra.Command, args []string) error {
+		if len(args) > 0 {
+			return unknown(cmd, args)
+		}
+		return run(cmd.Context())
+	}
+	return root
+}
