@@ -121,6 +121,20 @@ func skipVerify(files []source) (bad []string) {
 	return bad
 }
 
+// noSleep: code waits for a condition or for a timer beside a context; tests
+// too, unless their clock is that of testing/synctest.
+func noSleep(files []source) (bad []string) {
+	for _, f := range files {
+		if f.test() && slices.Contains(f.imports(), "testing/synctest") {
+			continue
+		}
+		for _, place := range f.calls("time", "Sleep") {
+			bad = append(bad, place+": time.Sleep: wait for a condition, or use testing/synctest")
+		}
+	}
+	return bad
+}
+
 // rules are checked on the parsed files. Each has a file that breaks it.
 var rules = []struct {
 	name    string
@@ -157,6 +171,9 @@ var rules = []struct {
 	{"InsecureSkipVerify only for enrolment", skipVerify, map[string]string{
 		"internal/channel/dial.go": "package channel\n\nimport \"crypto/tls\"\n\nvar c = tls.Config{InsecureSkipVerify: true}\n",
 	}},
+	{"nobody sleeps", noSleep, map[string]string{
+		"node/a_test.go": "package node\n\nimport \"time\"\n\nfunc f() { time.Sleep(time.Second) }\n",
+	}},
 	{"nor by assignment, nor in a role's enrolment", skipVerify, map[string]string{
 		"gateway/enroll.go": "package gateway\n\nimport \"crypto/tls\"\n\nfunc f(c *tls.Config) { c.InsecureSkipVerify = true }\n",
 	}},
@@ -186,6 +203,7 @@ func TestAllowed(t *testing.T) {
 		"node/policy/a.go":             "package policy\n\nimport _ \"sallyport/internal/wire\"\n",
 		"node/a.go":                    "package node\n\nimport _ \"sallyport/node/policy\"\n",
 		"cmd/sallyport/main.go":        "package main\n\nimport _ \"sallyport/gateway\"\nimport _ \"sallyport/node\"\n",
+		"gateway/a_test.go":            "package gateway\n\nimport (\n\t_ \"testing/synctest\"\n\t\"time\"\n)\n\nfunc f() { time.Sleep(time.Hour) }\n",
 		"config/a_test.go":             "package config_test\n\nimport _ \"sallyport/config\"\n",
 	}))
 	for _, r := range rules {

@@ -67,6 +67,22 @@ func (s source) identifiers(names ...string) []string {
 	return places
 }
 
+// calls lists the places where a function of an imported package is named.
+func (s source) calls(pkg, name string) []string {
+	var places []string
+	ast.Inspect(s.file, func(n ast.Node) bool {
+		sel, ok := n.(*ast.SelectorExpr)
+		if !ok || sel.Sel.Name != name {
+			return true
+		}
+		if id, ok := sel.X.(*ast.Ident); ok && id.Name == pkg {
+			places = append(places, s.name+":"+strconv.Itoa(s.fset.Position(sel.Pos()).Line))
+		}
+		return true
+	})
+	return places
+}
+
 // within reports whether an import path is tree or below it.
 func within(pkg, tree string) bool { return pkg == tree || strings.HasPrefix(pkg, tree+"/") }
 
