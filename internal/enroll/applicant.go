@@ -508,6 +508,9 @@ func (a *Applicant) request() (wire.EnrollRequest, error) {
 	// no longer wants to renew.
 	if a.code != nil && (r.Expired == nil || a.codeID != a.memory.Used) {
 		r.TokenID, r.Token = a.code.Code.TokenID, a.code.Code.Token
+		if a.code.Code.Name != "" {
+			r.Name = a.code.Code.Name // the gateway's word for us wins
+		}
 	}
 	a.asked = a.codeID
 	return r, nil

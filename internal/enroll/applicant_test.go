@@ -223,9 +223,9 @@ func TestManualWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)
 		file := filepath.Join(t.TempDir(), "join")
-		put(t, file, code(t, ca, ""))
+		put(t, file, code(t, ca, "", func(c *wire.JoinCode) { c.TokenID, c.Name = "manual-1", "db" }))
 		p := start(t, fresh(t), file)
-		if req, _ := p.get(t); req.Token != "" || req.TokenID != "" {
+		if req, _ := p.get(t); req.Token != "" || req.TokenID != "manual-1" || req.Name != "db" {
 			t.Errorf("request %+v", req)
 		}
 		p.put(t, wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollNameInUse, Reason: "web is taken"})

@@ -25,8 +25,8 @@ type JoinCode struct {
 	Role        Role     `json:"role"`           // node or rcp
 	Name        string   `json:"name,omitempty"` // what the gateway will call the party
 	Addresses   []string `json:"addr,omitempty"` // host:port of upstreams to dial; never makes a dialler of an RCP
-	TokenID     string   `json:"tid,omitempty"`
-	Token       string   `json:"tok,omitempty"`
+	TokenID     string   `json:"tid,omitempty"`  // of the gateway's record of this code
+	Token       string   `json:"tok,omitempty"`  // empty: an operator grants by hand
 }
 
 // Encode returns the printed form.
@@ -63,7 +63,7 @@ func ParseJoinCode(s string) (JoinCode, error) {
 	if c.Role != RoleNode && c.Role != RoleRCP {
 		return JoinCode{}, fmt.Errorf("%w: it is for no known role", ErrJoinCode)
 	}
-	if (c.TokenID == "") != (c.Token == "") {
+	if c.TokenID == "" && c.Token != "" {
 		return JoinCode{}, fmt.Errorf("%w: half a token", ErrJoinCode)
 	}
 	return c, nil

@@ -1,0 +1,155 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
+	"sallyport/internal/wire"
+)
+
+// Request returns the certificate request with that ID.
+func (r Queries) Request(ctx context.Context, id string) (*Request, error) {
+	q := new(Request)
+	err := r.q.NewSelect().Model(q).Where("id = ?", id).Scan(ctx)
+	return q, notFound(err)
+}
+
+// LastRequest returns the newest request of a key.
+func (r Queries) LastRequest(ctx context.Context, key wire.KeyHash) (*Request, error) {
+	q := new(Request)
+	err := r.q.NewSelect().Model(q).Where("key_hash = ?", key).OrderExpr("requested_at DESC, id DESC").Limit(1).Scan(ctx)
+	return q, notFound(err)
+}
+
+// FindRequests returns the waiting requests that a reference may mean: the one
+// with exactly that ID, those of exactly that name, else those whose ID begins
+// with it.
+func (r Queries) FindRequests(ctx context.Context, ref string) ([]*Request, error) {
+	var out []*Request
+	err := r.q.NewSelect().Model(&out).Where("state = ?", api.RequestPending).Where("id = ? OR name = ?", ref, ref).OrderExpr("requested_at").Scan(ctx)
+	if err != nil || len(out) > 0 || len(ref) < minPrefix {
+		return out, err
+	}
+	err = r.q.NewSelect().Model(&out).Where("state = ?", api.RequestPending).Where("substr(id, 1, ?) = ?", len(ref), ref).Limit(10).Scan(ctx)
+	return out, err
+}
+
+// minPrefix is the shortest beginning of an ID that a changing call takes.
+const minPrefix = 8
+
+// CountRequests counts the requests in a state.
+func (r Queries) CountRequests(ctx context.Context, state string) (int64, error) {
+	return r.q.NewSelect().Model((*Request)(nil)).Where("state = ?", state).Count(ctx)
+}
+
+// AddRequest stores a new request.
+func (tx *Tx) AddRequest(ctx context.Context, q *Request) error {
+	q.RequestedAt, q.SeenAt = tx.now, tx.now
+	if q.Tenant == "" {
+		q.Tenant = DefaultTenant
+	}
+	_, err := tx.q.NewInsert().Model(q).Exec(ctx)
+	return err
+}
+
+// SaveRequest writes a request back.
+func (tx *Tx) SaveRequest(ctx context.Context, q *Request) error {
+	return one(tx.q.NewUpdate().Model(q).WherePK().Exec(ctx))
+}
+
+// ExpireRequests ends the requests of parties that were not seen since.
+func (tx *Tx) ExpireRequests(ctx context.Context, since time.Time) (n int64, err error) {
+	res, err := tx.q.NewRaw("UPDATE requests SET state = ?, reason = ?, decided_at = ?, decided_by = ? WHERE state = ? AND seen_at < ?",
+		api.RequestExpired, "the party was not seen since "+since.UTC().Format(time.RFC3339), tx.now, "gateway", api.RequestPending, since.UTC()).Exec(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// JoinUsed tells whether a key has used a join code.
+func (r Queries) JoinUsed(ctx context.Context, join string, key wire.KeyHash) (bool, error) {
+	return r.q.NewSelect().Model((*JoinUse)(nil)).Where("join_id = ?", join).Where("key_hash = ?", key).Exists(ctx)
+}
+
+// UseJoin counts a use of a join code by a key, once for each key. A code that
+// is used up is [ErrExists].
+func (tx *Tx) UseJoin(ctx context.Context, join string, key wire.KeyHash, party wire.ID) error {
+	used, err := tx.JoinUsed(ctx, join, key)
+	if err != nil || used {
+		return err
+	}
+	res, err := tx.q.NewRaw("UPDATE joins SET used = used + 1 WHERE id = ? AND used < max_uses", join).Exec(ctx)
+	if err != nil {
+		return err
+	}
+	if n, err := res.RowsAffected(); err != nil || n == 0 {
+		return fmt.Errorf("join code %s: %w: all uses are taken", join, ErrExists)
+	}
+	_, err = tx.q.NewInsert().Model(&JoinUse{JoinID: join, KeyHash: key, PartyID: party, UsedAt: tx.now}).Exec(ctx)
+	return err
+}
+
+// Key returns what is known of a certified key.
+func (r Queries) Key(ctx context.Context, key wire.KeyHash) (*Key, error) {
+	k := new(Key)
+	err := r.q.NewSelect().Model(k).Where("key_hash = ?", key).Scan(ctx)
+	return k, notFound(err)
+}
+
+// RevokedKeys lists the keys that are not to be trusted, oldest first.
+func (r Queries) RevokedKeys(ctx context.Context) ([]*Key, error) {
+	var out []*Key
+	err := r.q.NewSelect().Model(&out).Where("revoked_at IS NOT NULL").OrderExpr("revoked_at, key_hash").Scan(ctx)
+	return out, err
+}
+
+// PutKey stores a key, or what has changed of one. A revocation is never taken
+// back.
+func (tx *Tx) PutKey(ctx context.Context, k *Key) error {
+	if k.Tenant == "" {
+		k.Tenant = DefaultTenant
+	}
+	k.IssuedAt, k.NotAfter, k.RevokedAt = k.IssuedAt.UTC(), k.NotAfter.UTC(), k.RevokedAt.UTC()
+	_, err := tx.q.NewInsert().Model(k).On("CONFLICT (key_hash) DO UPDATE").
+		Set("role = EXCLUDED.role, party_id = EXCLUDED.party_id, name = EXCLUDED.name, tenant = EXCLUDED.tenant").
+		Set("issued_at = EXCLUDED.issued_at, not_after = EXCLUDED.not_after").
+		Set("revoked_at = coalesce(?TableAlias.revoked_at, EXCLUDED.revoked_at)").
+		Set("reason = CASE WHEN ?TableAlias.revoked_at IS NULL THEN EXCLUDED.reason ELSE ?TableAlias.reason END").
+		Exec(ctx)
+	return err
+}
+
+// RevokeKeys ends the trust in every key of a party and reports how many that
+// were.
+func (tx *Tx) RevokeKeys(ctx context.Context, party wire.ID, reason string) (n int64, err error) {
+	res, err := tx.q.NewRaw("UPDATE keys SET revoked_at = ?, reason = ? WHERE party_id = ? AND revoked_at IS NULL", tx.now, reason, party).Exec(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
+// NextRevocations returns the number of the next revocation set: above every
+// one before, and above atLeast, the highest that was seen elsewhere.
+func (tx *Tx) NextRevocations(ctx context.Context, atLeast int64) (n int64, err error) {
+	err = tx.q.NewRaw("UPDATE counters SET value = CASE WHEN value < ? THEN ? ELSE value END + 1 WHERE name = 'revocations' RETURNING value", atLeast, atLeast).Scan(ctx, &n)
+	return n, err
+}
+
+// SetNodeCertificate writes the key and the life of a node's leaf.
+func (tx *Tx) SetNodeCertificate(ctx context.Context, id wire.ID, key wire.KeyHash, notAfter, renewAfter time.Time) error {
+	n := &Node{ID: id, KeyHash: key, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC()}
+	tx.Wake(bus.Nodes)
+	return one(tx.q.NewUpdate().Model(n).Column("key_hash", "not_after", "renew_after").WherePK().Exec(ctx))
+}
+
+// SetRCPCertificate writes the key and the life of an RCP's leaf.
+func (tx *Tx) SetRCPCertificate(ctx context.Context, name string, key wire.KeyHash, notAfter, renewAfter time.Time) error {
+	p := &RCP{Name: name, KeyHash: key, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC()}
+	tx.Wake(bus.RCPs)
+	return one(tx.q.NewUpdate().Model(p).Column("key_hash", "not_after", "renew_after").WherePK().Exec(ctx))
+}

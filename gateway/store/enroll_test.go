@@ -1,0 +1,116 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/internal/wire"
+)
+
+func keyOf(c string) wire.KeyHash { return wire.KeyHash(strings.Repeat(c, 32)) }
+
+func TestJoinIsUsedOncePerKey(t *testing.T) {
+	db := temp(t)
+	j := &Join{ID: string(wire.NewID()), Role: wire.RoleNode, Tenant: DefaultTenant, MaxUses: 2, ExpiresAt: time.Now().Add(time.Hour).UTC()}
+	update(t, db, func(tx *Tx) error { return tx.AddJoin(ctx, j) })
+	for _, c := range []struct {
+		key  string
+		want error
+		used int
+	}{{"aa", nil, 1}, {"aa", nil, 1}, {"bb", nil, 2}, {"cc", ErrExists, 2}, {"bb", nil, 2}} {
+		err := db.Update(ctx, func(_ context.Context, tx *Tx) error { return tx.UseJoin(ctx, j.ID, keyOf(c.key), wire.NewID()) })
+		if !errors.Is(err, c.want) {
+			t.Errorf("key %s: %v, want %v", c.key, err, c.want)
+		}
+		if got := must[*Join](t)(db.Join(ctx, j.ID)); got.Used != c.used {
+			t.Errorf("key %s: %d uses, want %d", c.key, got.Used, c.used)
+		}
+	}
+	if !must[bool](t)(db.JoinUsed(ctx, j.ID, keyOf("aa"))) || must[bool](t)(db.JoinUsed(ctx, j.ID, keyOf("cc"))) {
+		t.Error("uses are not bound to their keys")
+	}
+}
+
+func TestRequestsAreFound(t *testing.T) {
+	db := temp(t)
+	add := func(name, key string) *Request {
+		q := &Request{ID: string(wire.NewID()), Role: wire.RoleNode, PartyID: wire.NewID(), KeyHash: keyOf(key), Name: name, CSR: []byte{1}, State: api.RequestPending}
+		update(t, db, func(tx *Tx) error { return tx.AddRequest(ctx, q) })
+		return q
+	}
+	a, b := add("web", "aa"), add("web", "bb")
+	old := add("db", "cc")
+	update(t, db, func(tx *Tx) error { old.State = api.RequestDenied; return tx.SaveRequest(ctx, old) })
+	again := add("db", "cc")
+	for ref, want := range map[string]int{a.ID: 1, "web": 2, "db": 1, b.ID[:8]: 1, b.ID[:4]: 0, "nobody": 0, old.ID: 0} {
+		if got := must[[]*Request](t)(db.FindRequests(ctx, ref)); len(got) != want {
+			t.Errorf("%s: %d requests, want %d", ref, len(got), want)
+		}
+	}
+	if got := must[*Request](t)(db.LastRequest(ctx, keyOf("cc"))); got.ID != again.ID {
+		t.Errorf("last request %s, want %s", got.ID, again.ID)
+	}
+	if _, err := db.LastRequest(ctx, keyOf("dd")); !errors.Is(err, ErrNotFound) {
+		t.Errorf("no request: %v", err)
+	}
+	update(t, db, func(tx *Tx) error {
+		if n, err := tx.ExpireRequests(ctx, time.Now().Add(-time.Hour)); err != nil || n != 0 {
+			t.Errorf("expired %d %v, want none", n, err)
+		}
+		n, err := tx.ExpireRequests(ctx, time.Now().Add(time.Hour))
+		if n != 3 {
+			t.Errorf("expired %d, want 3", n)
+		}
+		return err
+	})
+	if n := must[int64](t)(db.CountRequests(ctx, api.RequestPending)); n != 0 {
+		t.Errorf("%d still wait", n)
+	}
+}
+
+func TestRevocationIsForEver(t *testing.T) {
+	db := temp(t)
+	party := wire.NewID()
+	k := Key{KeyHash: keyOf("aa"), Role: wire.RoleNode, PartyID: party, Name: "web", IssuedAt: time.Now(), NotAfter: time.Now().Add(time.Hour)}
+	update(t, db, func(tx *Tx) error { return tx.PutKey(ctx, &k) })
+	update(t, db, func(tx *Tx) error {
+		n, err := tx.RevokeKeys(ctx, party, "stolen")
+		if n != 1 {
+			t.Errorf("revoked %d keys, want 1", n)
+		}
+		return err
+	})
+	k.RevokedAt = time.Time{}
+	update(t, db, func(tx *Tx) error { return tx.PutKey(ctx, &k) })
+	got := must[[]*Key](t)(db.RevokedKeys(ctx))
+	if len(got) != 1 || got[0].Reason != "stolen" || got[0].RevokedAt.IsZero() {
+		t.Errorf("revoked keys %+v", got)
+	}
+	for _, c := range []struct{ atLeast, want int64 }{{0, 1}, {0, 2}, {10, 11}, {3, 12}} {
+		update(t, db, func(tx *Tx) error {
+			n, err := tx.NextRevocations(ctx, c.atLeast)
+			if n != c.want {
+				t.Errorf("number %d, want %d", n, c.want)
+			}
+			return err
+		})
+	}
+}
+
+func TestCertificateOfNodeAndRCP(t *testing.T) {
+	db := temp(t)
+	id := addNode(t, db, "web")
+	end := time.Now().Add(time.Hour).UTC().Truncate(time.Microsecond)
+	update(t, db, func(tx *Tx) error { return tx.AddRCP(ctx, &RCP{Name: "dmz", State: api.RCPPending, Source: RCPAdded}) })
+	update(t, db, func(tx *Tx) error {
+		return errors.Join(tx.SetNodeCertificate(ctx, id, keyOf("aa"), end, end), tx.SetRCPCertificate(ctx, "dmz", keyOf("bb"), end, end))
+	})
+	n, r := must[*Node](t)(db.Node(ctx, id)), must[*RCP](t)(db.RCP(ctx, "dmz"))
+	if n.KeyHash != keyOf("aa") || !n.NotAfter.Equal(end) || r.KeyHash != keyOf("bb") || !r.RenewAfter.Equal(end) {
+		t.Errorf("node %+v, rcp %+v", n, r)
+	}
+}
