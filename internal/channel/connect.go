@@ -81,7 +81,7 @@ func (c *Conn) connect(ctx context.Context, authority string, h http.Header, bod
 	}
 	if res.StatusCode != http.StatusOK {
 		_ = res.Body.Close()
-		return nil, &RefusedError{Status: res.StatusCode, Reason: wire.Quotable(headerText(res.Header.Get(wire.HeaderError)))}
+		return nil, &RefusedError{Status: res.StatusCode, Reason: headerText(res.Header.Get(wire.HeaderError))}
 	}
 	return res, nil
 }
