@@ -209,16 +209,11 @@ func (t *table) route(tg target) (ways []wire.Peer, gone *entry) {
 	return ways, gone
 }
 
-// via counts the peers behind one RCP.
-func (t *table) via(id wire.ID) (n int) {
+// size counts the peers that are there.
+func (t *table) size() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	for _, e := range t.entries {
-		if !e.gone && len(e.peer.Path) > 0 && e.peer.Path[0] == id {
-			n++
-		}
-	}
-	return n
+	return len(t.entries) - t.dead
 }
 
 // cursor is a reader's place. The zero cursor has seen nothing.

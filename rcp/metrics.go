@@ -1,0 +1,113 @@
+package rcp
+
+import (
+	"errors"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// metrics of one relay. Parties are counted when they are read, from the
+// rosters themselves.
+type metrics struct {
+	connects           *prometheus.CounterVec // by status
+	streams            prometheus.Gauge
+	bytesDown, bytesUp prometheus.Counter
+	signals            prometheus.Counter
+	refused            *prometheus.CounterVec // by reason
+}
+
+func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
+	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sallyport_rcp_bytes_total", Help: "Bytes copied between streams, by direction: down is away from the gateway.",
+	}, []string{"direction"})
+	m := &metrics{
+		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sallyport_rcp_connects_total", Help: "CONNECT requests that ended, by the HTTP status that they got.",
+		}, []string{"status"}),
+		streams: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "sallyport_rcp_streams", Help: "CONNECT streams that are open.",
+		}),
+		bytesDown: bytes.WithLabelValues("down"),
+		bytesUp:   bytes.WithLabelValues("up"),
+		signals: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sallyport_rcp_signals_total", Help: "Signal lines that were taken from nodes.",
+		}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sallyport_rcp_refused_total", Help: "Channels that were refused or cut, by reason.",
+		}, []string{"reason"}),
+	}
+	for _, c := range []prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, counts{r}} {
+		if err := reg.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// refuse counts a channel that was not taken, or was cut.
+func (m *metrics) refuse(err error) { m.refused.WithLabelValues(refusal(err)).Inc() }
+
+func refusal(err error) string {
+	switch {
+	case errors.Is(err, errPendingTotal), errors.Is(err, errPendingFrom):
+		return "pending-limit"
+	case errors.Is(err, errTableFull):
+		return "peer-limit"
+	case errors.Is(err, errForged):
+		return "forged"
+	case errors.Is(err, identity.ErrRevoked):
+		return "revoked"
+	case errors.Is(err, errNotAdmitted):
+		return "not-admitted"
+	}
+	return "other"
+}
+
+// counts reads the gauges when somebody asks.
+type counts struct{ r *Relay }
+
+var (
+	descPeers = prometheus.NewDesc("sallyport_rcp_peers",
+		"Parties that are connected directly, by role; those without a certificate as pending.", []string{"role"}, nil)
+	descBehind = prometheus.NewDesc("sallyport_rcp_peers_known",
+		"Parties that the peers stream shows, those behind other RCPs included.", nil, nil)
+	descDraining = prometheus.NewDesc("sallyport_rcp_draining", "1 while the RCP takes no new streams.", nil, nil)
+)
+
+func (counts) Describe(ch chan<- *prometheus.Desc) {
+	ch <- descPeers
+	ch <- descBehind
+	ch <- descDraining
+}
+
+func (c counts) Collect(ch chan<- prometheus.Metric) {
+	for role, n := range c.r.peerCounts() {
+		ch <- prometheus.MustNewConstMetric(descPeers, prometheus.GaugeValue, float64(n), role)
+	}
+	ch <- prometheus.MustNewConstMetric(descBehind, prometheus.GaugeValue, float64(c.r.table.size()))
+	draining := 0.0
+	if c.r.draining.Load() != nil {
+		draining = 1
+	}
+	ch <- prometheus.MustNewConstMetric(descDraining, prometheus.GaugeValue, draining)
+}
+
+// peerCounts counts who is connected: every role is there, with 0 too.
+func (r *Relay) peerCounts() map[string]int {
+	byRole, pending := r.roster.count()
+	out := map[string]int{"pending": pending, string(wire.RoleGateway): 0, string(wire.RoleNode): byRole[wire.RoleNode]}
+	rcps := byRole[wire.RoleRCP]
+	for _, role := range r.upstreams.roles() {
+		switch role {
+		case wire.RoleGateway:
+			out[string(wire.RoleGateway)]++
+		case wire.RoleRCP:
+			rcps++
+		}
+	}
+	out[string(wire.RoleRCP)] = rcps
+	return out
+}

@@ -1,0 +1,333 @@
+package rcp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// fakeLink is a channel that answers with canned bodies and notes what it is
+// asked.
+type fakeLink struct {
+	peer   identity.Peer
+	remote string
+	answer func(*http.Request) (*http.Response, error)
+
+	mu    sync.Mutex
+	asked []string
+	err   error
+	done  chan struct{}
+}
+
+func newFake(peer identity.Peer, remote string) *fakeLink {
+	return &fakeLink{peer: peer, remote: remote, done: make(chan struct{})}
+}
+
+func nodePeer(id wire.ID) identity.Peer {
+	return identity.Peer{Party: wire.Party{Role: wire.RoleNode, ID: id}, Key: wire.HashSPKI([]byte(id))}
+}
+
+func rcpPeer(id wire.ID) identity.Peer {
+	return identity.Peer{Party: wire.Party{Role: wire.RoleRCP, ID: id}, Key: wire.HashSPKI([]byte(id))}
+}
+
+func pendingPeer(n int) identity.Peer {
+	return identity.Peer{Pending: true, Key: wire.HashSPKI(fmt.Append(nil, n))}
+}
+
+func (f *fakeLink) Peer() identity.Peer   { return f.peer }
+func (f *fakeLink) Carrier() string       { return "h2" }
+func (f *fakeLink) Dialled() bool         { return false }
+func (f *fakeLink) RemoteAddr() string    { return f.remote }
+func (f *fakeLink) Since() time.Time      { return time.Time{} }
+func (f *fakeLink) RTT() time.Duration    { return 0 }
+func (f *fakeLink) Done() <-chan struct{} { return f.done }
+
+func (f *fakeLink) note(s string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.asked = append(f.asked, s)
+}
+
+func (f *fakeLink) notes() []string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return append([]string{}, f.asked...)
+}
+
+func (f *fakeLink) Err() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+func (f *fakeLink) Close(cause error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.err == nil {
+		f.err = cause
+		if cause == nil {
+			f.err = io.ErrClosedPipe
+		}
+		close(f.done)
+	}
+}
+
+func (f *fakeLink) Drain(_ context.Context, d wire.Drain) error {
+	f.note("POST " + wire.PathDrain)
+	f.Close(errReplaced)
+	return nil
+}
+
+func (f *fakeLink) Forward(_ http.ResponseWriter, _ *http.Request, authority string, _ http.Header) (bool, error) {
+	f.note("CONNECT " + authority)
+	return false, io.ErrUnexpectedEOF
+}
+
+func (f *fakeLink) RoundTrip(req *http.Request) (*http.Response, error) {
+	f.note(req.Method + " " + req.URL.RequestURI())
+	if f.answer == nil {
+		return nil, io.ErrUnexpectedEOF
+	}
+	return f.answer(req)
+}
+
+// body answers with text, and then stays open until the channel or the request
+// ends.
+func (f *fakeLink) body(req *http.Request, text string) *http.Response {
+	pr, pw := io.Pipe()
+	go func() {
+		_, _ = io.Copy(pw, strings.NewReader(text))
+		select {
+		case <-f.done:
+		case <-req.Context().Done():
+		}
+		_ = pw.CloseWithError(io.ErrUnexpectedEOF)
+	}()
+	return &http.Response{StatusCode: http.StatusOK, Status: "200 OK", Body: pr}
+}
+
+type retired struct {
+	mu  sync.Mutex
+	all []*attached
+}
+
+func (r *retired) add(a *attached) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.all = append(r.all, a)
+}
+
+func testRoster(maxPending, perSource int) (*roster, *retired) {
+	gone := &retired{}
+	return newRoster(newTable(1000, 100), maxPending, perSource, gone.add), gone
+}
+
+func mustJoin(t *testing.T, r *roster, l link) *attached {
+	t.Helper()
+	a, err := r.join(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func published(r *roster, id wire.ID) wire.Peer {
+	return r.table.truth()[peerKey{target: target{id: id}}]
+}
+
+func TestNewestChannelWins(t *testing.T) {
+	r, gone := testRoster(10, 10)
+	id := wire.NewID()
+	say := func(a *attached, boot string, gen int64, digest string) {
+		t.Helper()
+		if err := r.signal(a, wire.Signal{ID: id, Boot: boot, Generation: gen, Digest: digest}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:1"))
+	say(a, "boot1", 5, "a")
+	b := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:2"))
+	if got := published(r, id); got.Digest != "a" || r.channels(a.target())[0] != a {
+		t.Errorf("before the newer channel has spoken: %+v", got)
+	}
+	say(b, "boot1", 4, "b") // late: it is the older one
+	if got := published(r, id); got.Digest != "a" || len(gone.all) != 1 || gone.all[0] != b {
+		t.Errorf("an older generation that comes later: %+v, retired %d", got, len(gone.all))
+	}
+	say(b, "boot1", 4, "b2") // replayed or stale: ignored
+	if got := published(r, id); got.Digest != "a" {
+		t.Errorf("a replaced channel still speaks for the node: %+v", got)
+	}
+	c := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:3"))
+	say(c, "boot1", 6, "c")
+	if got := published(r, id); got.Digest != "c" || got.Generation != 6 || len(gone.all) != 2 || gone.all[1] != a {
+		t.Errorf("a newer generation: %+v, retired %d", got, len(gone.all))
+	}
+	d := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:4"))
+	say(d, "boot2", 1, "d") // after a reboot, generations begin again
+	if got := published(r, id); got.Digest != "d" || gone.all[2] != c {
+		t.Errorf("another boot: %+v", got)
+	}
+	r.leave(d, "cut")
+	if got := published(r, id); got.ID != id {
+		t.Error("the node is gone although older channels live")
+	}
+	for _, x := range []*attached{a, b, c} {
+		r.leave(x, "cut")
+	}
+	if _, ok := r.table.truth()[peerKey{target: target{id: id}}]; ok {
+		t.Error("the node is still published without a channel")
+	}
+	if len(r.live) != 0 {
+		t.Errorf("%d parties left in the roster", len(r.live))
+	}
+}
+
+func TestSignalsThatLieCutTheChannel(t *testing.T) {
+	r, _ := testRoster(10, 10)
+	id, other := wire.NewID(), wire.NewID()
+	mustJoin(t, r, newFake(nodePeer(other), "10.0.0.2:1"))
+	before := published(r, other)
+	for name, s := range map[string]wire.Signal{
+		"another's uuid": {ID: other, Boot: "b", Generation: 1},
+		"no uuid":        {Boot: "b", Generation: 1},
+		"endless boot":   {ID: id, Boot: strings.Repeat("b", 65)},
+		"endless digest": {ID: id, Digest: strings.Repeat("b", 65)},
+		"many hints":     {ID: id, Hints: make([]string, 9)},
+		"long hint":      {ID: id, Hints: []string{strings.Repeat("h", 33)}},
+	} {
+		a := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:1"))
+		if err := r.signal(a, s); !errors.Is(err, errForged) {
+			t.Errorf("%s: %v, want errForged", name, err)
+		}
+		r.leave(a, "cut")
+	}
+	if now := published(r, other); now.Boot != before.Boot || now.Generation != before.Generation {
+		t.Errorf("the other node changed: %+v", now)
+	}
+	a := mustJoin(t, r, newFake(nodePeer(id), "10.0.0.1:1"))
+	if err := r.signal(a, wire.Signal{ID: id, Boot: "b", Generation: 1}); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []wire.Signal{{ID: id, Boot: "b", Generation: 2}, {ID: id, Boot: "c", Generation: 1}} {
+		if err := r.signal(a, s); !errors.Is(err, errForged) {
+			t.Errorf("%+v after (b, 1) on the same channel: %v", s, err)
+		}
+	}
+}
+
+func TestPartyWithTooManyChannelsLosesItsOldest(t *testing.T) {
+	r, _ := testRoster(10, 10)
+	id := wire.NewID()
+	links := make([]*fakeLink, maxChannels+1)
+	for i := range links {
+		links[i] = newFake(nodePeer(id), "10.0.0.1:1")
+		mustJoin(t, r, links[i])
+	}
+	if !errors.Is(links[0].Err(), errTooMany) || links[1].Err() != nil {
+		t.Errorf("oldest: %v, next: %v", links[0].Err(), links[1].Err())
+	}
+}
+
+func TestPendingLimits(t *testing.T) {
+	r, _ := testRoster(6, 3)
+	var joined []*attached
+	for i := range 3 {
+		joined = append(joined, mustJoin(t, r, newFake(pendingPeer(i), fmt.Sprintf("10.0.0.1:%d", i+1))))
+	}
+	if _, err := r.join(newFake(pendingPeer(3), "10.0.0.1:9")); !errors.Is(err, errPendingFrom) {
+		t.Errorf("fourth from one address: %v", err)
+	}
+	if _, err := r.join(newFake(pendingPeer(3), "[::ffff:10.0.0.1]:9")); !errors.Is(err, errPendingFrom) {
+		t.Errorf("the same address written as IPv6: %v", err)
+	}
+	for i := range 3 {
+		mustJoin(t, r, newFake(pendingPeer(10+i), fmt.Sprintf("[2001:db8:1:2::%d]:1", i+1)))
+	}
+	if _, err := r.join(newFake(pendingPeer(20), "10.9.9.9:1")); !errors.Is(err, errPendingTotal) {
+		t.Errorf("seventh in total: %v", err)
+	}
+	r.leave(joined[0], "left")
+	if _, err := r.join(newFake(pendingPeer(20), "[2001:db8:1:2:ffff::1]:1")); !errors.Is(err, errPendingFrom) {
+		t.Errorf("fourth of one /64: %v", err)
+	}
+	mustJoin(t, r, newFake(pendingPeer(20), "[2001:db8:1:3::1]:1"))
+
+	// The same key again takes the place of its first channel, at the limit too.
+	first := joined[1].conn.(*fakeLink)
+	again := mustJoin(t, r, newFake(pendingPeer(1), "10.0.0.1:77"))
+	if !errors.Is(first.Err(), errReplaced) || r.channels(again.target())[0] != again {
+		t.Errorf("the first channel of the key: %v", first.Err())
+	}
+	r.leave(joined[1], "replaced")
+	if _, ok := r.table.truth()[peerKey{target: again.target()}]; !ok {
+		t.Error("the key is gone from the table with its first channel")
+	}
+	if _, n := r.count(); n != 6 {
+		t.Errorf("%d pending, want 6", n)
+	}
+}
+
+// TestClosedListToNodes enumerates what an RCP may send to whom: for every
+// method and every path of ours, and a few that are none.
+func TestClosedListToNodes(t *testing.T) {
+	id, other := wire.NewID(), wire.NewID()
+	node, below, pending := nodePeer(id), rcpPeer(id), pendingPeer(1)
+	const digest = "0123abcd"
+	targets := []string{
+		wire.PathSignals, wire.PathLanes, wire.PathArtifacts + digest, wire.PathArtifacts + "../desired", wire.PathDrain, wire.PathPeers, wire.PathPeers + "?pos=1",
+		wire.PathChannels, wire.PathHello, wire.PathDesired, wire.PathOutbox, wire.PathActions, wire.PathActionID + "x", wire.PathCSR,
+		wire.PathCertificate, wire.PathRevocations, wire.PathUnlock, wire.PathEcho, wire.PathEnroll, "/", "/v1/signals/..", "*", "",
+		wire.ConnectAuthority(id), wire.ConnectAuthority(other), wire.PendingAuthority(pending.Key), wire.PendingAuthority(pendingPeer(2).Key),
+		"127.0.0.1:22", "example.com:443",
+	}
+	allowed := map[string][]string{
+		"node": {
+			"CONNECT " + wire.ConnectAuthority(id), "GET " + wire.PathSignals, "POST " + wire.PathLanes,
+			"PUT " + wire.PathArtifacts + digest, "POST " + wire.PathDrain,
+		},
+		"rcp": {
+			"GET " + wire.PathPeers, "GET " + wire.PathPeers + "?pos=1", "POST " + wire.PathDrain, "PUT " + wire.PathRevocations,
+			"CONNECT " + wire.ConnectAuthority(id), "CONNECT " + wire.ConnectAuthority(other),
+			"CONNECT " + wire.PendingAuthority(pending.Key), "CONNECT " + wire.PendingAuthority(pendingPeer(2).Key),
+		},
+		"pending": {"CONNECT " + wire.PendingAuthority(pending.Key)},
+		"gateway": nil,
+	}
+	peers := map[string]identity.Peer{"node": node, "rcp": below, "pending": pending,
+		"gateway": {Party: wire.Party{Role: wire.RoleGateway, ID: id}}}
+	for who, peer := range peers {
+		want := map[string]bool{}
+		for _, s := range allowed[who] {
+			want[s] = true
+		}
+		for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", ""} {
+			for _, tg := range targets {
+				if got := mayAsk(peer, method, tg); got != want[method+" "+tg] {
+					t.Errorf("to a %s: %s %q: %v, want %v", who, method, tg, got, !got)
+				}
+			}
+		}
+	}
+	f := newFake(node, "10.0.0.1:1")
+	a := &attached{conn: f, peer: node}
+	if _, err := a.ask(t.Context(), http.MethodPut, wire.PathDesired, nil); !errors.Is(err, errNotAllowed) {
+		t.Errorf("PUT /v1/desired: %v", err)
+	}
+	if _, err := a.forward(nil, nil, wire.ConnectAuthority(other), nil); !errors.Is(err, errNotAllowed) {
+		t.Errorf("CONNECT to another through this node: %v", err)
+	}
+	if n := f.notes(); len(n) != 0 {
+		t.Errorf("the node was asked %v", n)
+	}
+}
