@@ -40,6 +40,7 @@ type transport interface {
 
 // Conn is one live, verified connection. All methods are safe for concurrent use.
 type Conn struct {
+	id      *identity.Identity // ours
 	peer    identity.Peer
 	dir     Direction
 	proto   *protocol
@@ -67,8 +68,8 @@ type Conn struct {
 }
 
 // newConn makes a Conn; attach gives it its transport.
-func newConn(p *protocol, peer identity.Peer, dir Direction, dialled bool, local, remote net.Addr, lim Limits) *Conn {
-	c := &Conn{peer: peer, dir: dir, proto: p, dialled: dialled, local: local, remote: remote,
+func newConn(id *identity.Identity, p *protocol, v verified, dialled bool, local, remote net.Addr, lim Limits) *Conn {
+	c := &Conn{id: id, peer: v.peer, dir: v.dir, proto: p, dialled: dialled, local: local, remote: remote,
 		since: time.Now(), limits: lim.forClass(p.class), done: make(chan struct{}), drainReq: make(chan struct{})}
 	c.class.Store(&p.class)
 	return c

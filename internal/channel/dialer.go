@@ -41,10 +41,11 @@ type Dialer struct {
 	// tests that serve its end later.
 	NoConfirm bool
 
-	once sync.Once
-	tls  *clientTLS
-	lim  Limits
-	race race
+	once  sync.Once
+	extra chan string // of Run: classes of further connections to dial
+	tls   *clientTLS
+	lim   Limits
+	race  race
 }
 
 // State is what Run knows of its address.
@@ -75,8 +76,32 @@ func (d *Dialer) init() error {
 	d.once.Do(func() {
 		d.tls = &clientTLS{id: d.Identity, expect: d.Expect}
 		d.lim = d.Limits.withDefaults()
+		d.extra = make(chan string, 1)
 	})
 	return nil
+}
+
+// More makes Run dial one further connection, for an upstream peer that asked
+// for it with POST /v1/channels. An error means that it will not come.
+func (d *Dialer) More(class string) error {
+	if class != ClassSession && class != ClassBulk {
+		return fmt.Errorf("unknown class %q", wire.Quotable(class))
+	}
+	if err := d.init(); err != nil {
+		return err
+	}
+	select {
+	case d.extra <- class:
+		return nil
+	default:
+		return fmt.Errorf("dial %s: another connection is being dialled", d.Addr)
+	}
+}
+
+// withClass is a Dialer to the same address for connections of a class.
+func (d *Dialer) withClass(class string) *Dialer {
+	return &Dialer{Addr: d.Addr, Peer: d.Peer, Identity: d.Identity, Expect: d.Expect, Enroll: d.Enroll, Carrier: d.Carrier, Class: class,
+		Backoff: d.Backoff, Limits: d.Limits, Log: d.Log, Proxy: d.Proxy, DialContext: d.DialContext}
 }
 
 func (d *Dialer) enrolling() bool {
@@ -150,7 +175,7 @@ func (d *Dialer) handshake(ctx context.Context, raw net.Conn, p *protocol, conf 
 	if !unblock() {
 		return nil, context.Cause(ctx)
 	}
-	return connH2(p, v, true, established, d.lim, d.Log)
+	return connH2(d.Identity, p, v, true, established, d.lim, d.Log)
 }
 
 // handshakeError says what a failed handshake probably means.

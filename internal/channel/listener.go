@@ -233,12 +233,12 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if err := raw.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	return connH2(p, v, false, conn, l.limits, l.log)
+	return connH2(l.cfg.Identity, p, v, false, conn, l.limits, l.log)
 }
 
 // connH2 makes a Conn of a TLS connection whose handshake is done.
-func connH2(p *protocol, v verified, dialled bool, conn net.Conn, lim Limits, log *slog.Logger) (*Conn, error) {
-	c := newConn(p, v.peer, v.dir, dialled, conn.LocalAddr(), conn.RemoteAddr(), lim)
+func connH2(id *identity.Identity, p *protocol, v verified, dialled bool, conn net.Conn, lim Limits, log *slog.Logger) (*Conn, error) {
+	c := newConn(id, p, v, dialled, conn.LocalAddr(), conn.RemoteAddr(), lim)
 	t, err := newH2(conn, v.dir, c.limits, log, c.Close)
 	if err != nil {
 		_ = conn.Close()
