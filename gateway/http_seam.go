@@ -1,0 +1,46 @@
+package gateway
+
+import (
+	"context"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// What the handlers of the REST interface need of the rest of the gateway.
+// Every changing call writes its audit row in the transaction of its change,
+// with the actor that ctx carries (see [store.WithActor]). Errors that a
+// caller can do something about are *api.Problem, or one of the sentinels that
+// problemOf knows.
+
+// enrolling is enroll.go: join codes, RCP records and certificate requests.
+type enrolling interface {
+	createJoin(ctx context.Context, in api.CreateJoin) (api.CreatedJoin, error)
+	addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, error)
+	joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.RCPJoin, error)
+	// grant, deny and discard take the ID of a request, or the name in exactly one.
+	grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error)
+	deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error)
+	discard(ctx context.Context, ref string) (*store.Request, error)
+}
+
+// revoking is revoke.go and renew.go. The number is that of the set of
+// revocations that names the key.
+type revoking interface {
+	revokeNode(ctx context.Context, n *store.Node, remove bool) (number int64, err error)
+	removeRCP(ctx context.Context, r *store.RCP) (number int64, err error)
+	renewNow(ctx context.Context, id wire.ID) error
+}
+
+// reaching is fleet.go, trace.go and action.go.
+type reaching interface {
+	// runAction decides on queued actions that were stored a moment ago: it
+	// sends them, leaves them to wait, or ends them as not connected.
+	runAction(ctx context.Context, actions []*store.Action) error
+	cancelAction(ctx context.Context, a *store.Action) error
+	trace(ctx context.Context, n *store.Node) (api.Trace, error)
+	unlockNode(ctx context.Context, n *store.Node) error
+	drainRCP(ctx context.Context, r *store.RCP, on bool) error
+	retryRCP(r *store.RCP)
+}
