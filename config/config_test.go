@@ -4,7 +4,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -204,48 +203,20 @@ func TestSecretHides(t *testing.T) {
 			t.Errorf("shown: %s", s)
 		}
 	}
-	codes, err := n.Join.Codes(nil)
-	if err != nil || len(codes) != 1 || codes[0].Text.Reveal() != code {
-		t.Errorf("Codes: %v, %v", codes, err)
+	if n.Join.Reveal() != code {
+		t.Error("the code is lost")
 	}
 }
 
-func TestJoinSources(t *testing.T) {
-	dir := t.TempDir()
-	write := func(name, text string) string {
-		p := filepath.Join(dir, name)
-		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return p
-	}
-	one := write("a.join", "sp1.one\n")
-	write("b.join", "sp1.two\n")
-	write(".hidden", "sp1.no")
-	get := func(v, stdin string) ([]string, error) {
+func TestJoinTellsCodesFromPaths(t *testing.T) {
+	for value, shown := range map[string]string{" sp1.abc\n": hidden, "/etc/sallyport/join": "/etc/sallyport/join", "-": "-", "": ""} {
 		var j Join
-		if err := j.UnmarshalText([]byte(v)); err != nil {
+		if err := j.UnmarshalText([]byte(value)); err != nil {
 			t.Fatal(err)
 		}
-		codes, err := j.Codes(strings.NewReader(stdin))
-		var out []string
-		for _, c := range codes {
-			out = append(out, c.Text.Reveal())
+		if j.String() != shown || j.Reveal() != strings.TrimSpace(value) || j.IsZero() != (value == "") {
+			t.Errorf("%q: shown as %q, revealed as %q", value, j, j.Reveal())
 		}
-		return out, err
-	}
-	for _, c := range []struct{ value, stdin, want string }{
-		{one, "", "[sp1.one]"}, {dir, "", "[sp1.one sp1.two]"}, {"-", "sp1.in\n", "[sp1.in]"}, {"", "", "[]"},
-	} {
-		if got, err := get(c.value, c.stdin); err != nil || fmt.Sprint(got) != c.want {
-			t.Errorf("%q: got %v, %v", c.value, got, err)
-		}
-	}
-	if _, err := get(filepath.Join(dir, "none"), ""); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("missing file: %v", err)
-	}
-	if _, err := get("-", ""); err == nil {
-		t.Error("empty standard input was accepted")
 	}
 }
 

@@ -160,7 +160,7 @@ func (r *Relay) open(dir string) error {
 	if r.id, err = identity.Open(filepath.Join(dir, "identity"), wire.RoleRCP); err != nil {
 		return err
 	}
-	if r.join, err = r.joinSource(); err != nil {
+	if r.join, err = identity.OpenJoin(r.cfg.Join.Reveal(), r.cfg.Stdin); err != nil {
 		return err
 	}
 	r.join.KeepIn(filepath.Join(dir, "join"))
@@ -169,23 +169,6 @@ func (r *Relay) open(dir string) error {
 	})
 	r.diallers = newDiallers(r)
 	return nil
-}
-
-// joinSource hands SALLYPORT_RCP_JOIN on: codes are hidden in the
-// configuration, and files are read again and again.
-func (r *Relay) joinSource() (*identity.JoinSource, error) {
-	if path := r.cfg.Join.Path(); path != "" {
-		return identity.OpenJoin(path, nil)
-	}
-	codes, err := r.cfg.Join.Codes(r.cfg.Stdin)
-	if err != nil {
-		return nil, err
-	}
-	value := ""
-	if len(codes) > 0 {
-		value = codes[0].Text.Reveal()
-	}
-	return identity.OpenJoin(value, nil)
 }
 
 // port is something that listens.
