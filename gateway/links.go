@@ -276,23 +276,11 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
 	w.since, w.draining = p.Since, p.Draining
 	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
-	w.digest = clip(p.Digest)
-	w.outbox = slices.Contains(p.Hints, wire.HintOutbox)
-	actions := slices.Contains(p.Hints, wire.HintAction)
 	if m.role == wire.RoleRCP && fresh {
 		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
 	}
 	f.arrive(m, w, fresh, now)
-	if w.digest != "" && w.digest != m.digest && w.digest != w.asked {
-		w.asked = w.digest
-		f.want(m, wantHello, true)
-	}
-	if w.outbox {
-		f.want(m, wantOutbox, true)
-	}
-	if actions {
-		f.want(m, wantActions, true)
-	}
+	f.hint(m, w, p.Digest, p.Hints)
 	return nil
 }
 

@@ -9,6 +9,9 @@ import (
 	"sallyport/internal/wire"
 )
 
+// directHop stands for the name of an RCP where a node hangs on the gateway itself.
+const directHop = "direct"
+
 // presence is what the fleet knows of one party at one moment.
 type presence struct {
 	ID        wire.ID
@@ -62,7 +65,7 @@ func (f *fleet) look(m *member) presence {
 		if i == 0 {
 			p.Carrier = w.carrier
 		}
-		path := api.NodePath{RCP: "direct", Carrier: w.carrier, Source: w.source, Since: w.since, RTT: w.rtt.Seconds()}
+		path := api.NodePath{RCP: directHop, Carrier: w.carrier, Source: w.source, Since: w.since, RTT: w.rtt.Seconds()}
 		if w.link != m.id {
 			path.RCP = f.nameOf(w.link)
 			for _, id := range w.path {
@@ -240,4 +243,21 @@ func (f *fleet) hop(id wire.ID) (hopView, bool) {
 		v.RTT = l.rtt()
 	}
 	return v, true
+}
+
+// label is how messages name a party.
+func (f *fleet) label(id wire.ID) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil {
+		return string(m.role) + " " + f.nameOf(id)
+	}
+	return "party " + id.Short()
+}
+
+// nameNow is nameOf for those that do not hold the lock.
+func (f *fleet) nameNow(id wire.ID) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.nameOf(id)
 }

@@ -198,6 +198,12 @@ const (
 	ActionLost      = "lost"
 )
 
+// QueryAttach, set to "1" on POST /v1/actions, asks a node to join a run that
+// it has begun (or to report one that ended) and to begin none: the time in
+// which it might have started is over. A node that knows no such run answers
+// 404.
+const QueryAttach = "attach"
+
 // ActionFrame is one line of the answer to POST /v1/actions: a state, or
 // output. N counts the frames of a run from 1; a retry with ?after=N leaves
 // out those that arrived before.

@@ -1,0 +1,180 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+const (
+	// maxRunsPerNode bounds the actions that are under way with one node; the
+	// rest wait in the database.
+	maxRunsPerNode = 16
+	// A node that is gone while an action runs may have been restarted: its
+	// result is unknown only after this time of down, or of unreachable.
+	lostAfterDown        = time.Minute
+	lostAfterUnreachable = 15 * time.Minute
+	// startLate is how much later than its TTL an action may reach a node: the
+	// time that a session takes. After it only a run that was begun is joined.
+	startLate = 30 * time.Second
+	// runRetry is the pause before an action whose session broke is joined again.
+	runRetry = time.Second
+	// maxOutput bounds what is kept of one action's output, in bytes, whatever
+	// the node's own limit is.
+	maxOutput = 64 << 20
+)
+
+// runAction decides on queued actions that were stored a moment ago: it sends
+// them, leaves them to wait for their node, or ends those that may not wait
+// and whose node is not connected. It changes them as it changes the database.
+func (s *Server) runAction(ctx context.Context, actions []*store.Action) error {
+	var absent []*store.Action
+	for _, a := range actions {
+		if p := s.fleet.Presence(a.NodeID); a.Open() && a.State == wire.ActionQueued && a.TTL == 0 && !p.Connected {
+			notConnected(a, p)
+			absent = append(absent, a)
+		}
+	}
+	if len(absent) > 0 {
+		err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+			for _, a := range absent {
+				if err := tx.SaveAction(ctx, a); err != nil && !errors.Is(err, store.ErrChanged) {
+					return fmt.Errorf("action %s: %w", a.ID, err)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	for _, a := range actions {
+		if a.Open() {
+			s.actions.begin(a)
+		} else {
+			s.metrics.actions.WithLabelValues(a.State).Inc()
+		}
+	}
+	return nil
+}
+
+// notConnected ends an action that may not wait.
+func notConnected(a *store.Action, p presence) {
+	a.State, a.Code = wire.ActionExpired, api.ActionCodeNotConnected
+	a.Reason = fmt.Sprintf("not run: the node is not connected (%s); give it time with a ttl", p.State)
+	if p.Reason != "" {
+		a.Reason = fmt.Sprintf("not run: the node is not connected (%s: %s); give it time with a ttl", p.State, p.Reason)
+	}
+}
+
+// cancelAction tells the node of an action that was marked as cancelling a
+// moment ago. One that was not sent yet has ended with the mark.
+func (s *Server) cancelAction(_ context.Context, a *store.Action) error {
+	if a.Open() {
+		s.actions.cancel(a)
+	}
+	return nil
+}
+
+// followActions hands the output of actions to f, what is stored first and
+// then what comes, and for each action its end. Without follow it returns when
+// what is stored was handed over.
+func (s *Server) followActions(ctx context.Context, ids []wire.ID, follow bool, f func(api.Output) error) error {
+	topic := bus.Actions
+	if len(ids) == 1 {
+		topic = bus.Action(string(ids[0]))
+	}
+	wakes, cancel := s.bus.Subscribe(topic)
+	defer cancel()
+	// Output wakes the topic of its own action only; for several there is a
+	// look at all of them from time to time.
+	look := time.NewTicker(250 * time.Millisecond)
+	defer look.Stop()
+	if len(ids) == 1 {
+		look.Reset(5 * time.Second)
+	}
+	type progress struct {
+		after int64
+		state string
+	}
+	open := make(map[wire.ID]*progress, len(ids))
+	for _, id := range ids {
+		open[id] = &progress{}
+	}
+	for {
+		for _, id := range ids {
+			p := open[id]
+			if p == nil {
+				continue
+			}
+			// The state first: what was stored before an end is then there.
+			a, err := s.store.Action(ctx, id)
+			if err != nil {
+				return fmt.Errorf("action %s: %w", id, err)
+			}
+			if p.after, err = s.handFrames(ctx, a, p.after, f); err != nil {
+				return err
+			}
+			if a.State != p.state {
+				p.state = a.State
+				v := actionView(a)
+				if err := f(api.Output{Action: a.ID, Node: a.NodeName, N: p.after, End: &v}); err != nil {
+					return err
+				}
+			}
+			if !a.Open() {
+				delete(open, id)
+			}
+		}
+		if !follow || len(open) == 0 {
+			return nil
+		}
+		select {
+		case <-wakes:
+		case <-look.C:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func (s *Server) handFrames(ctx context.Context, a *store.Action, after int64, f func(api.Output) error) (int64, error) {
+	const page = 256
+	for {
+		frames, err := s.store.Frames(ctx, a.ID, after, page)
+		if err != nil {
+			return after, fmt.Errorf("output of action %s: %w", a.ID, err)
+		}
+		for _, fr := range frames {
+			if err := f(api.Output{Action: a.ID, Node: a.NodeName, N: fr.N, Stream: fr.Stream, Data: fr.Data}); err != nil {
+				return after, err
+			}
+			after = fr.N
+		}
+		if len(frames) < page {
+			return after, nil
+		}
+	}
+}
+
+// actionView is an action as the API shows it.
+func actionView(a *store.Action) api.Action {
+	v := api.Action{ID: a.ID, Batch: a.Batch, NodeID: a.NodeID, Node: a.NodeName, Command: a.Command, State: a.State, Code: a.Code, Reason: a.Reason,
+		ExitCode: a.ExitCode, Signal: a.Signal, Truncated: a.Truncated, TTL: wire.Duration(a.TTL), Timeout: wire.Duration(a.Timeout),
+		Created: a.CreatedAt, CreatedBy: a.CreatedBy}
+	for _, t := range []struct {
+		to   **time.Time
+		from time.Time
+	}{{&v.Expires, a.ExpiresAt}, {&v.Started, a.StartedAt}, {&v.Ended, a.EndedAt}} {
+		if !t.from.IsZero() {
+			*t.to = &t.from
+		}
+	}
+	return v
+}

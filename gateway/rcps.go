@@ -1,0 +1,566 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/config"
+	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
+	"sallyport/internal/channel"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// Why the gateway ends a link of its own accord.
+var (
+	errLinkRemoved = errors.New("the rcp's record was changed or removed")
+	errSilent      = errors.New("the peers stream is silent")
+	errNoRecord    = errors.New("no record names this rcp: see rcp add")
+)
+
+// links holds the channels to first hops: RCPs that we dial, and RCPs and
+// nodes that dial us. Each has its own goroutines; a dead one delays none.
+type links struct {
+	s *Server
+
+	mu      sync.Mutex
+	records map[string]*store.RCP // by name, as last read
+	hops    map[wire.ID][]*hopConn
+	inbound map[wire.ID]*channel.Link // of parties that dial us
+	pending map[wire.KeyHash]*pendingConn
+	retries map[string]context.CancelFunc // by name: dial now
+	addr    net.Addr                      // of the listener
+}
+
+// hopConn is one connection of class admin to a first hop, of which there are
+// two for a moment when it is replaced.
+type hopConn struct {
+	conn *channel.Conn
+	link *channel.Link // with those of class session
+	// takeOver ends the reading of peers on this connection, because a newer
+	// one does it.
+	takeOver context.CancelFunc
+}
+
+// pendingConn is a party without a certificate that we have a channel to.
+type pendingConn struct {
+	conn *channel.Conn
+	rcp  string // name of the record by which we dialled it; empty: it dialled us
+}
+
+func newLinks(s *Server) *links {
+	return &links{s: s, records: make(map[string]*store.RCP), hops: make(map[wire.ID][]*hopConn),
+		inbound: make(map[wire.ID]*channel.Link), retries: make(map[string]context.CancelFunc), pending: make(map[wire.KeyHash]*pendingConn)}
+}
+
+// dialTarget is what makes a dialler another one.
+type dialTarget struct {
+	name, addr string
+	id         wire.ID
+}
+
+// Run dials every RCP that has an address, answers those that dial us, and
+// follows the records.
+func (l *links) Run(ctx context.Context) error {
+	wakes, cancel := l.s.bus.Subscribe(bus.RCPs)
+	defer cancel()
+	g, ctx := errgroup.WithContext(ctx)
+	if l.s.cfg.ChannelListen != "" {
+		if err := l.listen(ctx, g); err != nil {
+			return err
+		}
+	}
+	g.Go(func() error {
+		running := map[dialTarget]context.CancelCauseFunc{}
+		for {
+			if err := l.reload(ctx); err != nil && ctx.Err() == nil {
+				l.s.log.Error("rcp records not read", "error", err)
+			}
+			wanted := l.targets()
+			for t, stop := range running {
+				if !slices.Contains(wanted, t) {
+					stop(errLinkRemoved)
+					delete(running, t)
+				}
+			}
+			for _, t := range wanted {
+				if running[t] == nil {
+					one, stop := context.WithCancelCause(ctx)
+					running[t] = stop
+					g.Go(func() error { l.dial(one, t); return nil })
+				}
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-wakes:
+			}
+		}
+	})
+	return g.Wait()
+}
+
+// reload reads the records and tells the fleet.
+func (l *links) reload(ctx context.Context) error {
+	list, err := l.s.store.RCPs(ctx)
+	if err != nil {
+		return fmt.Errorf("load rcps: %w", err)
+	}
+	l.mu.Lock()
+	old := l.records
+	l.records = make(map[string]*store.RCP, len(list))
+	for _, r := range list {
+		l.records[r.Name] = r
+	}
+	l.mu.Unlock()
+	ids := map[wire.ID]bool{}
+	for _, r := range list {
+		if r.PartyID == "" {
+			continue
+		}
+		ids[r.PartyID] = true
+		l.s.fleet.learn(rcpRecord(r))
+		if r.Via == "" {
+			l.s.fleet.expect(r.PartyID, wire.RoleRCP, r.Name, r.Address)
+		}
+		if r.State == api.RCPRevoked {
+			l.s.sessions.cut(r.PartyID)
+			l.cut(r.PartyID, identity.ErrRevoked)
+		}
+	}
+	for _, r := range old {
+		if r.PartyID != "" && !ids[r.PartyID] {
+			l.s.sessions.cut(r.PartyID)
+			l.cut(r.PartyID, errLinkRemoved)
+			l.s.fleet.unexpect(r.PartyID)
+			l.s.fleet.forget(r.PartyID)
+		}
+	}
+	return nil
+}
+
+// rcpRecord gives the fleet what the database says. An RCP that is not known
+// to have failed is taken for connected until the grace period is over: if it
+// is not, that is news.
+func rcpRecord(r *store.RCP) record {
+	rec := record{ID: r.PartyID, Role: wire.RoleRCP, Name: r.Name, State: wire.StateRunning, Reason: r.StateReason, Since: r.StateSince, LastSeen: r.LastSeen}
+	switch r.State {
+	case api.RCPFailed:
+		rec.State, rec.Alarmed = wire.StateDown, true
+	case api.RCPPending, api.RCPConnecting:
+		rec.State = wire.StatePending
+	case api.RCPRevoked:
+		rec.State, rec.Revoked = wire.StateRevoked, "revoked"
+	}
+	return rec
+}
+
+// targets are the addresses to dial now.
+func (l *links) targets() []dialTarget {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []dialTarget
+	for _, r := range l.records {
+		if r.Address != "" && r.Via == "" && r.State != api.RCPRevoked {
+			out = append(out, dialTarget{r.Name, r.Address, r.PartyID})
+		}
+	}
+	return out
+}
+
+func (l *links) record(name string) *store.RCP {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.records[name]
+}
+
+func (l *links) recordOf(id wire.ID) *store.RCP {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, r := range l.records {
+		if r.PartyID == id {
+			return r
+		}
+	}
+	return nil
+}
+
+// dial keeps one RCP connected until ctx ends.
+//
+// The record of an RCP that has not enrolled names no UUID: then the enrolment
+// protocol is tried, and every other time the ordinary one, for an RCP that
+// has a certificate of ours already (named in the environment, or added anew
+// after the database was lost). Whoever proves the role rcp there is pinned.
+func (l *links) dial(ctx context.Context, t dialTarget) {
+	log := l.s.log.With("rcp", t.name, "address", t.addr)
+	attempt := 0
+	d := &channel.Dialer{
+		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Log: log,
+		OnState: func(st channel.State) {
+			if st.Err != nil && t.id != "" {
+				l.s.fleet.linkError(t.id, st.Err.Error())
+			}
+			if st.Err != nil {
+				l.note(t.name, st.Err)
+			}
+		},
+	}
+	if t.id != "" {
+		d.Expect = &t.id
+	} else {
+		d.Enroll = func() bool { attempt++; return attempt%2 == 1 }
+	}
+	link := channel.NewLink(log)
+	for ctx.Err() == nil {
+		again, cancel := context.WithCancel(ctx)
+		l.mu.Lock()
+		l.retries[t.name] = cancel
+		l.mu.Unlock()
+		err := link.Run(again, d, func(ctx context.Context, c *channel.Conn) { l.serve(ctx, c, t.name, link) })
+		if err != nil && again.Err() == nil {
+			log.Error("cannot dial", "error", err)
+			<-again.Done() // until the record or the operator changes something
+		}
+		cancel()
+	}
+}
+
+// retry dials an RCP that is not connected at once, whatever the back-off says.
+func (l *links) retry(r *store.RCP) {
+	if h, ok := l.s.fleet.hop(r.PartyID); ok && h.Up {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if again := l.retries[r.Name]; again != nil {
+		again()
+	}
+}
+
+// note keeps the reason why a pending RCP cannot be connected where operators
+// look for it.
+func (l *links) note(name string, cause error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if r := l.records[name]; r != nil {
+		copied := *r
+		copied.StateReason = clip(cause.Error())
+		l.records[name] = &copied
+	}
+}
+
+// lastError is why an RCP cannot be connected; empty if it is, or was not tried.
+func (l *links) lastError(name string) string {
+	r := l.record(name)
+	if r == nil {
+		return ""
+	}
+	if r.PartyID == "" {
+		return r.StateReason
+	}
+	if h, ok := l.s.fleet.hop(r.PartyID); ok && !h.Up {
+		return h.LastErr
+	}
+	return ""
+}
+
+// listen answers RCPs and nodes that dial us.
+func (l *links) listen(ctx context.Context, g *errgroup.Group) error {
+	listener, err := channel.Listen(channel.ListenConfig{
+		Addr: string(l.s.cfg.ChannelListen), Identity: l.s.id, AllowDownstream: true, AllowEnroll: true,
+		Carriers: []string{channel.CarrierH2, channel.CarrierH3}, Admit: l.admit, Log: l.s.log,
+	})
+	if err != nil {
+		return fmt.Errorf("SALLYPORT_GATEWAY_CHANNEL_LISTEN: %w", err)
+	}
+	l.mu.Lock()
+	l.addr = listener.Addr()
+	l.mu.Unlock()
+	l.s.log.Info("listening for rcps and nodes", "address", listener.Addr().String())
+	g.Go(func() error {
+		err := listener.Run(ctx, l.accept)
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	})
+	return nil
+}
+
+// ChannelAddr is where RCPs and nodes can dial us; nil if they cannot.
+func (s *Server) ChannelAddr() net.Addr {
+	s.links.mu.Lock()
+	defer s.links.mu.Unlock()
+	return s.links.addr
+}
+
+// admit decides who may dial us, beyond the table of protocols and roles.
+func (l *links) admit(peer identity.Peer, _ string) error {
+	switch {
+	case peer.Pending, peer.Party.Role == wire.RoleNode:
+		return nil // one waits for a certificate, the other for a session
+	case peer.Party.Role == wire.RoleRCP:
+		if r := l.recordOf(peer.Party.ID); r == nil {
+			return fmt.Errorf("%w (its UUID is %s)", errNoRecord, peer.Party.ID)
+		}
+		return nil
+	}
+	return fmt.Errorf("a %s has no business here", peer.Party.Role)
+}
+
+// accept owns a connection of a party that dialled us.
+func (l *links) accept(ctx context.Context, c *channel.Conn) {
+	if c.Enrolling() {
+		l.servePending(ctx, c, "")
+		return
+	}
+	id := c.Peer().Party.ID
+	l.mu.Lock()
+	link := l.inbound[id]
+	if link == nil {
+		link = channel.NewLink(l.s.log)
+		l.inbound[id] = link
+	}
+	detach := link.Attach(c)
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		detach()
+		if len(link.Conns()) == 0 && l.inbound[id] == link {
+			delete(l.inbound, id)
+		}
+	}()
+	if c.Class() != channel.ClassAdmin { // asked for by the link, which uses it
+		select {
+		case <-c.Done():
+		case <-ctx.Done():
+		}
+		return
+	}
+	l.serve(ctx, c, "", link)
+}
+
+// serve owns one verified connection of class admin until it has ended. name
+// is the record by which we dialled it; empty if it dialled us.
+func (l *links) serve(ctx context.Context, c *channel.Conn, name string, link *channel.Link) {
+	switch {
+	case c.Enrolling():
+		l.servePending(ctx, c, name)
+	case c.Peer().Party.Role == wire.RoleRCP:
+		l.serveRCP(ctx, c, name, link)
+	case c.Peer().Party.Role == wire.RoleNode && name == "":
+		l.serveNode(ctx, c, link)
+	default:
+		l.s.log.Warn("a party of an unexpected role answers", "rcp", name, "peer", c.Peer().String())
+	}
+}
+
+func (l *links) servePending(ctx context.Context, c *channel.Conn, name string) {
+	key := c.Peer().Key
+	p := &pendingConn{conn: c, rcp: name}
+	l.mu.Lock()
+	l.pending[key] = p
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.pending[key] == p {
+			delete(l.pending, key)
+		}
+	}()
+	select {
+	case l.s.fleet.arrived <- key:
+	default: // the sweep finds it
+	}
+	select {
+	case <-c.Done():
+	case <-ctx.Done():
+	}
+}
+
+// serveRCP reads the peers of an RCP while its connection lives.
+func (l *links) serveRCP(ctx context.Context, c *channel.Conn, name string, link *channel.Link) {
+	id := c.Peer().Party.ID
+	rec, err := l.pin(ctx, name, c.Peer())
+	if err != nil {
+		l.s.log.Warn("rcp not taken", "rcp", name, "peer", c.Peer().String(), "error", err)
+		return
+	}
+	reading, stop := context.WithCancel(ctx)
+	defer stop()
+	leave := l.enter(id, c, link, stop)
+	defer leave()
+	l.s.fleet.linkUp(linkInfo{ID: id, Role: wire.RoleRCP, Name: rec.Name, Carrier: c.Carrier(), Address: c.RemoteAddr(), Dialled: c.Dialled(), Since: c.Since(), RTT: c.RTT})
+	l.s.log.Info("rcp connected", "rcp", rec.Name, "id", id, "carrier", c.Carrier(), "address", c.RemoteAddr(), "dialled", c.Dialled())
+	pause := time.Second
+	for reading.Err() == nil && c.Err() == nil {
+		began := time.Now()
+		err := l.s.readPeers(reading, c, id)
+		switch {
+		case reading.Err() != nil || c.Err() != nil:
+		case errors.Is(err, errSilent):
+			c.Close(err) // nothing reports "connected" on a dead path
+		default:
+			if time.Since(began) > time.Minute {
+				pause = time.Second
+			}
+			l.s.log.Warn("peers stream ended", "rcp", rec.Name, "error", err, "retry_in", pause)
+			select {
+			case <-time.After(pause):
+			case <-reading.Done():
+			case <-c.Done():
+			}
+			pause = min(2*pause, time.Minute)
+		}
+	}
+	// A newer connection reads the peers; this one lives on for its streams.
+	select {
+	case <-c.Done():
+	case <-ctx.Done():
+	}
+}
+
+// pin returns the record of a connected RCP. The first certified one that
+// answers for a pending record is it from then on.
+func (l *links) pin(ctx context.Context, name string, peer identity.Peer) (*store.RCP, error) {
+	id := peer.Party.ID
+	if r := l.recordOf(id); r != nil && (name == "" || r.Name == name) {
+		return r, nil
+	}
+	if name == "" {
+		return nil, errNoRecord
+	}
+	var rec *store.RCP
+	err := l.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		if other, err := tx.RCPByID(ctx, id); err == nil && other.Name != name {
+			return fmt.Errorf("rcp %s answers at the address of rcp %s", other.Name, name)
+		}
+		if rec, err = tx.RCP(ctx, name); err != nil {
+			return err
+		}
+		if rec.PartyID == id {
+			return nil
+		}
+		if rec.PartyID != "" {
+			return fmt.Errorf("%w: the record is pinned to %s", channel.ErrWrongPeer, rec.PartyID)
+		}
+		rec.PartyID, rec.KeyHash, rec.State, rec.StateReason, rec.StateSince = id, peer.Key, api.RCPConnecting, "", tx.Now()
+		tx.Audit(ctx, "rcp.pin", name, "it answered at "+rec.Address+" with a certificate of ours: "+string(id))
+		return tx.SaveRCP(ctx, rec)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return rec, l.reload(ctx)
+}
+
+// enter registers a connection as the newest of its first hop. The function
+// that it returns takes it out again.
+func (l *links) enter(id wire.ID, c *channel.Conn, link *channel.Link, takeOver context.CancelFunc) (leave func()) {
+	h := &hopConn{conn: c, link: link, takeOver: takeOver}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, old := range l.hops[id] {
+		old.takeOver()
+	}
+	l.hops[id] = append(l.hops[id], h)
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.hops[id] = slices.DeleteFunc(l.hops[id], func(o *hopConn) bool { return o == h })
+		if len(l.hops[id]) > 0 {
+			return
+		}
+		delete(l.hops, id)
+		cause := "the channel ended"
+		if err := c.Err(); err != nil {
+			cause = err.Error()
+		}
+		// Under the lock: a connection that comes now must be told after this.
+		l.s.fleet.linkDown(id, cause)
+	}
+}
+
+// cut ends all connections to a first hop.
+func (l *links) cut(id wire.ID, cause error) {
+	l.mu.Lock()
+	conns := slices.Clone(l.hops[id])
+	l.mu.Unlock()
+	for _, h := range conns {
+		h.conn.Close(cause)
+	}
+}
+
+// connect opens a stream to authority through a first hop, on a connection of
+// class session.
+func (l *links) connect(ctx context.Context, id wire.ID, authority string) (net.Conn, error) {
+	l.mu.Lock()
+	var link *channel.Link
+	for _, h := range slices.Backward(l.hops[id]) {
+		if h.conn.Err() == nil {
+			link = h.link
+			break
+		}
+	}
+	l.mu.Unlock()
+	if link == nil {
+		return nil, ErrNotConnected
+	}
+	return link.Connect(ctx, authority, nil)
+}
+
+// addConfiguredRCPs makes records of the RCPs that the environment names.
+// Their name is their address.
+func (s *Server) addConfiguredRCPs(ctx context.Context) error {
+	return s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		list, err := tx.RCPs(ctx)
+		if err != nil {
+			return err
+		}
+		wanted := map[string]bool{}
+		for _, e := range s.cfg.RCPs {
+			wanted[e.Addr] = true
+			if err := s.addConfiguredRCP(ctx, tx, list, e); err != nil {
+				return fmt.Errorf("SALLYPORT_GATEWAY_RCPS: %s: %w", e, err)
+			}
+		}
+		for _, r := range list {
+			if r.Source == store.RCPConfigured && !wanted[r.Address] {
+				tx.Audit(ctx, "rcp.remove", r.Name, "no longer in SALLYPORT_GATEWAY_RCPS")
+				if err := tx.RemoveRCP(ctx, r.Name); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	})
+}
+
+func (s *Server) addConfiguredRCP(ctx context.Context, tx *store.Tx, list []*store.RCP, e config.Endpoint) error {
+	id := wire.ID(e.ID)
+	for _, r := range list {
+		if r.Address != e.Addr && (id == "" || r.PartyID != id) {
+			continue
+		}
+		if id != "" && r.PartyID != "" && r.PartyID != id {
+			return fmt.Errorf("rcp %s at this address has the UUID %s; remove it first if it was replaced", r.Name, r.PartyID)
+		}
+		return nil // it has a record
+	}
+	r := &store.RCP{Name: e.Addr, PartyID: id, Address: e.Addr, Public: []string{e.Addr}, Source: store.RCPConfigured, State: api.RCPPending}
+	if id != "" {
+		r.State = api.RCPConnecting
+	}
+	tx.Audit(ctx, "rcp.add", r.Name, "from SALLYPORT_GATEWAY_RCPS")
+	return tx.AddRCP(ctx, r)
+}

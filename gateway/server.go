@@ -1,0 +1,302 @@
+package gateway
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/config"
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// drainTime is how long a stopping gateway waits for what runs.
+const drainTime = 5 * time.Second
+
+// Config is what an operator decides.
+type Config struct {
+	config.Gateway
+	Program string // version of this program, as hellos and the API show it
+}
+
+// Deps are what main opens and closes around a Server.
+type Deps struct {
+	Store    *store.DB
+	Bus      bus.Bus // the one that wakes after commits of Store
+	CA       Issuer
+	Identity *identity.Identity // role gateway, in $SALLYPORT_DATA/gateway/identity
+	Log      *slog.Logger
+	Metrics  prometheus.Registerer // nil: none
+}
+
+// Issuer is the certificate authority: *pki.Authority in one process.
+type Issuer interface {
+	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
+	IssueGateway(ctx context.Context, id wire.ID, csr []byte) (chain [][]byte, err error)
+	SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error)
+	Revocations() (wire.Envelope, bool)
+	Root() *x509.Certificate
+	TrustDomain() string
+}
+
+// hooks are what other parts of the gateway do when something happens here.
+// They are methods of Server; tests replace them.
+type hooks struct {
+	// pending looks at a party that waits for a certificate. It is called
+	// again, every pendingSweep, until the party is gone. rcp is the record of
+	// the first hop that reports it, nil if it dialled us.
+	pending func(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer)
+	// met are called in order after each verified hello of a party of ours,
+	// while its session is warm.
+	met []func(ctx context.Context, id wire.ID, hello *wire.Hello) error
+}
+
+// Server is one gateway.
+type Server struct {
+	cfg      Config
+	store    *store.DB
+	bus      bus.Bus
+	ca       Issuer
+	id       *identity.Identity
+	log      *slog.Logger
+	metrics  *metrics
+	fleet    *fleet
+	sessions *sessions
+	links    *links
+	actions  *runner
+	hooks    hooks
+	started  time.Time
+}
+
+// New puts a gateway together. It does no I/O and starts nothing.
+func New(cfg Config, d Deps) (*Server, error) {
+	if d.Store == nil || d.Bus == nil || d.CA == nil || d.Identity == nil || d.Log == nil {
+		return nil, errors.New("gateway: a dependency is missing")
+	}
+	if d.Identity.Role() != wire.RoleGateway {
+		return nil, fmt.Errorf("gateway: the identity in %s is of role %s", d.Identity.Dir(), d.Identity.Role())
+	}
+	s := &Server{cfg: cfg, store: d.Store, bus: d.Bus, ca: d.CA, id: d.Identity, log: d.Log, started: time.Now()}
+	s.fleet = newFleet(defaultTimings, d.Store.Installation().UID, d.Log)
+	var err error
+	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
+		return nil, fmt.Errorf("gateway: register metrics: %w", err)
+	}
+	s.links = newLinks(s)
+	s.sessions = newSessions(s.fleet, s.metrics, s.links.connect, s.dialSession)
+	s.actions = newRunner(s)
+	s.wire()
+	return s, nil
+}
+
+// Run serves until ctx ends, finishes what runs (at most drainTime) and
+// returns when all that it started has ended.
+func (s *Server) Run(ctx context.Context) error {
+	if err := s.ensureCertificate(ctx); err != nil {
+		return err
+	}
+	if err := s.loadFleet(ctx); err != nil {
+		return err
+	}
+	// Two lives: intake ends at once when we stop, work somewhat later.
+	work, endWork := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer endWork(nil)
+	inner, innerCtx := errgroup.WithContext(work)
+	inner.Go(func() error { return s.sessions.Run(innerCtx) })
+	inner.Go(func() error { return s.persistPresence(innerCtx) })
+	inner.Go(func() error { return s.links.Run(innerCtx) })
+
+	outer, outerCtx := errgroup.WithContext(ctx)
+	outer.Go(func() error { // a failure of the inner ones ends the outer ones
+		select {
+		case <-innerCtx.Done():
+			return context.Cause(innerCtx)
+		case <-outerCtx.Done():
+			return nil
+		}
+	})
+	outer.Go(func() error { return s.keepCertificate(outerCtx) })
+	outer.Go(func() error { return s.watchPresence(outerCtx) })
+	outer.Go(func() error { return s.watchPending(outerCtx) })
+	outer.Go(func() error { return s.actions.Run(outerCtx, innerCtx) })
+	for l, f := range map[lane]func(context.Context, task) (want, time.Duration){
+		laneVisit: s.visit, laneStranger: s.visit, laneOutbox: s.pullOutbox, laneAction: s.actions.kick,
+	} {
+		outer.Go(func() error { return s.runLane(outerCtx, innerCtx, l, f) })
+	}
+	s.runMore(outer, outerCtx)
+	// Tasks hold the outer group open until they end; the drain time bounds that.
+	stopped := context.AfterFunc(outerCtx, func() {
+		timer := time.AfterFunc(drainTime, func() { endWork(errSessionsClosed) })
+		context.AfterFunc(innerCtx, func() { timer.Stop() })
+	})
+	defer stopped()
+	err := outer.Wait()
+	endWork(errSessionsClosed)
+	return errors.Join(err, inner.Wait())
+}
+
+// runLane hands the parties of one lane to f, each in a goroutine, until stop
+// ends; the fleet bounds how many there are at once. Tasks that run then may
+// go on until work ends.
+func (s *Server) runLane(stop, work context.Context, l lane, f func(context.Context, task) (again want, delay time.Duration)) error {
+	var tasks errgroup.Group
+	defer func() { _ = tasks.Wait() }() // tasks return no errors
+	for {
+		for stop.Err() == nil {
+			t, ok := s.fleet.take(l)
+			if !ok {
+				break
+			}
+			tasks.Go(func() error {
+				again, delay := f(work, t)
+				s.fleet.done(l, t, again, delay)
+				return nil
+			})
+		}
+		select {
+		case <-s.fleet.ready[l]:
+		case <-stop.Done():
+			return nil
+		}
+	}
+}
+
+// watchPresence judges parties when it is time.
+func (s *Server) watchPresence(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-s.fleet.retime:
+		}
+		next := s.fleet.tick(time.Now())
+		if next.IsZero() {
+			timer.Stop()
+			continue
+		}
+		timer.Reset(max(time.Until(next), 10*time.Millisecond))
+	}
+}
+
+// loadFleet takes over what the database knows.
+func (s *Server) loadFleet(ctx context.Context) error {
+	nodes, err := s.store.Nodes(ctx)
+	if err != nil {
+		return fmt.Errorf("load nodes: %w", err)
+	}
+	lost, err := s.lostNodes(ctx)
+	if err != nil {
+		return fmt.Errorf("load open events: %w", err)
+	}
+	for _, n := range nodes {
+		r := nodeRecord(n)
+		r.Alarmed = lost[n.ID]
+		s.fleet.learn(r)
+	}
+	if err := s.addConfiguredRCPs(ctx); err != nil {
+		return err
+	}
+	return s.links.reload(ctx)
+}
+
+func nodeRecord(n *store.Node) record {
+	r := record{ID: n.ID, Role: wire.RoleNode, Name: n.Name, State: n.State, Reason: n.StateReason, Since: n.StateSince, LastSeen: n.LastSeen}
+	if n.State == wire.StateRevoked {
+		if r.Revoked = n.StateReason; r.Revoked == "" {
+			r.Revoked = "revoked"
+		}
+	}
+	return r
+}
+
+// nodeChanged is called after a node was enrolled, renamed, revoked or removed.
+func (s *Server) nodeChanged(ctx context.Context, id wire.ID) error {
+	n, err := s.store.Node(ctx, id)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		s.fleet.forget(id)
+	case err != nil:
+		return fmt.Errorf("load node %s: %w", id.Short(), err)
+	default:
+		s.fleet.learn(nodeRecord(n))
+		if n.State != wire.StateRevoked {
+			return nil
+		}
+	}
+	s.sessions.cut(id)
+	s.links.cut(id, identity.ErrRevoked)
+	return nil
+}
+
+// ensureCertificate issues the gateway's own leaf if it has none that is good.
+// The gateway is the local operator of its CA.
+func (s *Server) ensureCertificate(ctx context.Context) error {
+	if root := wire.KeyOf(s.ca.Root()); s.id.TrustDomain() == "" {
+		if err := s.id.Pin(root, s.ca.TrustDomain()); err != nil {
+			return fmt.Errorf("trust the certificate authority: %w", err)
+		}
+	}
+	if _, err := s.id.Certificate(); err == nil && time.Now().Before(s.id.RenewAfter()) {
+		return nil
+	}
+	return s.renewOwn(ctx)
+}
+
+func (s *Server) renewOwn(ctx context.Context) error {
+	csr, err := s.id.CSR(false)
+	if err != nil {
+		return fmt.Errorf("renew the gateway's certificate: %w", err)
+	}
+	chain, err := s.ca.IssueGateway(ctx, s.id.ID(), csr)
+	if err != nil {
+		return fmt.Errorf("renew the gateway's certificate: %w", err)
+	}
+	if err := s.id.Install(chain); err != nil {
+		return fmt.Errorf("renew the gateway's certificate: %w", err)
+	}
+	s.log.Info("gateway certificate issued", "id", s.id.ID(), "fingerprint", s.id.Fingerprint(), "not_after", s.id.NotAfter())
+	return nil
+}
+
+// keepCertificate renews the leaf at two thirds of its life.
+func (s *Server) keepCertificate(ctx context.Context) error {
+	for {
+		wait := time.Until(s.id.RenewAfter())
+		if wait <= 0 {
+			if err := s.renewOwn(ctx); err == nil {
+				continue
+			} else if ctx.Err() == nil {
+				s.log.Error("renewal failed; it is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
+			}
+			wait = time.Minute
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+// Ready says why the gateway cannot do its work now.
+func (s *Server) Ready() error {
+	if _, err := s.id.Certificate(); err != nil {
+		return fmt.Errorf("own certificate: %w", err)
+	}
+	if time.Now().After(s.id.NotAfter()) {
+		return fmt.Errorf("own certificate expired at %s", s.id.NotAfter().UTC().Format(time.RFC3339))
+	}
+	return nil
+}

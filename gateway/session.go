@@ -1,0 +1,417 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+const (
+	// maxWarm bounds the sessions that are kept open, each about 100 KiB here
+	// and at the node. One more closes the one that was idle longest.
+	maxWarm = 512
+	// idleSession is how long a session stays open with nobody using it.
+	idleSession = 45 * time.Second
+	// openWay bounds one attempt by one way, openAll all of them together.
+	openWay = 8 * time.Second
+	openAll = 20 * time.Second
+	// sessionAnswer bounds the time to the headers of one answer.
+	sessionAnswer = 15 * time.Second
+)
+
+// errSessionsClosed says that the server is stopping.
+var errSessionsClosed = errors.New("the gateway is stopping")
+
+// endToEnd is an open session: *session.Session.
+type endToEnd interface {
+	http.RoundTripper
+	Close() error
+	Done() <-chan struct{}
+}
+
+// sessions opens end-to-end sessions with parties and keeps those in use warm.
+type sessions struct {
+	fleet   *fleet
+	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error)
+	dial    func(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error)
+	metrics *metrics
+
+	mu      sync.Mutex
+	closed  bool
+	warm    map[wire.ID]*conversation
+	opening map[wire.ID]chan struct{} // closed when the attempt is over
+}
+
+func newSessions(f *fleet, m *metrics,
+	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error),
+	dial func(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error),
+) *sessions {
+	return &sessions{fleet: f, metrics: m, connect: connect, dial: dial,
+		warm: make(map[wire.ID]*conversation), opening: make(map[wire.ID]chan struct{})}
+}
+
+// conversation is one verified session with one party.
+type conversation struct {
+	party  wire.Party
+	via    route
+	since  time.Time
+	rt     endToEnd
+	broken atomic.Bool // a request failed in transport
+
+	users int       // under sessions.mu
+	used  time.Time // likewise: when the last user left
+}
+
+// RoundTrip sends a request inside the session; host and scheme of its URL do
+// not matter.
+func (c *conversation) RoundTrip(req *http.Request) (*http.Response, error) {
+	res, err := c.rt.RoundTrip(req)
+	if err != nil && req.Context().Err() == nil {
+		c.broken.Store(true)
+	}
+	return res, err
+}
+
+func (c *conversation) dead() bool {
+	select {
+	case <-c.rt.Done():
+		return true
+	default:
+		return c.broken.Load()
+	}
+}
+
+// statusError is an answer with a status that is not 2xx.
+type statusError struct {
+	Status int
+	Reason string // from the party, so for people only
+}
+
+func (e *statusError) Error() string {
+	if e.Reason == "" {
+		return fmt.Sprintf("answered with status %d %s", e.Status, http.StatusText(e.Status))
+	}
+	return fmt.Sprintf("answered with status %d: %s", e.Status, e.Reason)
+}
+
+// call sends in as JSON, unless it is nil, and reads the answer of at most
+// limit bytes into out, unless that is nil. It returns when the whole answer
+// was there, within sessionAnswer.
+func (c *conversation) call(ctx context.Context, method, path string, in, out any, limit int64) error {
+	ctx, cancel := context.WithTimeout(ctx, sessionAnswer)
+	defer cancel()
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.party.ServerName()+path, body)
+	if err != nil {
+		return err
+	}
+	if in != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	res, err := c.RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	if err := refusal(res); err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := wire.DecodeJSON(res.Body, limit, out); err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	return nil
+}
+
+// send posts a body of JSON and returns the answer, whose body is a stream.
+func (c *conversation) send(ctx context.Context, method, path string, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+c.party.ServerName()+path, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := c.RoundTrip(req)
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	return res, nil
+}
+
+// refusal turns a status that is not 2xx into a *statusError.
+func refusal(res *http.Response) error {
+	if res.StatusCode >= 200 && res.StatusCode < 300 {
+		return nil
+	}
+	reason := res.Header.Get(wire.HeaderError)
+	if reason == "" {
+		b, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // what there is of an explanation
+		reason = string(bytes.TrimSpace(b))
+	}
+	return &statusError{Status: res.StatusCode, Reason: wire.Quotable(reason)}
+}
+
+// Hello reads what the party says of itself now, and how far its clock is
+// ahead of ours.
+func (c *conversation) Hello(ctx context.Context) (h wire.Hello, skew time.Duration, err error) {
+	asked := time.Now()
+	if err := c.call(ctx, http.MethodGet, wire.PathHello, nil, &h, wire.MaxHello); err != nil {
+		return h, 0, err
+	}
+	took := time.Since(asked)
+	if h.Party != c.party {
+		return h, 0, fmt.Errorf("%s calls itself %s in its hello", c.party, wire.Quotable(h.Party.String()))
+	}
+	if !h.Time.IsZero() {
+		skew = h.Time.Sub(asked.Add(took / 2))
+	}
+	return h, skew, nil
+}
+
+// Do runs fn in a session with party: the warm one, or a new one by the best
+// way that works. A warm session may have died unnoticed; fn is then run once
+// more in a new one, so what it asks must be safe to repeat (everything in the
+// session API is).
+func (s *sessions) Do(ctx context.Context, party wire.Party, fn func(ctx context.Context, c *conversation) error) error {
+	for {
+		c, reused, err := s.get(ctx, party)
+		if err != nil {
+			return err
+		}
+		err = fn(ctx, c)
+		s.put(c)
+		if err == nil || !reused || !c.dead() || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// get returns a session that put gives back.
+func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, reused bool, err error) {
+	for {
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			return nil, false, errSessionsClosed
+		}
+		if c := s.warm[party.ID]; c != nil {
+			if c.party == party && !c.dead() {
+				c.users++
+				s.mu.Unlock()
+				return c, true, nil
+			}
+			s.removeLocked(c)
+		}
+		other := s.opening[party.ID]
+		if other == nil {
+			break
+		}
+		s.mu.Unlock()
+		select { // somebody is opening it
+		case <-other:
+		case <-ctx.Done():
+			return nil, false, context.Cause(ctx)
+		}
+	}
+	over := make(chan struct{})
+	s.opening[party.ID] = over
+	s.mu.Unlock()
+
+	c, err = s.open(ctx, party, "")
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.opening, party.ID)
+	close(over)
+	if err != nil {
+		return nil, false, err
+	}
+	if s.closed {
+		_ = c.rt.Close()
+		return nil, false, errSessionsClosed
+	}
+	c.users++
+	s.warm[party.ID] = c
+	s.metrics.warm.Set(float64(len(s.warm)))
+	s.evictLocked()
+	return c, false, nil
+}
+
+// fresh opens a session of its own, by another way than the warm one if there
+// is another, runs fn in it and closes it, or keeps it warm if none is.
+func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx context.Context, c *conversation) error) error {
+	s.mu.Lock()
+	var avoid wire.ID
+	if c := s.warm[party.ID]; c != nil {
+		avoid = c.via.link
+	}
+	s.mu.Unlock()
+	c, err := s.open(ctx, party, avoid)
+	if err != nil {
+		return err
+	}
+	err = fn(ctx, c)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil || s.closed || s.warm[party.ID] != nil {
+		_ = c.rt.Close()
+		return err
+	}
+	c.used = time.Now()
+	s.warm[party.ID] = c
+	s.evictLocked()
+	return nil
+}
+
+// put gives a session back.
+func (s *sessions) put(c *conversation) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	c.users--
+	c.used = time.Now()
+	if c.dead() || s.closed {
+		s.removeLocked(c)
+	}
+}
+
+// removeLocked closes a session, and forgets it if it is the warm one.
+func (s *sessions) removeLocked(c *conversation) {
+	if s.warm[c.party.ID] == c {
+		delete(s.warm, c.party.ID)
+		s.metrics.warm.Set(float64(len(s.warm)))
+	}
+	_ = c.rt.Close()
+}
+
+// evictLocked holds the bound on warm sessions; those in use stay.
+func (s *sessions) evictLocked() {
+	for len(s.warm) > maxWarm {
+		var oldest *conversation
+		for _, c := range s.warm {
+			if c.users == 0 && (oldest == nil || c.used.Before(oldest.used)) {
+				oldest = c
+			}
+		}
+		if oldest == nil {
+			return
+		}
+		s.removeLocked(oldest)
+	}
+}
+
+// cut ends the session with a party at once, for instance because its key was
+// revoked.
+func (s *sessions) cut(id wire.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c := s.warm[id]; c != nil {
+		s.removeLocked(c)
+	}
+}
+
+// Run closes sessions that nobody uses, until ctx ends; then it closes all.
+func (s *sessions) Run(ctx context.Context) error {
+	sweep := time.NewTicker(idleSession / 3)
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			s.closed = true
+			for _, c := range s.warm {
+				s.removeLocked(c)
+			}
+			return nil
+		case now := <-sweep.C:
+			s.mu.Lock()
+			for _, c := range s.warm {
+				if c.users == 0 && (now.Sub(c.used) >= idleSession || c.dead()) {
+					s.removeLocked(c)
+				}
+			}
+			s.mu.Unlock()
+		}
+	}
+}
+
+// open opens a session by the best way that works; by avoid last of all.
+func (s *sessions) open(ctx context.Context, party wire.Party, avoid wire.ID) (*conversation, error) {
+	routes, err := s.fleet.routes(party.ID)
+	if err != nil {
+		return nil, fmt.Errorf("open session with %s: %w", s.fleet.label(party.ID), err)
+	}
+	routes = byFirstHop(routes, avoid)
+	ctx, cancel := context.WithTimeout(ctx, openAll)
+	defer cancel()
+	began := time.Now()
+	var errs []error
+	for _, r := range routes {
+		rt, err := s.openBy(ctx, party, r)
+		if ctx.Err() == nil || err == nil {
+			s.fleet.tried(party.ID, r, err)
+		}
+		if err == nil {
+			s.metrics.opened.WithLabelValues("ok").Inc()
+			s.metrics.opening.Observe(time.Since(began).Seconds())
+			return &conversation{party: party, via: r, since: time.Now(), rt: rt, used: time.Now()}, nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", r.name, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	s.metrics.opened.WithLabelValues("failed").Inc()
+	return nil, fmt.Errorf("open session with %s: %w", s.fleet.label(party.ID), errors.Join(errs...))
+}
+
+func (s *sessions) openBy(ctx context.Context, party wire.Party, r route) (endToEnd, error) {
+	ctx, cancel := context.WithTimeout(ctx, openWay)
+	defer cancel()
+	stream, err := s.connect(ctx, r.link, wire.ConnectAuthority(party.ID))
+	if err != nil {
+		return nil, err
+	}
+	rt, err := s.dial(ctx, stream, party)
+	if err != nil {
+		_ = stream.Close()
+		return nil, err
+	}
+	return rt, nil
+}
+
+// byFirstHop keeps the best way of each first hop, which alone decides how a
+// CONNECT goes on from there.
+func byFirstHop(routes []route, avoid wire.ID) []route {
+	var out, last []route
+	seen := make(map[wire.ID]bool, len(routes))
+	for _, r := range routes {
+		switch {
+		case seen[r.link]:
+		case r.link == avoid:
+			last = append(last, r)
+		default:
+			out = append(out, r)
+		}
+		seen[r.link] = true
+	}
+	return append(out, last...)
+}

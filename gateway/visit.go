@@ -1,0 +1,110 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// visitTime bounds one visit: hello, and what follows from it.
+const visitTime = 2 * time.Minute
+
+// party names a member of our trust domain.
+func (s *Server) party(role wire.Role, id wire.ID) wire.Party {
+	return wire.Party{Role: role, ID: id, TrustDomain: s.id.TrustDomain()}
+}
+
+// visit reads the hello of a party in a verified session, and does what
+// follows from it.
+func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, visitTime)
+	defer cancel()
+	do := s.sessions.Do
+	if t.wants&wantProve != 0 {
+		do = s.sessions.fresh
+	}
+	var hello wire.Hello
+	err := do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) error {
+		var skew time.Duration
+		var err error
+		if hello, skew, err = c.Hello(ctx); err != nil {
+			return err
+		}
+		return s.heard(ctx, t, &hello, skew)
+	})
+	if err != nil {
+		s.metrics.visits.WithLabelValues("hello", "failed").Inc()
+		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			s.fleet.unproven(t.id, err)
+			s.log.Debug("visit failed", "role", t.role, "id", t.id, "name", t.name, "error", err)
+		}
+		return 0, 0
+	}
+	s.metrics.visits.WithLabelValues("hello", "ok").Inc()
+	if !t.known {
+		return 0, 0
+	}
+	if _, ok := hello.Versions.Common(wire.OwnVersions); !ok {
+		return 0, 0
+	}
+	for _, met := range s.hooks.met {
+		if err := met(ctx, t.id, &hello); err != nil && ctx.Err() == nil {
+			s.log.Warn("work after a hello failed; it is tried again with the next", "role", t.role, "id", t.id, "name", t.name, "error", err)
+			again, delay = wantPush, s.fleet.t.retryMax
+		}
+	}
+	return again, delay
+}
+
+// heard takes over a verified hello.
+func (s *Server) heard(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) error {
+	if err := s.record(ctx, t, hello, skew); err != nil {
+		return err
+	}
+	if s.fleet.verifiedHello(t.id, t.role, *hello, skew) && t.known {
+		if err := s.raiseSkew(ctx, t.id, skew); err != nil {
+			return err
+		}
+	}
+	if t.role == wire.RoleNode && hello.Outbox.Depth > 0 {
+		s.fleet.ask(wantOutbox, t.id)
+	}
+	return nil
+}
+
+// record writes what a hello says into the database.
+func (s *Server) record(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) error {
+	if !t.known {
+		return nil
+	}
+	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if t.role == wire.RoleRCP {
+			r, err := tx.RCPByID(ctx, t.id)
+			if err != nil {
+				return err
+			}
+			return tx.SetRCPSeen(ctx, r.Name, hello.Program, hello.NotAfter, hello.RenewAfter)
+		}
+		_, err := tx.RecordHello(ctx, hello, skew)
+		return err
+	})
+	if errors.Is(err, store.ErrNotFound) {
+		return nil // removed a moment ago
+	}
+	if err != nil {
+		return fmt.Errorf("record hello of %s %s: %w", t.role, t.name, err)
+	}
+	return nil
+}
+
+// ping measures the round trip of a small request in a session.
+func (c *conversation) ping(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	err := c.call(ctx, http.MethodPost, wire.PathEcho, "sallyport", nil, wire.MaxEnrollBody)
+	return time.Since(began), err
+}
