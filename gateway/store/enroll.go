@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/uptrace/bun"
+
 	"sallyport/gateway/api"
 	"sallyport/gateway/bus"
 	"sallyport/internal/wire"
@@ -152,4 +154,14 @@ func (tx *Tx) SetRCPCertificate(ctx context.Context, name string, key wire.KeyHa
 	p := &RCP{Name: name, KeyHash: key, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC()}
 	tx.Wake(bus.RCPs)
 	return one(tx.q.NewUpdate().Model(p).Column("key_hash", "not_after", "renew_after").WherePK().Exec(ctx))
+}
+
+// MoveHistory gives a replacement what the node before it reported and did.
+func (tx *Tx) MoveHistory(ctx context.Context, from, to wire.ID) error {
+	for _, table := range []string{"events", "gaps", "actions"} {
+		if _, err := tx.q.NewRaw("UPDATE ? SET node_id = ? WHERE node_id = ?", bun.Ident(table), to, from).Exec(ctx); err != nil {
+			return fmt.Errorf("move %s of node %s: %w", table, from.Short(), err)
+		}
+	}
+	return nil
 }

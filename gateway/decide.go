@@ -1,0 +1,327 @@
+package gateway
+
+import (
+	"context"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// decision is what becomes of a certificate request.
+type decision struct {
+	state  string // of the verdict; empty: the party is told nothing
+	code   string // of package wire; for requests that wait it is their reason
+	reason string // for people, on both sides
+	party  wire.Party
+	name   string
+	tenant string
+
+	join    *store.Join    // the code that the party showed; nil without one
+	victims []victim       // identities that give way
+	known   bool           // the key was certified before: it is given a new leaf and nothing else happens
+	prior   *store.Request // the same key's last request, if it still waits
+	fresh   bool           // a new request was written
+}
+
+// victim is an identity that ends because another takes its name or UUID.
+type victim struct {
+	role  wire.Role
+	id    wire.ID
+	name  string
+	keep  bool // tags that the gateway set, and history, go to the successor
+	clash string
+}
+
+func victimParties(victims []victim) []wire.Party {
+	out := make([]wire.Party, len(victims))
+	for i, v := range victims {
+		out[i] = wire.Party{Role: v.role, ID: v.id}
+	}
+	return out
+}
+
+func (d *decision) joinID() string {
+	if d.join == nil {
+		return ""
+	}
+	return d.join.ID
+}
+
+func (d *decision) is(state, code, format string, args ...any) *decision {
+	d.state, d.code, d.reason = state, code, fmt.Sprintf(format, args...)
+	return d
+}
+
+// decide judges a request whose key the party has proven. It changes nothing.
+// The order is: what can never be, what was decided before, what the token
+// says, and whose name and UUID it is.
+func (e *enrolment) decide(ctx context.Context, q store.Queries, key wire.KeyHash, req *wire.EnrollRequest) (*decision, error) {
+	d := &decision{party: wire.Party{Role: req.Role, ID: req.ID, TrustDomain: e.id.TrustDomain()}, name: req.Name, tenant: store.DefaultTenant}
+	if e.impossible(d, key, req) {
+		return d, nil
+	}
+	if done, err := e.knownKey(ctx, q, d, key); done || err != nil {
+		return d, err
+	}
+	if done, err := e.decided(ctx, q, d, key, req); done || err != nil {
+		return d, err
+	}
+	if done, err := e.token(ctx, q, d, key, req); done || err != nil {
+		return d, err
+	}
+	if err := e.claims(ctx, q, d, key); err != nil || d.state != "" {
+		return d, err
+	}
+	return e.conclude(d), nil
+}
+
+// impossible refuses what no operator could grant.
+func (e *enrolment) impossible(d *decision, key wire.KeyHash, req *wire.EnrollRequest) bool {
+	switch _, err := wire.ParseID(string(req.ID)); {
+	case e.id.Revoked(key):
+		d.is(wire.EnrollDenied, wire.EnrollRevoked, "this key is revoked: the party makes a new one when it is given a new join code")
+	case req.Role != wire.RoleNode && req.Role != wire.RoleRCP:
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "role %q is not enrolled here", wire.Quotable(string(req.Role)))
+	case err != nil || req.ID == e.id.ID():
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "%q cannot be the UUID of a party", wire.Quotable(string(req.ID)))
+	case req.Name != "" && req.Role == wire.RoleNode && !wire.ValidName(req.Name):
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "name %q: want letters, digits, '.', '-' and '_', at most %d (see SALLYPORT_NODE_NAME)", wire.Quotable(req.Name), wire.MaxName)
+	default:
+		if _, ok := req.Versions.Common(wire.OwnVersions); !ok {
+			d.is(wire.EnrollDenied, wire.EnrollBadRequest, "the party speaks protocol versions %d to %d, this gateway %d to %d: upgrade the older one",
+				req.Versions.Min, req.Versions.Max, wire.OwnVersions.Min, wire.OwnVersions.Max)
+		}
+	}
+	return d.state != ""
+}
+
+// knownKey gives a party that lost its leaf, or let it expire, a new one: it
+// still has the key that was granted.
+func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash) (bool, error) {
+	k, err := q.Key(ctx, key)
+	if errors.Is(err, store.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if !k.RevokedAt.IsZero() { // not in the signed set yet
+		d.is(wire.EnrollDenied, wire.EnrollRevoked, "this key is revoked: the party makes a new one when it is given a new join code")
+		return true, nil
+	}
+	if k.Role != d.party.Role || k.PartyID != d.party.ID {
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "this key belongs to %s %s", k.Role, k.PartyID)
+		return true, nil
+	}
+	if time.Since(k.NotAfter) > renewalGrace {
+		return false, nil
+	}
+	var current wire.KeyHash
+	switch k.Role {
+	case wire.RoleNode:
+		n, err := q.Node(ctx, k.PartyID)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return false, err
+		}
+		current, d.name, d.tenant = n.KeyHash, n.Name, n.Tenant
+	case wire.RoleRCP:
+		r, err := q.RCPByID(ctx, k.PartyID)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return false, err
+		}
+		current, d.name = r.KeyHash, r.Name
+	}
+	if current != key {
+		return false, nil // its record is gone, or another key took its place
+	}
+	d.known = true
+	d.is(wire.EnrollGranted, "", "")
+	return true, nil
+}
+
+// decided repeats what an operator said of the same request.
+func (e *enrolment) decided(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash, req *wire.EnrollRequest) (bool, error) {
+	prior, err := q.LastRequest(ctx, key)
+	if errors.Is(err, store.ErrNotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case prior.State == api.RequestPending:
+		d.prior = prior
+	case prior.JoinID != req.TokenID: // another code is another request
+	case prior.State == api.RequestDenied:
+		d.is(wire.EnrollDenied, wire.EnrollByOperator, "%s", prior.Reason)
+		return true, nil
+	case prior.State == api.RequestDiscarded:
+		return true, nil
+	}
+	return false, nil
+}
+
+// token judges the join code that the party shows.
+func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash, req *wire.EnrollRequest) (bool, error) {
+	if req.TokenID == "" {
+		return false, nil
+	}
+	j, err := q.Join(ctx, req.TokenID)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return false, err
+	}
+	const unknown = "the join code is not known here: it is of another gateway, or of one that was set up anew; ask for a new one"
+	switch {
+	case err != nil, !j.Manual && !tokenFits(j, req.Token):
+		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, unknown)
+		return true, nil
+	case !j.RevokedAt.IsZero():
+		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, "the join code was revoked on %s; ask for a new one", j.RevokedAt.UTC().Format(time.RFC3339))
+		return true, nil
+	case j.Role != req.Role:
+		d.is(wire.EnrollDenied, wire.EnrollTokenForeign, "the join code is for a %s, this is a %s", j.Role, req.Role)
+		return true, nil
+	case j.TrustDomain != d.party.TrustDomain:
+		d.is(wire.EnrollDenied, wire.EnrollTokenForeign, "the join code is for trust domain %s", j.TrustDomain)
+		return true, nil
+	case j.Generation != e.store.Installation().Generation:
+		d.is(wire.EnrollDenied, wire.EnrollTokenExpired, "the join code is void since this gateway was restored from a backup; ask for a new one")
+		return true, nil
+	case time.Now().After(j.ExpiresAt):
+		d.is(wire.EnrollDenied, wire.EnrollTokenExpired, "the join code expired on %s; ask for a new one", j.ExpiresAt.UTC().Format(time.RFC3339))
+		return true, nil
+	}
+	d.join, d.tenant = j, j.Tenant
+	if j.Name != "" {
+		d.name = j.Name
+	}
+	if j.Manual || j.Used < j.MaxUses {
+		return false, nil
+	}
+	mine, err := q.JoinUsed(ctx, j.ID, key)
+	if err != nil {
+		return false, err
+	}
+	if !mine {
+		d.is(wire.EnrollDenied, wire.EnrollTokenUsed, "the join code is used up (%d of %d); ask for a new one", j.Used, j.MaxUses)
+	}
+	return !mine, nil
+}
+
+// hashToken is what the database keeps of a token: 256 random bits need no salt.
+func hashToken(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
+}
+
+func tokenFits(j *store.Join, token string) bool {
+	return j.TokenHash != "" && subtle.ConstantTimeCompare([]byte(j.TokenHash), []byte(hashToken(token))) == 1
+}
+
+// claims finds out whose name and UUID the party asks for.
+func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash) error {
+	if d.party.Role == wire.RoleRCP {
+		return e.claimsRCP(ctx, q, d, key)
+	}
+	if d.name == "" {
+		d.name = "node-" + d.party.ID.Short()
+	}
+	switch r, err := q.RCPByID(ctx, d.party.ID); {
+	case err == nil:
+		d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID is that of rcp %s", r.Name)
+		return nil
+	case !errors.Is(err, store.ErrNotFound):
+		return err
+	}
+	switch n, err := q.Node(ctx, d.party.ID); {
+	case errors.Is(err, store.ErrNotFound):
+	case err != nil:
+		return err
+	case n.State != wire.StateRevoked && n.KeyHash != "" && n.KeyHash != key:
+		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollUUIDInUse, keep: true})
+	}
+	n, err := q.NodeByName(ctx, d.tenant, d.name)
+	if errors.Is(err, store.ErrNotFound) || err == nil && n.ID == d.party.ID {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	v := victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollNameInUse, keep: true}
+	if n.State == wire.StateRevoked { // nobody lives there: the name is free
+		v.clash, v.keep = "", false
+	}
+	d.victims = append(d.victims, v)
+	return nil
+}
+
+func (e *enrolment) claimsRCP(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash) error {
+	switch n, err := q.Node(ctx, d.party.ID); {
+	case err == nil:
+		d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID is that of node %s", n.Name)
+		return nil
+	case !errors.Is(err, store.ErrNotFound):
+		return err
+	}
+	r, err := q.RCP(ctx, d.name)
+	if errors.Is(err, store.ErrNotFound) {
+		if d.join != nil && !d.join.Manual {
+			d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, "rcp %s was removed; add it again", wire.Quotable(d.name))
+		} else {
+			d.is(wire.EnrollPending, wire.EnrollManual, "no rcp %q is known: sallyport rcp add makes its record and a join code", wire.Quotable(d.name))
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if r.State != api.RCPRevoked {
+		switch {
+		case r.PartyID != "" && r.PartyID != d.party.ID:
+			d.victims = append(d.victims, victim{role: wire.RoleRCP, id: r.PartyID, name: r.Name, clash: wire.EnrollNameInUse})
+		case r.PartyID != "" && r.KeyHash != "" && r.KeyHash != key:
+			d.victims = append(d.victims, victim{role: wire.RoleRCP, id: r.PartyID, name: r.Name, clash: wire.EnrollUUIDInUse})
+		}
+	}
+	switch other, err := q.RCPByID(ctx, d.party.ID); {
+	case errors.Is(err, store.ErrNotFound), err == nil && other.Name == r.Name:
+	case err != nil:
+		return err
+	default:
+		d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID is that of rcp %s", other.Name)
+	}
+	return nil
+}
+
+// clash returns the first identity that does not give way of itself.
+func (d *decision) clash() *victim {
+	for i := range d.victims {
+		if d.victims[i].clash != "" {
+			return &d.victims[i]
+		}
+	}
+	return nil
+}
+
+// conclude turns claims and token into a verdict.
+func (e *enrolment) conclude(d *decision) *decision {
+	manual := d.join == nil || d.join.Manual
+	if v := d.clash(); v != nil && (manual || !d.join.Replaces) {
+		what := "name " + d.name
+		if v.clash == wire.EnrollUUIDInUse {
+			what = "UUID " + string(v.id)
+		}
+		return d.is(wire.EnrollPending, v.clash, "the %s belongs to a live %s (%s); an operator can replace it: sallyport request grant --replace", what, v.role, v.name)
+	}
+	if manual {
+		return d.is(wire.EnrollPending, wire.EnrollManual, "an operator has to grant this request: sallyport request grant")
+	}
+	return d.is(wire.EnrollGranted, "", "")
+}

@@ -1,0 +1,343 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+const (
+	// renewalGrace is how long after the end of its leaf a party that still
+	// has its key is given a new one without being asked for a join code.
+	renewalGrace = 365 * 24 * time.Hour
+	// maxWaiting bounds the requests that wait for an operator: whoever
+	// reaches an RCP can make one.
+	maxWaiting = 10_000
+	// requestLife is how long a request waits for its party to be seen again.
+	requestLife = 30 * 24 * time.Hour
+	// maxAttempts bounds the memory of parties that were asked.
+	maxAttempts = 50_000
+	// maxRevocationsInVerdict keeps a verdict below wire.MaxEnrollBody; a
+	// larger set follows in the first session.
+	maxRevocationsInVerdict = 24 << 10
+)
+
+// How soon a waiting party is looked at again, while its connection stays.
+const (
+	retryRefused = time.Minute
+	retryGranted = time.Minute
+	retryWaiting = 10 * time.Minute // a grant or a new connection is sooner
+	retryFailed  = 5 * time.Second  // doubled up to retryRefused
+)
+
+// registrar is what enrolment needs of the certificate authority.
+type registrar interface {
+	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
+	SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error)
+	Revocations() (wire.Envelope, bool)
+}
+
+// enrollSession is a verified enrolment session with a waiting party.
+type enrollSession interface {
+	http.RoundTripper
+	Close() error
+}
+
+// enrolment decides who becomes a party. What an RCP says is shown and never
+// decided from: key, role, UUID and token are read in a session with the party.
+type enrolment struct {
+	store *store.DB
+	ca    registrar
+	id    *identity.Identity
+	log   *slog.Logger
+	// open opens a session with the holder of a key; rcp names the way.
+	open func(ctx context.Context, key wire.KeyHash) (s enrollSession, rcp string, err error)
+	// changed is told of parties that were made, replaced or revoked.
+	changed func(ctx context.Context, role wire.Role, id wire.ID)
+	// talk opens or reuses a session with a certified party.
+	talk func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
+	// push asks for every connected node to be visited.
+	push func()
+	// look asks for the party to be looked at now, if it is there.
+	look func(key wire.KeyHash)
+	// public is where nodes dial this gateway, for join codes; empty if they cannot.
+	public string
+
+	mu       sync.Mutex
+	attempts map[wire.KeyHash]*attempt
+
+	signing sync.Mutex // one revocation set at a time
+}
+
+// attempt remembers what became of a waiting party, so that it is not asked
+// over and over.
+type attempt struct {
+	since    time.Time // of its connection, as reported
+	next     time.Time
+	failures int
+}
+
+// pending looks at a party that waits for a certificate. It is called when the
+// party comes, and again while it is there.
+func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer) {
+	if !e.due(key, peer.Since) {
+		return
+	}
+	source := origin{address: peer.Source}
+	if rcp != nil {
+		source.rcp = rcp.Name
+	}
+	state, err := e.ask(ctx, key, source)
+	if err != nil && ctx.Err() == nil {
+		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", peer.Source, "error", err)
+	}
+	e.asked(key, state, err)
+}
+
+// due tells whether it is time to ask a party, and claims the turn.
+func (e *enrolment) due(key wire.KeyHash, since time.Time) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := time.Now()
+	a := e.attempts[key]
+	if a != nil && a.since.Equal(since) && now.Before(a.next) {
+		return false
+	}
+	if a == nil {
+		a = new(attempt)
+		e.prune(now)
+		e.attempts[key] = a
+	}
+	a.since, a.next = since, now.Add(retryRefused)
+	return true
+}
+
+// prune forgets parties that nobody has asked for some time; mu is held.
+func (e *enrolment) prune(now time.Time) {
+	if len(e.attempts) < maxAttempts {
+		return
+	}
+	for key, a := range e.attempts {
+		if now.After(a.next) {
+			delete(e.attempts, key)
+		}
+	}
+	if len(e.attempts) >= maxAttempts {
+		clear(e.attempts)
+	}
+}
+
+func (e *enrolment) asked(key wire.KeyHash, state string, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	a := e.attempts[key]
+	if a == nil {
+		return // it was granted in the meantime: ask again
+	}
+	var wait time.Duration
+	switch {
+	case err != nil:
+		wait = min(retryFailed<<min(a.failures, 8), retryRefused)
+		a.failures++
+	case state == wire.EnrollGranted:
+		wait, a.failures = retryGranted, 0
+	case state == wire.EnrollDenied:
+		wait, a.failures = retryRefused, 0
+	default:
+		wait, a.failures = retryWaiting, 0
+	}
+	a.next = time.Now().Add(wait)
+}
+
+// again makes the next look at a party count, now.
+func (e *enrolment) again(key wire.KeyHash) {
+	e.mu.Lock()
+	delete(e.attempts, key)
+	e.mu.Unlock()
+	e.look(key)
+}
+
+// origin is where a request came from, as far as that was said.
+type origin struct {
+	rcp, address string
+}
+
+// ask reads the request of a party in an enrolment session, decides, and tells
+// the party.
+func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (state string, err error) {
+	session, via, err := e.open(ctx, key)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = session.Close() }()
+	if from.rcp == "" {
+		from.rcp = via
+	}
+	var req wire.EnrollRequest
+	if err := exchange(ctx, session, http.MethodGet, nil, &req); err != nil {
+		return "", err
+	}
+	csrKey := wire.KeyHash("")
+	if _, csrKey, err = identity.ParseCSR(req.CSR); err != nil {
+		return "", err
+	}
+	if csrKey != key { // the session's key, the CSR's key and the address are one
+		return "", fmt.Errorf("%w: the request is for the key %s, the party holds %s", errForeignCSR, csrKey.Fingerprint(), key.Fingerprint())
+	}
+	d, err := e.register(ctx, key, &req, from)
+	if err != nil {
+		return "", err
+	}
+	if d.state == "" { // discarded: the party is not told
+		return wire.EnrollPending, nil
+	}
+	return d.state, e.tell(ctx, session, key, &req, d)
+}
+
+// errForeignCSR says that a party asked for a certificate of another's key.
+var errForeignCSR = errors.New("not the party's own key")
+
+// register decides on a request and writes the decision down.
+func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.EnrollRequest, from origin) (*decision, error) {
+	var d *decision
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		if d, err = e.decide(ctx, tx.Queries, key, req); err != nil {
+			return err
+		}
+		return e.write(ctx, tx, d, key, req, from)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("register %s %s: %w", req.Role, wire.Quotable(string(req.ID)), err)
+	}
+	switch {
+	case d.state == wire.EnrollDenied:
+		e.log.Warn("certificate request refused", "code", d.code, "reason", d.reason, "role", req.Role, "id", req.ID,
+			"name", wire.Quotable(req.Name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
+	case d.state == wire.EnrollPending && d.fresh:
+		e.log.Info("certificate request waits for an operator", "code", d.code, "role", req.Role, "id", req.ID,
+			"name", wire.Quotable(d.name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
+	case d.state == wire.EnrollGranted && !d.known:
+		e.log.Info("certificate request granted", "role", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID())
+		e.settle(ctx, d.party, d.victims)
+	}
+	return d, nil
+}
+
+// settle lets the rest of the gateway know of a new party and of those that it
+// replaced.
+func (e *enrolment) settle(ctx context.Context, party wire.Party, victims []victim) {
+	if len(victims) > 0 {
+		if err := e.publish(ctx, victimParties(victims)); err != nil {
+			e.log.Error("revocation set not signed; it is tried again at the next revocation and at the next start", "error", err)
+		}
+	}
+	for _, v := range victims {
+		if v.id != party.ID {
+			e.changed(ctx, v.role, v.id)
+		}
+	}
+	e.changed(ctx, party.Role, party.ID)
+}
+
+// tell puts the verdict on the waiting party.
+func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash, req *wire.EnrollRequest, d *decision) error {
+	v := wire.EnrollVerdict{State: d.state, Code: d.code, Reason: d.reason, Party: d.party, Name: d.name}
+	if env, ok := e.ca.Revocations(); ok && len(env.Payload) < maxRevocationsInVerdict && d.state != wire.EnrollPending {
+		v.Revocations = &env
+	}
+	if d.state != wire.EnrollGranted {
+		return exchange(ctx, s, http.MethodPut, v, nil)
+	}
+	var err error
+	if v.RCPs, err = e.addressesIn(ctx, e.store.Queries); err != nil {
+		return err
+	}
+	v.Installation = e.store.Installation().UID
+	v.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
+	if err != nil {
+		return err
+	}
+	if err := exchange(ctx, s, http.MethodPut, v, nil); err != nil {
+		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not delivered: "+wire.Quotable(err.Error())))
+	}
+	return e.delivered(ctx, key, d, v.Chain)
+}
+
+// delivered notes that the party has its certificate.
+func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision, chain [][]byte) error {
+	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if err := recordCertificate(ctx, tx, d.party, d.name, d.tenant, key, chain); err != nil {
+			return err
+		}
+		tx.Audit(ctx, "certificate.issue", d.name, fmt.Sprintf("%s, %s", d.party, key.Fingerprint()))
+		return setRequestState(ctx, tx, key, api.RequestDelivered, "")
+	})
+}
+
+// delivery notes how far a granted request is.
+func (e *enrolment) delivery(ctx context.Context, key wire.KeyHash, state, reason string) error {
+	return e.store.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *store.Tx) error {
+		return setRequestState(ctx, tx, key, state, reason)
+	})
+}
+
+// setRequestState moves on the request that led to a grant, if there is one.
+func setRequestState(ctx context.Context, tx *store.Tx, key wire.KeyHash, state, reason string) error {
+	q, err := tx.LastRequest(ctx, key)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil // renewed after expiry, by a party whose request is history
+	}
+	if err != nil || q.State != api.RequestGranted {
+		return err
+	}
+	q.State, q.Reason, q.SeenAt = state, reason, tx.Now()
+	return tx.SaveRequest(ctx, q)
+}
+
+// exchange sends one request inside an enrolment session.
+func exchange(ctx context.Context, s enrollSession, method string, in, out any) error {
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		if len(b) > wire.MaxEnrollBody {
+			return fmt.Errorf("%s %s: %w", method, wire.PathEnroll, wire.ErrTooLarge)
+		}
+		body = bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "https://pending"+wire.PathEnroll, body)
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Content-Type", "application/json")
+	res, err := s.RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, wire.PathEnroll, err)
+	}
+	defer func() { _ = res.Body.Close() }()
+	if res.StatusCode/100 != 2 {
+		why, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // for people; half of it will do
+		return fmt.Errorf("%s %s: the party answers %s: %s", method, wire.PathEnroll, res.Status, wire.Quotable(string(bytes.TrimSpace(why))))
+	}
+	if out == nil {
+		return nil
+	}
+	if err := wire.DecodeJSON(res.Body, wire.MaxEnrollBody, out); err != nil {
+		return fmt.Errorf("%s %s: %w", method, wire.PathEnroll, err)
+	}
+	return nil
+}

@@ -1,0 +1,261 @@
+package gateway
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+const (
+	defaultJoinTTL = 24 * time.Hour
+	maxJoinTTL     = 366 * 24 * time.Hour
+	maxJoinUses    = 1_000_000
+	tokenBytes     = 32 // 256 random bits
+)
+
+// createJoin makes a join code for nodes.
+func (e *enrolment) createJoin(ctx context.Context, in api.CreateJoin) (api.CreatedJoin, error) {
+	j := &store.Join{Role: wire.RoleNode, Name: in.Name, Tags: in.Tags, AllowTags: in.AllowTags, RCPs: in.RCPs, MaxUses: in.Uses, Manual: in.Manual, Replaces: in.Replace}
+	if j.MaxUses == 0 {
+		j.MaxUses = 1
+	}
+	if p := checkJoin(j); p != nil {
+		return api.CreatedJoin{}, p
+	}
+	return e.addJoin(ctx, j, time.Duration(in.TTL), nil)
+}
+
+// checkJoin finds every fault of a join code.
+func checkJoin(j *store.Join) *api.Problem {
+	var faults []api.ProblemError
+	fault := func(where, format string, args ...any) {
+		faults = append(faults, api.ProblemError{Location: where, Message: fmt.Sprintf(format, args...)})
+	}
+	if j.Name != "" && !wire.ValidName(j.Name) {
+		fault("name", "%q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(j.Name), wire.MaxName)
+	}
+	if j.MaxUses < 1 || j.MaxUses > maxJoinUses {
+		fault("uses", "%d: want 1 to %d", j.MaxUses, maxJoinUses)
+	}
+	if j.Name != "" && j.MaxUses > 1 {
+		fault("uses", "one name cannot be used %d times: leave out the name, or the uses", j.MaxUses)
+	}
+	if j.Replaces && j.Name == "" {
+		fault("replace", "it needs the name that is to be replaced")
+	}
+	for k, v := range j.Tags {
+		if err := store.ValidTag(k, v); err != nil {
+			fault("tags", "%v", err)
+		}
+	}
+	for _, g := range j.AllowTags {
+		if _, err := path.Match(g, ""); err != nil || g == "" {
+			fault("allow_tags", "%q is no glob", wire.Quotable(g))
+		}
+	}
+	if len(faults) == 0 {
+		return nil
+	}
+	return api.NewProblem(api.CodeInvalid, "the join code cannot be made", faults...)
+}
+
+// addJoin stores a join code and returns it with its secret, which is never
+// shown again. more, if not nil, runs in the same transaction.
+func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duration, more func(ctx context.Context, tx *store.Tx) error) (api.CreatedJoin, error) {
+	if ttl == 0 {
+		ttl = defaultJoinTTL
+	}
+	if ttl < time.Second || ttl > maxJoinTTL {
+		return api.CreatedJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("ttl %s: want 1s to %s", ttl, maxJoinTTL))
+	}
+	var token string
+	if !j.Manual {
+		b := make([]byte, tokenBytes)
+		if _, err := rand.Read(b); err != nil {
+			return api.CreatedJoin{}, err
+		}
+		token = base64.RawURLEncoding.EncodeToString(b)
+		j.TokenHash = hashToken(token)
+	}
+	j.ID, j.Tenant, j.TrustDomain = string(wire.NewID()), store.DefaultTenant, e.id.TrustDomain()
+	j.CreatedBy = store.ActorFrom(ctx).Who
+	var addresses []string
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		if more != nil {
+			if err := more(ctx, tx); err != nil {
+				return err
+			}
+		}
+		if j.Role == wire.RoleNode { // a code never makes a dialler of an RCP
+			if addresses, err = e.joinAddresses(ctx, tx.Queries, j.RCPs); err != nil {
+				return err
+			}
+		}
+		j.ExpiresAt = tx.Now().Add(ttl)
+		tx.Audit(ctx, "join.create", j.ID, fmt.Sprintf("role %s, name %q, %d uses, until %s", j.Role, j.Name, j.MaxUses, j.ExpiresAt.Format(time.RFC3339)))
+		return tx.AddJoin(ctx, j)
+	})
+	if err != nil {
+		return api.CreatedJoin{}, err
+	}
+	root, _ := e.id.Pinned()
+	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: root, Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
+	if err != nil {
+		return api.CreatedJoin{}, err
+	}
+	return api.CreatedJoin{Join: joinView(j, j.Generation), Code: code, Addresses: addresses}, nil
+}
+
+// joinAddresses are the upstreams that stand in a code: of the RCPs that it
+// names, or of all, and of this gateway if nodes may dial it.
+func (e *enrolment) joinAddresses(ctx context.Context, q store.Queries, names []string) ([]string, error) {
+	for _, name := range names {
+		if _, err := q.RCP(ctx, name); errors.Is(err, store.ErrNotFound) {
+			return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rcp %q", wire.Quotable(name)))
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	list, err := e.addressesIn(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	out := []string{}
+	for _, r := range list {
+		if len(names) == 0 || slices.Contains(names, r.Name) {
+			out = append(out, r.Addresses...)
+		}
+	}
+	return out, nil
+}
+
+// addressesIn are the ways in for nodes: the public addresses of the RCPs, and
+// of the gateway itself.
+func (e *enrolment) addressesIn(ctx context.Context, q store.Queries) ([]wire.RCPAddresses, error) {
+	rcps, err := q.RCPs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []wire.RCPAddresses
+	for _, r := range rcps {
+		if len(r.Public) > 0 && r.State != api.RCPRevoked {
+			out = append(out, wire.RCPAddresses{ID: r.PartyID, Name: r.Name, Addresses: r.Public})
+		}
+	}
+	if e.public != "" {
+		out = append(out, wire.RCPAddresses{ID: e.id.ID(), Name: "gateway", Addresses: strings.Split(e.public, ";")})
+	}
+	return out, nil
+}
+
+// revokeJoin makes a join code useless; who used it stays.
+func (e *enrolment) revokeJoin(ctx context.Context, ref string) (api.Join, error) {
+	var j *store.Join
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		if j, err = e.findJoin(ctx, tx.Queries, ref); err != nil {
+			return err
+		}
+		tx.Audit(ctx, "join.revoke", j.ID, j.Name)
+		if err := tx.RevokeJoin(ctx, j.ID); err != nil {
+			return err
+		}
+		j, err = tx.Join(ctx, j.ID)
+		return err
+	})
+	if err != nil {
+		return api.Join{}, err
+	}
+	return joinView(j, e.store.Installation().Generation), nil
+}
+
+// findJoin takes an ID, or at least eight digits of one.
+func (e *enrolment) findJoin(ctx context.Context, q store.Queries, ref string) (*store.Join, error) {
+	list, err := q.Joins(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var fit []*store.Join
+	for _, j := range list {
+		if j.ID == ref {
+			return j, nil
+		}
+		if len(ref) >= 8 && strings.HasPrefix(j.ID, ref) {
+			fit = append(fit, j)
+		}
+	}
+	switch len(fit) {
+	case 0:
+		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no join code %q (want its ID, or at least 8 digits of it)", wire.Quotable(ref)))
+	case 1:
+		return fit[0], nil
+	}
+	return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d join codes begin with %q", len(fit), wire.Quotable(ref)))
+}
+
+// addRCP makes the record of an RCP and its join code.
+func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (*store.RCP, api.CreatedJoin, error) {
+	if !wire.ValidName(in.Name) {
+		return nil, api.CreatedJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("rcp name %q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(in.Name), wire.MaxName))
+	}
+	r := &store.RCP{Name: in.Name, Address: in.Address, Public: in.Public, Via: in.Via, Source: store.RCPAdded, State: api.RCPPending, StateReason: "waiting for it to enrol"}
+	if len(r.Public) == 0 && r.Address != "" {
+		r.Public = []string{r.Address}
+	}
+	j := &store.Join{Role: wire.RoleRCP, Name: in.Name, MaxUses: 1}
+	created, err := e.addJoin(ctx, j, time.Duration(in.TTL), func(ctx context.Context, tx *store.Tx) error {
+		if r.Via != "" {
+			if _, err := tx.RCP(ctx, r.Via); errors.Is(err, store.ErrNotFound) {
+				return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rcp %q to go by", wire.Quotable(r.Via)))
+			} else if err != nil {
+				return err
+			}
+		}
+		tx.Audit(ctx, "rcp.add", r.Name, r.Address)
+		err := tx.AddRCP(ctx, r)
+		if errors.Is(err, store.ErrExists) {
+			return api.NewProblem(api.CodeExists, fmt.Sprintf("rcp %q exists already: sallyport rcp join makes a new code for it", r.Name))
+		}
+		return err
+	})
+	return r, created, err
+}
+
+// joinRCP makes a new code for an RCP that has a record.
+func (e *enrolment) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.CreatedJoin, error) {
+	j := &store.Join{Role: wire.RoleRCP, Name: r.Name, MaxUses: 1, Replaces: in.Replace}
+	return e.addJoin(ctx, j, time.Duration(in.TTL), nil)
+}
+
+// joinView is a join code as operators see it.
+func joinView(j *store.Join, generation int64) api.Join {
+	v := api.Join{ID: j.ID, Role: j.Role, Name: j.Name, State: "open", Tags: j.Tags, AllowTags: j.AllowTags, Uses: j.MaxUses, Used: j.Used, RCPs: j.RCPs,
+		Manual: j.Manual, Replace: j.Replaces, Created: j.CreatedAt.UTC(), Expires: j.ExpiresAt.UTC(), CreatedBy: j.CreatedBy}
+	switch {
+	case !j.RevokedAt.IsZero(), j.Generation != generation:
+		v.State = "revoked"
+	case j.Used >= j.MaxUses:
+		v.State = "used"
+	case time.Now().After(j.ExpiresAt):
+		v.State = "expired"
+	}
+	if v.Tags == nil {
+		v.Tags = map[string]string{}
+	}
+	if v.AllowTags == nil {
+		v.AllowTags = []string{}
+	}
+	if v.RCPs == nil {
+		v.RCPs = []string{}
+	}
+	return v
+}

@@ -1,0 +1,103 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"time"
+
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// renewDue renews a party's leaf, after a verified hello, when two thirds of
+// its life are over. The clock is ours and so is the record of when it began:
+// a party cannot ask for one leaf after the other.
+func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello) error {
+	due := hello.RenewAfter
+	switch k, err := e.currentKey(ctx, hello.Party.Role, id); {
+	case err == nil:
+		due = k.IssuedAt.Add(k.NotAfter.Sub(k.IssuedAt) * 2 / 3)
+	case !errors.Is(err, store.ErrNotFound):
+		return err
+	}
+	if time.Now().Before(due) {
+		return nil
+	}
+	return e.renew(ctx, hello.Party)
+}
+
+// currentKey is what is known of the key in a party's leaf.
+func (e *enrolment) currentKey(ctx context.Context, role wire.Role, id wire.ID) (*store.Key, error) {
+	var key wire.KeyHash
+	if role == wire.RoleRCP {
+		r, err := e.store.RCPByID(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		key = r.KeyHash
+	} else {
+		n, err := e.store.Node(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		key = n.KeyHash
+	}
+	return e.store.Key(ctx, key)
+}
+
+// renew gives a connected party a new leaf in a session with it. Who it is
+// says the session; of its request only the public key counts. The old leaf
+// stays good until it ends, so that nothing is cut.
+func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
+	name, tenant, err := e.nameOf(ctx, party)
+	if err != nil {
+		return fmt.Errorf("renew certificate of %s: %w", party, err)
+	}
+	err = e.talk(ctx, party, func(ctx context.Context, call caller) error {
+		var csr wire.CSR
+		if err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{}, &csr, wire.MaxEnrollBody); err != nil {
+			return err
+		}
+		_, key, err := identity.ParseCSR(csr.DER)
+		if err != nil {
+			return err
+		}
+		if e.id.Revoked(key) {
+			return identity.ErrRevoked
+		}
+		chain, err := e.ca.Issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
+		if err != nil {
+			return err
+		}
+		if err := call(ctx, http.MethodPut, wire.PathCertificate, wire.Certificate{Chain: chain}, nil, 0); err != nil {
+			return err
+		}
+		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s", party, key.Fingerprint()))
+			return recordCertificate(ctx, tx, party, name, tenant, key, chain)
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("renew certificate of %s (%s): %w", name, party, err)
+	}
+	e.log.Info("certificate renewed", "party", party.String(), "name", name)
+	return nil
+}
+
+func (e *enrolment) nameOf(ctx context.Context, party wire.Party) (name, tenant string, err error) {
+	if party.Role == wire.RoleRCP {
+		r, err := e.store.RCPByID(ctx, party.ID)
+		if err != nil {
+			return "", "", err
+		}
+		return r.Name, "", nil
+	}
+	n, err := e.store.Node(ctx, party.ID)
+	if err != nil {
+		return "", "", err
+	}
+	return n.Name, n.Tenant, nil
+}

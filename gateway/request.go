@@ -1,0 +1,337 @@
+package gateway
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// write puts a decision into the database.
+func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wire.KeyHash, req *wire.EnrollRequest, from origin) error {
+	switch {
+	case d.state == "" || d.state == wire.EnrollDenied:
+		return e.deniedRequest(ctx, tx, d)
+	case d.known:
+		return nil
+	}
+	q := d.prior
+	if q == nil {
+		if d.state == wire.EnrollPending {
+			switch n, err := tx.CountRequests(ctx, api.RequestPending); {
+			case err != nil:
+				return err
+			case n >= maxWaiting:
+				d.reason = "too many requests wait for an operator; this one is not among them yet"
+				return nil
+			}
+		}
+		q = &store.Request{ID: string(wire.NewID())}
+		d.fresh = true
+	}
+	q.Role, q.PartyID, q.KeyHash, q.Name, q.Tenant = d.party.Role, d.party.ID, key, clip(d.name), d.tenant
+	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), boundTags(req.Tags), req.TokenID, req.CSR, clip(req.Program)
+	q.State, q.Code, q.Reason, q.SeenAt = api.RequestPending, d.code, d.code, tx.Now()
+	if d.state == wire.EnrollGranted {
+		if err := e.grantIn(ctx, tx, d, q); err != nil {
+			return err
+		}
+	}
+	if d.fresh {
+		return tx.AddRequest(ctx, q)
+	}
+	return tx.SaveRequest(ctx, q)
+}
+
+// deniedRequest ends a request that waited, when its party comes back with a
+// code that is no good. A bad code alone is not written down: it is not queued.
+func (e *enrolment) deniedRequest(ctx context.Context, tx *store.Tx, d *decision) error {
+	q := d.prior
+	if q == nil || d.state == "" {
+		return nil
+	}
+	q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = api.RequestFailed, d.code, d.reason, tx.Now(), "gateway"
+	return tx.SaveRequest(ctx, q)
+}
+
+// maxTags bounds the tags of a request that are kept to be looked at.
+const maxTags = 64
+
+func boundTags(tags map[string]string) map[string]string {
+	out := make(map[string]string, min(len(tags), maxTags))
+	for k, v := range tags {
+		if len(out) < maxTags && store.ValidTag(k, v) == nil {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// grantIn makes the party of a request: it consumes the token, ends the
+// identities that give way, and writes the party's row. The leaf is issued
+// when it can be delivered, which may be days later.
+func (e *enrolment) grantIn(ctx context.Context, tx *store.Tx, d *decision, q *store.Request) error {
+	q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = api.RequestGranted, "", "", tx.Now(), store.ActorFrom(ctx).Who
+	if d.join != nil {
+		// The operator's word counts more than a code that others have used
+		// up while the request waited.
+		if err := tx.UseJoin(ctx, d.join.ID, q.KeyHash, q.PartyID); err != nil && !errors.Is(err, store.ErrExists) {
+			return err
+		}
+	}
+	for _, v := range d.victims {
+		if err := e.giveWay(ctx, tx, v, d); err != nil {
+			return err
+		}
+	}
+	var err error
+	if q.Role == wire.RoleRCP {
+		err = e.makeRCP(ctx, tx, d, q)
+	} else {
+		err = e.makeNode(ctx, tx, d, q)
+	}
+	if err != nil {
+		return err
+	}
+	detail := fmt.Sprintf("%s, %s", d.party, q.KeyHash.Fingerprint())
+	if d.join != nil {
+		detail += ", join code " + d.join.ID
+	}
+	tx.Audit(ctx, "request.grant", q.Name, detail)
+	return tx.PutKey(ctx, &store.Key{KeyHash: q.KeyHash, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Tenant: q.Tenant, IssuedAt: tx.Now(), NotAfter: tx.Now()})
+}
+
+// giveWay ends an identity for the sake of another.
+func (e *enrolment) giveWay(ctx context.Context, tx *store.Tx, v victim, d *decision) error {
+	if _, err := tx.RevokeKeys(ctx, v.id, "replaced by "+string(d.party.ID)); err != nil {
+		return err
+	}
+	tx.Audit(ctx, string(v.role)+".replace", v.name, fmt.Sprintf("%s by %s", v.id, d.party.ID))
+	if v.role == wire.RoleRCP || v.id == d.party.ID {
+		return nil // the record stays and gets another key
+	}
+	return tx.RemoveNode(ctx, v.id)
+}
+
+func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *store.Request) error {
+	n := &store.Node{ID: q.PartyID, Tenant: q.Tenant, Name: q.Name, State: wire.StatePending, StateReason: "granted; it has not connected yet", KeyHash: q.KeyHash, Program: q.Program}
+	var tags map[string]string
+	if d.join != nil {
+		n.JoinID, n.AllowTags, tags = d.join.ID, d.join.AllowTags, d.join.Tags
+	}
+	if err := tx.AddNode(ctx, n); err != nil {
+		return err
+	}
+	if err := tx.SetJoinTags(ctx, n.ID, tags); err != nil {
+		return err
+	}
+	for _, v := range d.victims {
+		if v.keep && v.id != n.ID {
+			if err := errors.Join(tx.CopyGatewayTags(ctx, v.id, n.ID), tx.MoveHistory(ctx, v.id, n.ID)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (e *enrolment) makeRCP(ctx context.Context, tx *store.Tx, d *decision, q *store.Request) error {
+	r, err := tx.RCP(ctx, q.Name)
+	if err != nil {
+		return fmt.Errorf("rcp %s: %w", q.Name, err)
+	}
+	r.PartyID, r.KeyHash, r.Program = q.PartyID, q.KeyHash, q.Program
+	r.State, r.StateReason, r.StateSince = api.RCPConnecting, "granted; it has not connected yet", tx.Now()
+	return tx.SaveRCP(ctx, r)
+}
+
+// recordCertificate notes a leaf that its party has.
+func recordCertificate(ctx context.Context, tx *store.Tx, party wire.Party, name, tenant string, key wire.KeyHash, chain [][]byte) error {
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return fmt.Errorf("own certificate authority: %w", err)
+	}
+	err = tx.PutKey(ctx, &store.Key{KeyHash: key, Role: party.Role, PartyID: party.ID, Name: name, Tenant: tenant, IssuedAt: tx.Now(), NotAfter: leaf.NotAfter})
+	if err != nil {
+		return err
+	}
+	if party.Role == wire.RoleRCP {
+		return tx.SetRCPCertificate(ctx, name, key, leaf.NotAfter, identity.RenewAfter(leaf))
+	}
+	return tx.SetNodeCertificate(ctx, party.ID, key, leaf.NotAfter, identity.RenewAfter(leaf))
+}
+
+// find resolves what an operator calls a request. A name that two requests, or
+// a request and a live party, have needs the fingerprint as well.
+func (e *enrolment) find(ctx context.Context, q store.Queries, ref, fingerprint string) (*store.Request, error) {
+	found, err := q.FindRequests(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	if fingerprint != "" {
+		var fit []*store.Request
+		for _, r := range found {
+			if r.KeyHash.Fingerprint() == fingerprint {
+				fit = append(fit, r)
+			}
+		}
+		if len(found) > 0 && len(fit) == 0 {
+			return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("request %s has the fingerprint %s, not %s", ref, found[0].KeyHash.Fingerprint(), wire.Quotable(fingerprint)))
+		}
+		found = fit
+	}
+	switch {
+	case len(found) == 0:
+		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
+	case len(found) > 1:
+		return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID, or by --fingerprint", len(found), wire.Quotable(ref)))
+	case fingerprint == "" && found[0].ID != ref && found[0].Name == ref:
+		return found[0], e.nameIsFree(ctx, q, found[0])
+	}
+	return found[0], nil
+}
+
+func (e *enrolment) nameIsFree(ctx context.Context, q store.Queries, r *store.Request) error {
+	if r.Role != wire.RoleNode {
+		return nil
+	}
+	n, err := q.NodeByName(ctx, r.Tenant, r.Name)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return nil
+	case err != nil:
+		return err
+	case n.State == wire.StateRevoked:
+		return nil
+	}
+	return api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%q is the name of a request and of a live node: name the request by its ID, or by --fingerprint %s", r.Name, r.KeyHash.Fingerprint()))
+}
+
+// grant is an operator's yes. The party gets its certificate at once if it is
+// there, else when it comes.
+func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (api.Request, error) {
+	var q *store.Request
+	var d *decision
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		if q, err = e.find(ctx, tx.Queries, ref, in.Fingerprint); err != nil {
+			return err
+		}
+		d, err = e.judge(ctx, tx.Queries, q, in.Replace)
+		if err != nil {
+			return err
+		}
+		if err := e.grantIn(ctx, tx, d, q); err != nil {
+			return err
+		}
+		return tx.SaveRequest(ctx, q)
+	})
+	if err != nil {
+		return api.Request{}, err
+	}
+	e.settle(ctx, d.party, d.victims)
+	e.again(q.KeyHash)
+	return requestView(q), nil
+}
+
+// judge looks again at what a waiting request claims: the world moved on.
+func (e *enrolment) judge(ctx context.Context, q store.Queries, r *store.Request, replace bool) (*decision, error) {
+	d := &decision{party: wire.Party{Role: r.Role, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}, name: r.Name, tenant: r.Tenant}
+	if k, err := q.Key(ctx, r.KeyHash); e.id.Revoked(r.KeyHash) || err == nil && !k.RevokedAt.IsZero() {
+		return nil, api.NewProblem(api.CodeConflict, "the key of this request is revoked: give the party a new join code, which makes it use a new key")
+	} else if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return nil, err
+	}
+	if r.JoinID != "" {
+		j, err := q.Join(ctx, r.JoinID)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return nil, err
+		}
+		if err == nil {
+			d.join = j
+		}
+	}
+	if r.Role == wire.RoleNode && !wire.ValidName(r.Name) {
+		return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("name %q cannot stand in a certificate: set SALLYPORT_NODE_NAME there", r.Name))
+	}
+	if err := e.claims(ctx, q, d, r.KeyHash); err != nil {
+		return nil, err
+	}
+	if d.state != "" {
+		return nil, api.NewProblem(api.CodeConflict, d.reason)
+	}
+	if v := d.clash(); v != nil && !replace {
+		return nil, api.NewProblem(api.CodeNameInUse, fmt.Sprintf("%s: %s %s (%s) is alive; grant with --replace to revoke it and keep its tags and history", v.clash, v.role, v.name, v.id))
+	}
+	return d, nil
+}
+
+// deny is an operator's no, which the party is told.
+func (e *enrolment) deny(ctx context.Context, ref string, in api.Deny) (api.Request, error) {
+	reason := in.Reason
+	if reason == "" {
+		reason = "an operator refused the request"
+	}
+	return e.refuse(ctx, ref, api.RequestDenied, "request.deny", clip(reason))
+}
+
+// discard forgets a request; the party is not told, and stays where it is.
+func (e *enrolment) discard(ctx context.Context, ref string) (api.Request, error) {
+	return e.refuse(ctx, ref, api.RequestDiscarded, "request.discard", "")
+}
+
+func (e *enrolment) refuse(ctx context.Context, ref, state, what, reason string) (api.Request, error) {
+	var q *store.Request
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		found, err := tx.FindRequests(ctx, ref)
+		switch {
+		case err != nil:
+			return err
+		case len(found) == 0:
+			return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
+		case len(found) > 1:
+			return api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID", len(found), wire.Quotable(ref)))
+		}
+		q = found[0]
+		q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = state, "", reason, tx.Now(), store.ActorFrom(ctx).Who
+		tx.Audit(ctx, what, q.Name, fmt.Sprintf("%s %s, %s %s", q.Role, q.PartyID, q.KeyHash.Fingerprint(), reason))
+		return tx.SaveRequest(ctx, q)
+	})
+	if err != nil {
+		return api.Request{}, err
+	}
+	if state == api.RequestDenied {
+		e.again(q.KeyHash)
+	}
+	return requestView(q), nil
+}
+
+// expire ends requests whose party was not seen for long.
+func (e *enrolment) expire(ctx context.Context) error {
+	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		n, err := tx.ExpireRequests(ctx, tx.Now().Add(-requestLife))
+		if n > 0 {
+			tx.Audit(ctx, "request.expire", "", fmt.Sprintf("%d requests", n))
+		}
+		return err
+	})
+}
+
+// requestView is a request as operators see it.
+func requestView(q *store.Request) api.Request {
+	v := api.Request{ID: q.ID, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Fingerprint: q.KeyHash.Fingerprint(), Source: q.Source, RCP: q.RCP,
+		Tags: q.Tags, State: q.State, Reason: q.Reason, Requested: q.RequestedAt.UTC(), DecidedBy: q.DecidedBy, Version: q.Program}
+	if v.Tags == nil {
+		v.Tags = map[string]string{}
+	}
+	if !q.DecidedAt.IsZero() {
+		at := q.DecidedAt.UTC().Truncate(time.Microsecond)
+		v.Decided = &at
+	}
+	return v
+}

@@ -1,0 +1,367 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+const (
+	// farewell is how long a party that is revoked may take to be told so:
+	// one that knows it can ask its operator for a new code.
+	farewell = 2 * time.Second
+	// spreadTime bounds the delivery of a revocation set to one RCP.
+	spreadTime = 10 * time.Second
+)
+
+// caller sends one request in a session, as conversation.call does.
+type caller func(ctx context.Context, method, path string, in, out any, limit int64) error
+
+// revokeNode ends the trust in a node's keys. A removed node also leaves the
+// list; either may enrol again, with a new key.
+func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) (api.Removal, error) {
+	party := wire.Party{Role: wire.RoleNode, ID: n.ID, TrustDomain: e.id.TrustDomain()}
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if err := revokeKeys(ctx, tx, party, n.Name, n.Tenant, n.KeyHash, n.NotAfter); err != nil {
+			return err
+		}
+		if remove {
+			tx.Audit(ctx, "node.remove", n.Name, string(n.ID))
+			return tx.RemoveNode(ctx, n.ID)
+		}
+		tx.Audit(ctx, "node.revoke", n.Name, string(n.ID))
+		_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "revoked by "+store.ActorFrom(ctx).Who)
+		return err
+	})
+	if err != nil {
+		return api.Removal{}, err
+	}
+	return e.revocation(ctx, party, n.Name)
+}
+
+// revokeRCP does the same for an RCP.
+func (e *enrolment) revokeRCP(ctx context.Context, r *store.RCP, remove bool) (api.Removal, error) {
+	party := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if r.PartyID != "" {
+			if err := revokeKeys(ctx, tx, party, r.Name, "", r.KeyHash, r.NotAfter); err != nil {
+				return err
+			}
+		}
+		if remove {
+			tx.Audit(ctx, "rcp.remove", r.Name, string(r.PartyID))
+			return tx.RemoveRCP(ctx, r.Name)
+		}
+		tx.Audit(ctx, "rcp.revoke", r.Name, string(r.PartyID))
+		return tx.SetRCPState(ctx, r.Name, api.RCPRevoked, "revoked by "+store.ActorFrom(ctx).Who)
+	})
+	if err != nil {
+		return api.Removal{}, err
+	}
+	if r.PartyID == "" { // it never had a key
+		e.changed(ctx, party.Role, party.ID)
+		return api.Removal{Name: r.Name}, nil
+	}
+	return e.revocation(ctx, party, r.Name)
+}
+
+// revokeKeys marks every key of a party, also one that was certified before
+// this database was restored.
+func revokeKeys(ctx context.Context, tx *store.Tx, party wire.Party, name, tenant string, current wire.KeyHash, notAfter time.Time) error {
+	if current != "" {
+		if _, err := tx.Key(ctx, current); errors.Is(err, store.ErrNotFound) {
+			k := &store.Key{KeyHash: current, Role: party.Role, PartyID: party.ID, Name: name, Tenant: tenant, IssuedAt: tx.Now(), NotAfter: notAfter}
+			if err := tx.PutKey(ctx, k); err != nil {
+				return err
+			}
+		} else if err != nil {
+			return err
+		}
+	}
+	_, err := tx.RevokeKeys(ctx, party.ID, "by "+store.ActorFrom(ctx).Who)
+	return err
+}
+
+func (e *enrolment) revocation(ctx context.Context, party wire.Party, name string) (api.Removal, error) {
+	err := e.publish(ctx, []wire.Party{party})
+	e.changed(ctx, party.Role, party.ID)
+	number, _ := e.id.Revocations()
+	if err != nil {
+		return api.Removal{}, fmt.Errorf("%s is revoked here, but the signed set that tells others is not out yet: %w", name, err)
+	}
+	return api.Removal{ID: party.ID, Name: name, Revocations: number}, nil
+}
+
+// publish signs the set of all revoked keys, if it holds one that was not in
+// the last, tells the parties that are ended, and spreads it.
+func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
+	env, roles, err := e.sign(ctx)
+	if err != nil {
+		return fmt.Errorf("publish revocations: %w", err)
+	}
+	if env == nil {
+		return nil
+	}
+	e.bid(ctx, ended, *env)
+	if _, err := e.id.ApplyRevocations(*env); err != nil {
+		return fmt.Errorf("publish revocations: %w", err)
+	}
+	e.log.Info("revocation set signed", "number", numberOf(*env), "revoked", ended)
+	e.spread(ctx, *env)
+	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) {
+		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
+	}
+	return nil
+}
+
+// sign makes the next set; nil if the last one says it all. roles are those of
+// the keys that are new in it.
+func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, error) {
+	e.signing.Lock()
+	defer e.signing.Unlock()
+	keys, err := e.store.RevokedKeys(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	held, err := e.heldSet()
+	if err != nil {
+		return nil, nil, err
+	}
+	known := make(map[wire.KeyHash]bool, len(held.Revoked))
+	for _, r := range held.Revoked {
+		known[r.Key] = true
+	}
+	set := wire.Revocations{}
+	var roles []wire.Role
+	for _, k := range keys {
+		if !known[k.KeyHash] {
+			roles = append(roles, k.Role)
+		} else if time.Since(k.NotAfter) > renewalGrace {
+			continue // nobody would take it any more
+		}
+		set.Revoked = append(set.Revoked, wire.Revocation{Key: k.KeyHash, Role: k.Role, ID: k.PartyID, At: k.RevokedAt, Reason: k.Reason})
+	}
+	if len(roles) == 0 {
+		return nil, nil, nil
+	}
+	mine, _ := e.id.Revocations()
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		set.Number, err = tx.NextRevocations(ctx, max(held.Number, mine))
+		tx.Audit(ctx, "revocations.sign", "", fmt.Sprintf("number %d, %d keys", set.Number, len(set.Revoked)))
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	env, err := e.ca.SignRevocations(ctx, set)
+	return &env, roles, err
+}
+
+// heldSet is the last set that the authority signed.
+func (e *enrolment) heldSet() (set wire.Revocations, err error) {
+	env, ok := e.ca.Revocations()
+	if !ok {
+		return set, nil
+	}
+	return set, json.Unmarshal(env.Payload, &set)
+}
+
+func numberOf(env wire.Envelope) int64 {
+	var set struct {
+		Number int64 `json:"number"`
+	}
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		return 0
+	}
+	return set.Number
+}
+
+// bid tells parties that are there that it is over for them. They need not
+// listen; the RCPs will not let them in.
+func (e *enrolment) bid(ctx context.Context, ended []wire.Party, env wire.Envelope) {
+	ctx, cancel := context.WithTimeout(ctx, farewell)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, p := range ended {
+		p.TrustDomain = e.id.TrustDomain()
+		wg.Go(func() {
+			if err := e.putRevocations(ctx, p, env); err != nil {
+				e.log.Debug("a revoked party was not told", "party", p.String(), "error", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// spread brings a set to every RCP that can be reached, at once: they are the
+// ones that keep revoked parties out. The others get it when they come.
+func (e *enrolment) spread(ctx context.Context, env wire.Envelope) {
+	rcps, err := e.store.RCPs(ctx)
+	if err != nil {
+		e.log.Error("revocation set not spread; RCPs get it with the next visit", "error", err)
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, spreadTime)
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, r := range rcps {
+		if r.PartyID == "" || r.State == api.RCPRevoked {
+			continue
+		}
+		wg.Go(func() {
+			p := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
+			if err := e.putRevocations(ctx, p, env); err != nil {
+				e.log.Warn("an RCP does not have the new revocation set yet", "rcp", r.Name, "error", err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func (e *enrolment) putRevocations(ctx context.Context, p wire.Party, env wire.Envelope) error {
+	return e.talk(ctx, p, func(ctx context.Context, call caller) error {
+		return call(ctx, http.MethodPut, wire.PathRevocations, env, nil, 0)
+	})
+}
+
+// deliverRevocations compares, after a verified hello, what a party holds with
+// what we hold: it gets the newer set, or we take its.
+func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wire.Hello) error {
+	number, env := e.id.Revocations()
+	switch {
+	case hello.Revocations < number:
+		return e.putRevocations(ctx, hello.Party, *env)
+	case hello.Revocations > number:
+		return e.fetchRevocations(ctx, hello.Party)
+	}
+	return nil
+}
+
+// fetchRevocations takes over a set that is newer than all we know: the pki
+// directory was restored from a backup.
+func (e *enrolment) fetchRevocations(ctx context.Context, p wire.Party) error {
+	var env wire.Envelope
+	err := e.talk(ctx, p, func(ctx context.Context, call caller) error {
+		return call(ctx, http.MethodGet, wire.PathRevocations, nil, &env, wire.MaxRevocations)
+	})
+	if err != nil {
+		return fmt.Errorf("fetch revocations of %s: %w", p, err)
+	}
+	newer, err := e.id.ApplyRevocations(env)
+	if err != nil || !newer {
+		return err
+	}
+	e.log.Warn("a party held a newer revocation set than this gateway: it is merged (were the database and the pki directory restored from a backup?)", "party", p.String(), "number", numberOf(env))
+	if err := e.merge(ctx, env); err != nil {
+		return err
+	}
+	return e.publish(ctx, nil)
+}
+
+// merge writes the keys of a verified set into the database.
+func (e *enrolment) merge(ctx context.Context, env wire.Envelope) error {
+	var set wire.Revocations
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		return err
+	}
+	known := map[wire.KeyHash]bool{}
+	keys, err := e.store.RevokedKeys(ctx)
+	if err != nil {
+		return err
+	}
+	for _, k := range keys {
+		known[k.KeyHash] = true
+	}
+	set.Revoked = slices.DeleteFunc(set.Revoked, func(r wire.Revocation) bool { return known[r.Key] })
+	if len(set.Revoked) == 0 {
+		return nil
+	}
+	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, "revocations.merge", "", fmt.Sprintf("number %d, %d keys that were not known", set.Number, len(set.Revoked)))
+		for _, r := range set.Revoked {
+			k, err := tx.Key(ctx, r.Key)
+			if errors.Is(err, store.ErrNotFound) {
+				k, err = &store.Key{KeyHash: r.Key, Role: r.Role, PartyID: r.ID, IssuedAt: r.At, NotAfter: tx.Now()}, nil
+			}
+			if err != nil {
+				return err
+			}
+			k.RevokedAt, k.Reason = r.At, r.Reason
+			if err := tx.PutKey(ctx, k); err != nil {
+				return err
+			}
+			if err := revokeRow(ctx, tx, r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// revokeRow marks the party whose key in use is in a merged set.
+func revokeRow(ctx context.Context, tx *store.Tx, r wire.Revocation) error {
+	const reason = "its key is in the signed revocation set"
+	switch r.Role {
+	case wire.RoleNode:
+		if n, err := tx.Node(ctx, r.ID); err == nil && n.KeyHash == r.Key {
+			_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, reason)
+			return err
+		} else if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	case wire.RoleRCP:
+		if p, err := tx.RCPByID(ctx, r.ID); err == nil && p.KeyHash == r.Key {
+			return tx.SetRCPState(ctx, p.Name, api.RCPRevoked, reason)
+		} else if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	}
+	return nil
+}
+
+// start brings database, authority and our own identity to one set, before
+// anybody is let in.
+func (e *enrolment) start(ctx context.Context) error {
+	if env, ok := e.ca.Revocations(); ok {
+		if _, err := e.id.ApplyRevocations(env); err != nil && !errors.Is(err, identity.ErrOlder) {
+			return fmt.Errorf("revocations of the certificate authority: %w", err)
+		}
+	}
+	if _, env := e.id.Revocations(); env != nil {
+		if err := e.merge(ctx, *env); err != nil {
+			return fmt.Errorf("merge revocations: %w", err)
+		}
+	}
+	env, _, err := e.sign(ctx)
+	if err != nil || env == nil {
+		return err
+	}
+	_, err = e.id.ApplyRevocations(*env)
+	return err
+}
+
+// run repeats what could not be done at once, until ctx ends.
+func (e *enrolment) run(ctx context.Context) error {
+	tick := time.NewTicker(time.Minute)
+	defer tick.Stop()
+	for {
+		if err := errors.Join(e.expire(ctx), e.publish(ctx, nil)); err != nil && ctx.Err() == nil {
+			e.log.Error("certificate upkeep failed; it is tried again in a minute", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
