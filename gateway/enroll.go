@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,6 +48,7 @@ type registrar interface {
 	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
 	SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error)
 	Revocations() (wire.Envelope, bool)
+	Root() *x509.Certificate
 }
 
 // enrollSession is a verified enrolment session with a waiting party.
@@ -280,6 +282,11 @@ func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision
 	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if err := recordCertificate(ctx, tx, d.party, d.name, d.tenant, key, chain); err != nil {
 			return err
+		}
+		if d.party.Role == wire.RoleRCP {
+			if err := tx.SetRCPState(ctx, d.name, api.RCPConnecting, "it has its certificate and was not connected yet"); err != nil {
+				return err
+			}
 		}
 		tx.Audit(ctx, "certificate.issue", d.name, fmt.Sprintf("%s, %s", d.party, key.Fingerprint()))
 		return setRequestState(ctx, tx, key, api.RequestDelivered, "")

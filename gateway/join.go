@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"path"
 	"slices"
-	"strings"
 	"time"
 
 	"sallyport/gateway/api"
@@ -108,8 +107,7 @@ func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duratio
 	if err != nil {
 		return api.CreatedJoin{}, err
 	}
-	root, _ := e.id.Pinned()
-	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: root, Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
+	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: wire.KeyOf(e.ca.Root()), Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
 	if err != nil {
 		return api.CreatedJoin{}, err
 	}
@@ -153,59 +151,15 @@ func (e *enrolment) addressesIn(ctx context.Context, q store.Queries) ([]wire.RC
 		}
 	}
 	if e.public != "" {
-		out = append(out, wire.RCPAddresses{ID: e.id.ID(), Name: "gateway", Addresses: strings.Split(e.public, ";")})
+		out = append(out, wire.RCPAddresses{ID: e.id.ID(), Name: "gateway", Addresses: []string{e.public}})
 	}
 	return out, nil
 }
 
-// revokeJoin makes a join code useless; who used it stays.
-func (e *enrolment) revokeJoin(ctx context.Context, ref string) (api.Join, error) {
-	var j *store.Join
-	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
-		if j, err = e.findJoin(ctx, tx.Queries, ref); err != nil {
-			return err
-		}
-		tx.Audit(ctx, "join.revoke", j.ID, j.Name)
-		if err := tx.RevokeJoin(ctx, j.ID); err != nil {
-			return err
-		}
-		j, err = tx.Join(ctx, j.ID)
-		return err
-	})
-	if err != nil {
-		return api.Join{}, err
-	}
-	return joinView(j, e.store.Installation().Generation), nil
-}
-
-// findJoin takes an ID, or at least eight digits of one.
-func (e *enrolment) findJoin(ctx context.Context, q store.Queries, ref string) (*store.Join, error) {
-	list, err := q.Joins(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var fit []*store.Join
-	for _, j := range list {
-		if j.ID == ref {
-			return j, nil
-		}
-		if len(ref) >= 8 && strings.HasPrefix(j.ID, ref) {
-			fit = append(fit, j)
-		}
-	}
-	switch len(fit) {
-	case 0:
-		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no join code %q (want its ID, or at least 8 digits of it)", wire.Quotable(ref)))
-	case 1:
-		return fit[0], nil
-	}
-	return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d join codes begin with %q", len(fit), wire.Quotable(ref)))
-}
-
 // addRCP makes the record of an RCP and its join code.
-func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (*store.RCP, api.CreatedJoin, error) {
+func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, error) {
 	if !wire.ValidName(in.Name) {
-		return nil, api.CreatedJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("rcp name %q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(in.Name), wire.MaxName))
+		return api.RCPJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("rcp name %q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(in.Name), wire.MaxName))
 	}
 	r := &store.RCP{Name: in.Name, Address: in.Address, Public: in.Public, Via: in.Via, Source: store.RCPAdded, State: api.RCPPending, StateReason: "waiting for it to enrol"}
 	if len(r.Public) == 0 && r.Address != "" {
@@ -227,13 +181,33 @@ func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (*store.RCP, api.
 		}
 		return err
 	})
-	return r, created, err
+	if err != nil {
+		return api.RCPJoin{}, err
+	}
+	return api.RCPJoin{RCP: rcpRecordView(r), Join: created}, nil
 }
 
 // joinRCP makes a new code for an RCP that has a record.
-func (e *enrolment) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.CreatedJoin, error) {
+func (e *enrolment) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.RCPJoin, error) {
 	j := &store.Join{Role: wire.RoleRCP, Name: r.Name, MaxUses: 1, Replaces: in.Replace}
-	return e.addJoin(ctx, j, time.Duration(in.TTL), nil)
+	created, err := e.addJoin(ctx, j, time.Duration(in.TTL), nil)
+	if err != nil {
+		return api.RCPJoin{}, err
+	}
+	return api.RCPJoin{RCP: rcpRecordView(r), Join: created}, nil
+}
+
+// rcpRecordView is what the record of an RCP says; presence is known elsewhere.
+func rcpRecordView(r *store.RCP) api.RCP {
+	v := api.RCP{Name: r.Name, ID: r.PartyID, State: r.State, StateReason: r.StateReason, StateSince: r.StateSince.UTC(), Address: r.Address, Public: r.Public,
+		Via: r.Via, Version: r.Program, Fingerprint: r.KeyHash.Fingerprint(), Source: r.Source}
+	if v.Public == nil {
+		v.Public = []string{}
+	}
+	if r.KeyHash == "" {
+		v.Fingerprint = ""
+	}
+	return v
 }
 
 // joinView is a join code as operators see it.

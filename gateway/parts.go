@@ -15,10 +15,14 @@ import (
 
 // wire ties the parts of the gateway together: what follows from a hello, and
 // who looks at parties that wait.
-func (s *Server) wire() {}
+func (s *Server) wire() {
+	s.wireEnrolment()
+}
 
 // runMore starts what else runs as long as the server does.
-func (s *Server) runMore(_ *errgroup.Group, _ context.Context) {}
+func (s *Server) runMore(g *errgroup.Group, ctx context.Context) {
+	g.Go(func() error { return s.enrolment.run(ctx) })
+}
 
 func (s *Server) dialSession(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error) {
 	return session.Dial(ctx, stream, s.id, party)

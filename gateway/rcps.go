@@ -27,6 +27,10 @@ var (
 	errNoRecord    = errors.New("no record names this rcp: see rcp add")
 )
 
+// targetSweep is how often the list of addresses to dial is looked at although
+// no record changed.
+const targetSweep = time.Minute
+
 // links holds the channels to first hops: RCPs that we dial, and RCPs and
 // nodes that dial us. Each has its own goroutines; a dead one delays none.
 type links struct {
@@ -103,6 +107,7 @@ func (l *links) Run(ctx context.Context) error {
 			case <-ctx.Done():
 				return nil
 			case <-wakes:
+			case <-time.After(targetSweep): // leaves expire
 			}
 		}
 	})
@@ -171,7 +176,11 @@ func (l *links) targets() []dialTarget {
 	var out []dialTarget
 	for _, r := range l.records {
 		if r.Address != "" && r.Via == "" && r.State != api.RCPRevoked {
-			out = append(out, dialTarget{r.Name, r.Address, r.PartyID})
+			t := dialTarget{r.Name, r.Address, r.PartyID}
+			if r.State == api.RCPPending || !r.NotAfter.IsZero() && time.Now().After(r.NotAfter) {
+				t.id = "" // it waits for its certificate, or for a new one: see dial
+			}
+			out = append(out, t)
 		}
 	}
 	return out

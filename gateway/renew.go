@@ -101,3 +101,8 @@ func (e *enrolment) nameOf(ctx context.Context, party wire.Party) (name, tenant 
 	}
 	return n.Name, n.Tenant, nil
 }
+
+// renewNow renews the leaf of a node because an operator wants it.
+func (e *enrolment) renewNow(ctx context.Context, id wire.ID) error {
+	return e.renew(ctx, wire.Party{Role: wire.RoleNode, ID: id, TrustDomain: e.id.TrustDomain()})
+}

@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -147,7 +146,9 @@ func (e *enrolment) makeRCP(ctx context.Context, tx *store.Tx, d *decision, q *s
 		return fmt.Errorf("rcp %s: %w", q.Name, err)
 	}
 	r.PartyID, r.KeyHash, r.Program = q.PartyID, q.KeyHash, q.Program
-	r.State, r.StateReason, r.StateSince = api.RCPConnecting, "granted; it has not connected yet", tx.Now()
+	// It stays pending until it has its certificate: so long it is dialled
+	// with the enrolment protocol.
+	r.State, r.StateReason, r.StateSince = api.RCPPending, "granted; its certificate is not delivered yet", tx.Now()
 	return tx.SaveRCP(ctx, r)
 }
 
@@ -215,7 +216,7 @@ func (e *enrolment) nameIsFree(ctx context.Context, q store.Queries, r *store.Re
 
 // grant is an operator's yes. The party gets its certificate at once if it is
 // there, else when it comes.
-func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (api.Request, error) {
+func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error) {
 	var q *store.Request
 	var d *decision
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
@@ -232,11 +233,11 @@ func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (api.Re
 		return tx.SaveRequest(ctx, q)
 	})
 	if err != nil {
-		return api.Request{}, err
+		return nil, err
 	}
 	e.settle(ctx, d.party, d.victims)
 	e.again(q.KeyHash)
-	return requestView(q), nil
+	return q, nil
 }
 
 // judge looks again at what a waiting request claims: the world moved on.
@@ -272,7 +273,7 @@ func (e *enrolment) judge(ctx context.Context, q store.Queries, r *store.Request
 }
 
 // deny is an operator's no, which the party is told.
-func (e *enrolment) deny(ctx context.Context, ref string, in api.Deny) (api.Request, error) {
+func (e *enrolment) deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error) {
 	reason := in.Reason
 	if reason == "" {
 		reason = "an operator refused the request"
@@ -281,11 +282,11 @@ func (e *enrolment) deny(ctx context.Context, ref string, in api.Deny) (api.Requ
 }
 
 // discard forgets a request; the party is not told, and stays where it is.
-func (e *enrolment) discard(ctx context.Context, ref string) (api.Request, error) {
+func (e *enrolment) discard(ctx context.Context, ref string) (*store.Request, error) {
 	return e.refuse(ctx, ref, api.RequestDiscarded, "request.discard", "")
 }
 
-func (e *enrolment) refuse(ctx context.Context, ref, state, what, reason string) (api.Request, error) {
+func (e *enrolment) refuse(ctx context.Context, ref, state, what, reason string) (*store.Request, error) {
 	var q *store.Request
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 		found, err := tx.FindRequests(ctx, ref)
@@ -303,12 +304,12 @@ func (e *enrolment) refuse(ctx context.Context, ref, state, what, reason string)
 		return tx.SaveRequest(ctx, q)
 	})
 	if err != nil {
-		return api.Request{}, err
+		return nil, err
 	}
 	if state == api.RequestDenied {
 		e.again(q.KeyHash)
 	}
-	return requestView(q), nil
+	return q, nil
 }
 
 // expire ends requests whose party was not seen for long.
@@ -320,18 +321,4 @@ func (e *enrolment) expire(ctx context.Context) error {
 		}
 		return err
 	})
-}
-
-// requestView is a request as operators see it.
-func requestView(q *store.Request) api.Request {
-	v := api.Request{ID: q.ID, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Fingerprint: q.KeyHash.Fingerprint(), Source: q.Source, RCP: q.RCP,
-		Tags: q.Tags, State: q.State, Reason: q.Reason, Requested: q.RequestedAt.UTC(), DecidedBy: q.DecidedBy, Version: q.Program}
-	if v.Tags == nil {
-		v.Tags = map[string]string{}
-	}
-	if !q.DecidedAt.IsZero() {
-		at := q.DecidedAt.UTC().Truncate(time.Microsecond)
-		v.Decided = &at
-	}
-	return v
 }

@@ -29,9 +29,9 @@ type caller func(ctx context.Context, method, path string, in, out any, limit in
 
 // revokeNode ends the trust in a node's keys. A removed node also leaves the
 // list; either may enrol again, with a new key.
-func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) (api.Removal, error) {
+func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) (number int64, err error) {
 	party := wire.Party{Role: wire.RoleNode, ID: n.ID, TrustDomain: e.id.TrustDomain()}
-	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if err := revokeKeys(ctx, tx, party, n.Name, n.Tenant, n.KeyHash, n.NotAfter); err != nil {
 			return err
 		}
@@ -44,33 +44,29 @@ func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) 
 		return err
 	})
 	if err != nil {
-		return api.Removal{}, err
+		return 0, err
 	}
 	return e.revocation(ctx, party, n.Name)
 }
 
-// revokeRCP does the same for an RCP.
-func (e *enrolment) revokeRCP(ctx context.Context, r *store.RCP, remove bool) (api.Removal, error) {
+// removeRCP ends the trust in an RCP's keys and takes it off the list.
+func (e *enrolment) removeRCP(ctx context.Context, r *store.RCP) (number int64, err error) {
 	party := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
-	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if r.PartyID != "" {
 			if err := revokeKeys(ctx, tx, party, r.Name, "", r.KeyHash, r.NotAfter); err != nil {
 				return err
 			}
 		}
-		if remove {
-			tx.Audit(ctx, "rcp.remove", r.Name, string(r.PartyID))
-			return tx.RemoveRCP(ctx, r.Name)
-		}
-		tx.Audit(ctx, "rcp.revoke", r.Name, string(r.PartyID))
-		return tx.SetRCPState(ctx, r.Name, api.RCPRevoked, "revoked by "+store.ActorFrom(ctx).Who)
+		tx.Audit(ctx, "rcp.remove", r.Name, string(r.PartyID))
+		return tx.RemoveRCP(ctx, r.Name)
 	})
 	if err != nil {
-		return api.Removal{}, err
+		return 0, err
 	}
 	if r.PartyID == "" { // it never had a key
 		e.changed(ctx, party.Role, party.ID)
-		return api.Removal{Name: r.Name}, nil
+		return 0, nil
 	}
 	return e.revocation(ctx, party, r.Name)
 }
@@ -92,14 +88,14 @@ func revokeKeys(ctx context.Context, tx *store.Tx, party wire.Party, name, tenan
 	return err
 }
 
-func (e *enrolment) revocation(ctx context.Context, party wire.Party, name string) (api.Removal, error) {
-	err := e.publish(ctx, []wire.Party{party})
+func (e *enrolment) revocation(ctx context.Context, party wire.Party, name string) (number int64, err error) {
+	err = e.publish(ctx, []wire.Party{party})
 	e.changed(ctx, party.Role, party.ID)
-	number, _ := e.id.Revocations()
+	number, _ = e.id.Revocations()
 	if err != nil {
-		return api.Removal{}, fmt.Errorf("%s is revoked here, but the signed set that tells others is not out yet: %w", name, err)
+		return number, fmt.Errorf("%s is revoked here, but the signed set that tells others is not out yet: %w", name, err)
 	}
-	return api.Removal{ID: party.ID, Name: name, Revocations: number}, nil
+	return number, nil
 }
 
 // publish signs the set of all revoked keys, if it holds one that was not in

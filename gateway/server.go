@@ -61,19 +61,20 @@ type hooks struct {
 
 // Server is one gateway.
 type Server struct {
-	cfg      Config
-	store    *store.DB
-	bus      bus.Bus
-	ca       Issuer
-	id       *identity.Identity
-	log      *slog.Logger
-	metrics  *metrics
-	fleet    *fleet
-	sessions *sessions
-	links    *links
-	actions  *runner
-	hooks    hooks
-	started  time.Time
+	cfg       Config
+	store     *store.DB
+	bus       bus.Bus
+	ca        Issuer
+	id        *identity.Identity
+	log       *slog.Logger
+	metrics   *metrics
+	fleet     *fleet
+	sessions  *sessions
+	links     *links
+	actions   *runner
+	enrolment *enrolment
+	hooks     hooks
+	started   time.Time
 }
 
 // New puts a gateway together. It does no I/O and starts nothing.
@@ -101,6 +102,9 @@ func New(cfg Config, d Deps) (*Server, error) {
 // returns when all that it started has ended.
 func (s *Server) Run(ctx context.Context) error {
 	if err := s.ensureCertificate(ctx); err != nil {
+		return err
+	}
+	if err := s.enrolment.start(ctx); err != nil {
 		return err
 	}
 	if err := s.loadFleet(ctx); err != nil {

@@ -1,0 +1,105 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/session"
+	"sallyport/internal/wire"
+)
+
+var (
+	_ enrolling = (*Server)(nil)
+	_ revoking  = (*Server)(nil)
+)
+
+// wireEnrolment gives the enrolment its ways to the rest of the gateway.
+func (s *Server) wireEnrolment() {
+	s.enrolment = &enrolment{
+		store: s.store, ca: s.ca, id: s.id, log: s.log, public: string(s.cfg.ChannelPublic),
+		attempts: make(map[wire.KeyHash]*attempt),
+		open:     s.openEnrolment,
+		changed:  s.partyChanged,
+		talk: func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
+			return s.sessions.Do(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
+		},
+		push: func() { s.fleet.askAll(wantPush, wire.RoleNode) },
+		look: func(key wire.KeyHash) {
+			select {
+			case s.fleet.arrived <- key:
+			default: // the sweep finds it
+			}
+		},
+	}
+	s.hooks.pending = s.enrolment.pending
+	s.hooks.met = append(s.hooks.met, s.enrolment.deliverRevocations, s.enrolment.renewDue)
+}
+
+// openEnrolment opens an enrolment session with whoever holds the key.
+func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (enrollSession, string, error) {
+	stream, rcp, err := s.ConnectPending(ctx, key)
+	if err != nil {
+		return nil, rcp, err
+	}
+	c, err := session.DialEnroll(ctx, stream, s.id, key)
+	if err != nil {
+		_ = stream.Close()
+		return nil, rcp, fmt.Errorf("enrolment session: %w", err)
+	}
+	return c, rcp, nil
+}
+
+// partyChanged is called after a party was made, replaced or revoked: what is
+// open with its old key ends.
+func (s *Server) partyChanged(ctx context.Context, role wire.Role, id wire.ID) {
+	var err error
+	if role == wire.RoleRCP {
+		err = s.links.reload(ctx)
+	} else {
+		err = s.nodeChanged(ctx, id)
+	}
+	if err != nil && ctx.Err() == nil {
+		s.log.Error("a change is not in force here before the next start", "role", role, "id", id, "error", err)
+	}
+	s.sessions.cut(id)
+	s.links.cut(id, identity.ErrRevoked)
+}
+
+func (s *Server) createJoin(ctx context.Context, in api.CreateJoin) (api.CreatedJoin, error) {
+	return s.enrolment.createJoin(ctx, in)
+}
+
+func (s *Server) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, error) {
+	return s.enrolment.addRCP(ctx, in)
+}
+
+func (s *Server) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.RCPJoin, error) {
+	return s.enrolment.joinRCP(ctx, r, in)
+}
+
+func (s *Server) grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error) {
+	return s.enrolment.grant(ctx, ref, in)
+}
+
+func (s *Server) deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error) {
+	return s.enrolment.deny(ctx, ref, in)
+}
+
+func (s *Server) discard(ctx context.Context, ref string) (*store.Request, error) {
+	return s.enrolment.discard(ctx, ref)
+}
+
+func (s *Server) revokeNode(ctx context.Context, n *store.Node, remove bool) (int64, error) {
+	return s.enrolment.revokeNode(ctx, n, remove)
+}
+
+func (s *Server) removeRCP(ctx context.Context, r *store.RCP) (int64, error) {
+	return s.enrolment.removeRCP(ctx, r)
+}
+
+func (s *Server) renewNow(ctx context.Context, id wire.ID) error {
+	return s.enrolment.renewNow(ctx, id)
+}
