@@ -3,6 +3,7 @@ package gateway
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -45,23 +46,18 @@ func (f *fleet) unexpect(id wire.ID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.cut(id, "the rcp was removed")
-	now := time.Now()
-	for _, m := range f.members {
-		changed := false
-		for _, w := range m.ways {
-			if w.link == id && w.gone.IsZero() {
-				f.leave(m, w, "the rcp was removed", now)
-				changed = true
-			}
-		}
-		if changed {
-			f.judgeNow(m, now)
-		}
-	}
 	for key := range f.pending {
 		f.dropPending(id, key)
 	}
 	delete(f.links, id)
+	now := time.Now()
+	for _, m := range f.members {
+		before := len(m.ways)
+		maps.DeleteFunc(m.ways, func(_ string, w *way) bool { return w.link == id })
+		if len(m.ways) < before {
+			f.departed(m, now)
+		}
+	}
 }
 
 // linkUp says that a verified channel to a first hop exists. For a node that
@@ -125,6 +121,7 @@ func (f *fleet) cut(id wire.ID, cause string) {
 				continue
 			}
 			touched = true
+			w.blind = true
 			if m.id == id {
 				f.leave(m, w, clip(cause), now)
 			}
@@ -170,6 +167,15 @@ func (f *fleet) peersHello(id wire.ID, h wire.PeersHello) error {
 			return fmt.Errorf("%w: it resumes a stream that we never read", errBadLine)
 		}
 		l.synced = true
+		now := time.Now()
+		for _, m := range f.members {
+			fresh := len(f.liveWays(m)) == 0
+			for _, w := range m.ways {
+				if w.link == id && w.blind && w.gone.IsZero() {
+					f.arrive(m, w, fresh, now)
+				}
+			}
+		}
 		return nil
 	}
 	if l.epoch != h.Epoch && l.epoch != "" {
@@ -287,7 +293,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 // arrive makes w live. A party that just came into reach is visited at once:
 // it is not running before it said so itself.
 func (f *fleet) arrive(m *member, w *way, fresh bool, now time.Time) {
-	w.stale, w.gone, w.why = false, time.Time{}, ""
+	w.stale, w.blind, w.gone, w.why = false, false, time.Time{}, ""
 	m.left, m.settle = time.Time{}, time.Time{}
 	if fresh {
 		w.failures, m.failures = 0, 0
@@ -376,7 +382,7 @@ func (f *fleet) behindGone(l *firstHop, path []wire.ID, now time.Time) {
 }
 
 func (f *fleet) leave(m *member, w *way, why string, now time.Time) {
-	w.gone, w.why, w.stale = now, why, false
+	w.gone, w.why, w.stale, w.blind = now, why, false, false
 	w.outbox, w.asked = false, ""
 }
 

@@ -62,6 +62,7 @@ type way struct {
 
 	asked string    // the claimed digest that last made us read the hello
 	stale bool      // not yet seen in the snapshot that is being read
+	blind bool      // the link was cut, and nothing was said about it since
 	gone  time.Time // when it was reported to have left; zero while there
 	why   string    // the reported reason
 
@@ -269,7 +270,7 @@ func (f *fleet) cutOff(m *member) (cut bool, why string) {
 // brokenHop names the first RCP on w that is not connected; empty if all are.
 func (f *fleet) brokenHop(m *member, w *way) string {
 	l := f.links[w.link]
-	if l == nil || !l.up {
+	if l == nil || !l.up || w.blind {
 		if w.link == m.id {
 			return ""
 		}
@@ -293,7 +294,7 @@ func (f *fleet) brokenHop(m *member, w *way) string {
 func (f *fleet) liveWays(m *member) []*way {
 	var live []*way
 	for _, w := range m.ways {
-		if l := f.links[w.link]; l != nil && l.up && w.gone.IsZero() {
+		if l := f.links[w.link]; l != nil && l.up && !w.blind && w.gone.IsZero() {
 			live = append(live, w)
 		}
 	}

@@ -286,7 +286,7 @@ func (l *links) lastError(name string) string {
 func (l *links) listen(ctx context.Context, g *errgroup.Group) error {
 	listener, err := channel.Listen(channel.ListenConfig{
 		Addr: string(l.s.cfg.ChannelListen), Identity: l.s.id, AllowDownstream: true, AllowEnroll: true,
-		Carriers: []string{channel.CarrierH2, channel.CarrierH3}, Admit: l.admit, Log: l.s.log,
+		Admit: l.admit, Log: l.s.log,
 	})
 	if err != nil {
 		return fmt.Errorf("SALLYPORT_GATEWAY_CHANNEL_LISTEN: %w", err)

@@ -108,6 +108,9 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	}
 	if err := s.loadFleet(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
 		return err
 	}
 	// Two lives: intake ends at once when we stop, work somewhat later.

@@ -1,0 +1,375 @@
+package gateway
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/config"
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/channel"
+	"sallyport/internal/identity"
+	"sallyport/internal/session"
+	"sallyport/internal/wire"
+)
+
+func TestNodeBehindAnRCP(t *testing.T) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	n.emit(2500)
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	eventually(t, "all events are acknowledged", func() bool {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return n.acked == 2500
+	})
+	got := w.events(n.id.ID())
+	if len(got) != 2500 || got[0].Text != "event 1" || got[2499].Text != "event 2500" {
+		t.Fatalf("%d events are stored", len(got))
+	}
+	n.emit(1)
+	r.hint(n, "", wire.HintOutbox)
+	eventually(t, "the next event arrives", func() bool { return len(w.events(n.id.ID())) == 2501 })
+	row, err := w.db.Node(context.Background(), n.id.ID())
+	if err != nil || row.State != wire.StateRunning || row.Program != "test" {
+		t.Fatalf("row: %+v, %v", row, err)
+	}
+	eventually(t, "the rcp is connected in the database", func() bool {
+		rec, err := w.db.RCP(context.Background(), "dmz")
+		return err == nil && rec.State == api.RCPConnected && rec.Program == "test"
+	})
+}
+
+func TestDownAndUpAgainIsOnePairOfEvents(t *testing.T) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	r.drop(n)
+	w.state(n.id.ID(), wire.StateDown)
+	eventually(t, "an event says so", func() bool { return len(w.events(n.id.ID())) == 1 })
+	w.restart() // the pair is closed by another process
+	r.hold(n)
+	w.state(n.id.ID(), wire.StateRunning)
+	eventually(t, "the pair is closed", func() bool { return len(w.events(n.id.ID())) == 2 })
+	e := w.events(n.id.ID())
+	if e[0].Severity != wire.SeverityMajor || e[0].State != api.EventClosed || e[1].Severity != wire.SeverityNormal || e[0].Key != e[1].Key {
+		t.Fatalf("events: %+v", e)
+	}
+}
+
+func TestLostRCPRaisesOneEventAndRecovers(t *testing.T) {
+	w := newWorld(t)
+	r := w.rcp("dmz")
+	var nodes []*fakeNode
+	for _, name := range []string{"a", "b", "c"} {
+		nodes = append(nodes, w.enrolled(w.node(name)))
+	}
+	r.hold(nodes...)
+	w.run()
+	for _, n := range nodes {
+		w.state(n.id.ID(), wire.StateRunning)
+	}
+	r.stop()
+	for _, n := range nodes {
+		w.state(n.id.ID(), wire.StateUnreachable)
+	}
+	internal := func() []store.Event { return w.events("") }
+	rcpEvents := func() (out []store.Event) {
+		for _, e := range internal() {
+			if e.NodeID == "" {
+				out = append(out, e)
+			}
+		}
+		return out
+	}
+	eventually(t, "the failure is an event", func() bool { return len(rcpEvents()) == 1 })
+	r.listen()
+	for _, n := range nodes {
+		w.state(n.id.ID(), wire.StateRunning)
+		if e := w.events(n.id.ID()); len(e) != 0 {
+			t.Fatalf("node %s raised %+v", n.name, e)
+		}
+	}
+	eventually(t, "the recovery is an event", func() bool { return len(rcpEvents()) == 2 })
+	if e := rcpEvents(); e[0].Severity != wire.SeverityCritical || e[1].Severity != wire.SeverityNormal || !strings.Contains(e[0].Text, "dmz") {
+		t.Fatalf("events: %+v", e)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.resumed == 0 {
+		t.Fatal("the peers stream was not resumed, though the rcp kept its memory")
+	}
+}
+
+func TestSessionFailsOverToAnotherRCP(t *testing.T) {
+	w := newWorld(t)
+	bad, good := w.rcp("bad"), w.rcp("good")
+	n := w.enrolled(w.node("web"))
+	bad.hold(n)
+	good.hold(n)
+	bad.refuse = true
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	for range 20 {
+		a := w.act(n, 0, "true")
+		n.exit(n.started(t, "true"), 0)
+		if a = w.done(a); a.State != wire.ActionSucceeded {
+			t.Fatalf("action is %s: %s", a.State, a.Reason)
+		}
+		n.mu.Lock()
+		clear(n.runs)
+		n.mu.Unlock()
+	}
+	if good.connects(n.id.ID()) == 0 {
+		t.Fatal("the good rcp was not used")
+	}
+	if c := bad.connects(n.id.ID()); c > 3 {
+		t.Fatalf("the failing rcp was asked %d times", c)
+	}
+}
+
+func TestDeadRCPDelaysNoOther(t *testing.T) {
+	w := newWorld(t)
+	stuck, good := w.rcp("stuck"), w.rcp("good")
+	stuck.hang = make(chan struct{})
+	defer close(stuck.hang)
+	var all []*fakeNode
+	for i := range 60 {
+		n := w.enrolled(w.node("s" + string(rune('a'+i%26)) + string(rune('a'+i/26))))
+		stuck.hold(n)
+		all = append(all, n)
+	}
+	n := w.enrolled(w.node("web"))
+	good.hold(n)
+	w.run()
+	began := time.Now()
+	w.state(n.id.ID(), wire.StateRunning)
+	if d := time.Since(began); d > 5*time.Second {
+		t.Fatalf("the good node took %v", d)
+	}
+	if p := w.s.fleet.Presence(all[0].id.ID()); p.State != wire.StatePending {
+		t.Fatalf("a node whose sessions hang is %s", p.State)
+	}
+}
+
+func TestNodeAndRCPThatDialTheGateway(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
+	n, behind := w.enrolled(w.node("direct")), w.enrolled(w.node("behind"))
+	r := w.rcp("edge")
+	r.stop()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		rec, err := tx.RCP(ctx, "edge")
+		if err != nil {
+			return err
+		}
+		rec.Address = ""
+		return tx.SaveRCP(ctx, rec)
+	})
+	r.hold(behind)
+	w.run()
+	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{}, 2)
+	signals := make(chan wire.Signal, 1)
+	dial := func(id *identity.Identity, serve func(ctx context.Context, c *channel.Conn)) {
+		d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: id, Carrier: channel.CarrierH2, Log: testLog(t), Backoff: channel.Backoff{}}
+		go func() { defer func() { ended <- struct{}{} }(); _ = d.Run(ctx, serve) }()
+	}
+	defer func() { cancel(); <-ended; <-ended }()
+	dial(n.id, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n, signals}) })
+	dial(r.id, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, r) })
+	w.state(n.id.ID(), wire.StateRunning)
+	w.state(behind.id.ID(), wire.StateRunning)
+	if p := w.s.fleet.Presence(n.id.ID()); len(p.RCPs) != 0 || len(p.Paths) != 1 || p.Paths[0].RCP != directHop {
+		t.Fatalf("direct node: %+v", p)
+	}
+	n.emit(3)
+	signals <- wire.Signal{ID: n.id.ID(), Hints: []string{wire.HintOutbox}}
+	eventually(t, "its events arrive", func() bool { return len(w.events(n.id.ID())) == 3 })
+	tr, err := w.s.trace(ctx, &store.Node{ID: n.id.ID(), Name: "direct"})
+	if err != nil || !tr.OK {
+		t.Fatalf("trace: %+v, %v", tr, err)
+	}
+}
+
+func TestRCPWithoutARecordIsRefused(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
+	w.run()
+	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
+	d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: w.ca.Party(t, wire.RoleRCP), Carrier: channel.CarrierH2, Log: testLog(t)}
+	if c, err := d.Dial(context.Background()); err == nil {
+		c.Close(nil)
+		t.Fatal("an rcp that no record names was let in")
+	}
+}
+
+func TestConfiguredRCPIsPinnedToWhoAnswersFirst(t *testing.T) {
+	w := newWorld(t)
+	r := w.rcp("x")
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.RemoveRCP(ctx, "x") })
+	w.cfg.RCPs = config.Endpoints{{Addr: r.addr}}
+	n := w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	rec, err := w.db.RCP(context.Background(), r.addr)
+	if err != nil || rec.PartyID != r.id.ID() || rec.Source != store.RCPConfigured {
+		t.Fatalf("record: %+v, %v", rec, err)
+	}
+	// Another one at the same address is not it.
+	r.stop()
+	r.id = w.ca.Party(t, wire.RoleRCP)
+	r.listen()
+	w.state(n.id.ID(), wire.StateUnreachable)
+	eventually(t, "the reason is told", func() bool { return w.s.links.lastError(r.addr) != "" })
+}
+
+func TestRemovedRCPIsForgotten(t *testing.T) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.RemoveRCP(ctx, "dmz") })
+	w.state(n.id.ID(), wire.StateDown)
+	if _, ok := w.s.fleet.hop(r.id.ID()); ok {
+		t.Fatal("its link is still there")
+	}
+}
+
+func TestTraceOfALiveAndOfADeadNode(t *testing.T) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	row := &store.Node{ID: n.id.ID(), Name: "web"}
+	tr, err := w.s.trace(context.Background(), row)
+	if err != nil || !tr.OK || len(tr.Hops) != 3 {
+		t.Fatalf("trace: %+v, %v", tr, err)
+	}
+	first, second, last := tr.Hops[0], tr.Hops[1], tr.Hops[2]
+	if first.To != "dmz" || first.Dialler != "gateway" || first.Source != verified || first.Carrier == "" || first.Address == "" {
+		t.Errorf("first hop: %+v", first)
+	}
+	if second.From != "dmz" || second.Dialler != "web" || second.Address != "192.0.2.7:1234" || second.Source != "reported by rcp dmz" {
+		t.Errorf("second hop: %+v", second)
+	}
+	if last.Kind != "session" || last.RTT <= 0 || !strings.Contains(tr.Verdict, "answers end to end") {
+		t.Errorf("session: %+v, verdict %q", last, tr.Verdict)
+	}
+
+	r.mu.Lock()
+	r.refuse = true
+	r.mu.Unlock()
+	w.s.sessions.cut(n.id.ID())
+	if tr, err = w.s.trace(context.Background(), row); err != nil || tr.OK || !strings.Contains(tr.Verdict, "refused on the way") {
+		t.Fatalf("trace: %+v, %v", tr, err)
+	}
+	r.drop(n)
+	w.state(n.id.ID(), wire.StateDown)
+	if tr, err = w.s.trace(context.Background(), row); err != nil || tr.OK || !strings.Contains(tr.Verdict, "closed by the node") || len(tr.Hops) == 0 {
+		t.Fatalf("trace: %+v, %v", tr, err)
+	}
+	r.stop()
+	w.state(r.id.ID(), wire.StateDown)
+	if tr, err = w.s.trace(context.Background(), row); err != nil || tr.Hops[0].State != hopCut || tr.Hops[0].Error == "" {
+		t.Fatalf("trace: %+v, %v", tr, err)
+	}
+}
+
+func TestSessionsAreKeptWarmAndResumed(t *testing.T) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	before := r.connects(n.id.ID())
+	party := w.s.party(wire.RoleNode, n.id.ID())
+	hello := func() {
+		t.Helper()
+		err := w.s.sessions.Do(context.Background(), party, func(ctx context.Context, c *conversation) error {
+			_, _, err := c.Hello(ctx)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 10 {
+		hello()
+	}
+	if c := r.connects(n.id.ID()); c != before {
+		t.Fatalf("%d more streams were opened for a warm session", c-before)
+	}
+	w.s.sessions.mu.Lock()
+	warm := w.s.sessions.warm[n.id.ID()]
+	_ = warm.rt.Close() // dies unnoticed
+	w.s.sessions.mu.Unlock()
+	hello()
+	if c := r.connects(n.id.ID()); c != before+1 {
+		t.Fatalf("%d streams after the session died, want one more than %d", c, before)
+	}
+	w.s.sessions.mu.Lock()
+	rt := w.s.sessions.warm[n.id.ID()].rt
+	w.s.sessions.mu.Unlock()
+	if s, ok := rt.(*session.Session); !ok || !s.Resumed() {
+		t.Fatal("the session was not resumed")
+	}
+}
+
+func TestWarmSessionsAreBounded(t *testing.T) {
+	f := newBench(t).f
+	m, err := newMetrics(nil, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSessions(f, m, nil, nil)
+	for i := range maxWarm + 50 {
+		s.mu.Lock()
+		c := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}, used: time.Now().Add(time.Duration(i) * time.Second)}
+		if i < 10 {
+			c.users = 1
+		}
+		s.warm[c.party.ID] = c
+		s.evictLocked()
+		s.mu.Unlock()
+	}
+	if len(s.warm) != maxWarm {
+		t.Fatalf("%d sessions are warm", len(s.warm))
+	}
+	used := 0
+	for _, c := range s.warm {
+		used += c.users
+	}
+	if used != 10 {
+		t.Fatalf("%d of 10 sessions in use were left", used)
+	}
+}
+
+func TestWrongClockIsAnEvent(t *testing.T) {
+	w := newWorld(t)
+	n := w.enrolled(w.node("web"))
+	w.run()
+	id := n.id.ID()
+	eventually(t, "the fleet is loaded", func() bool { return w.s.fleet.Presence(id).Known })
+	task := task{id: id, role: wire.RoleNode, name: "web", known: true}
+	for _, skew := range []time.Duration{time.Second, -2 * time.Minute, -3 * time.Minute, 5 * time.Second, 0} {
+		h := n.hello
+		if err := w.s.heard(context.Background(), task, &h, skew); err != nil {
+			t.Fatal(err)
+		}
+	}
+	e := w.events(id)
+	if len(e) != 2 || e[0].Key != keyClockSkew || e[0].Severity != wire.SeverityWarning || !strings.Contains(e[0].Text, "-2m0s") || e[1].Severity != wire.SeverityNormal {
+		t.Fatalf("events: %+v", e)
+	}
+}
