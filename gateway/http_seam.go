@@ -36,11 +36,12 @@ type revoking interface {
 // reaching is fleet.go, trace.go and action.go.
 type reaching interface {
 	// runAction decides on queued actions that were stored a moment ago: it
-	// sends them, leaves them to wait, or ends them as not connected.
+	// sends them, leaves them to wait, or ends those that are not connected.
 	runAction(ctx context.Context, actions []*store.Action) error
+	// cancelAction tells the node of an action that was marked as cancelling.
 	cancelAction(ctx context.Context, a *store.Action) error
+	followActions(ctx context.Context, ids []wire.ID, follow bool, f func(api.Output) error) error
 	trace(ctx context.Context, n *store.Node) (api.Trace, error)
-	unlockNode(ctx context.Context, n *store.Node) error
 	drainRCP(ctx context.Context, r *store.RCP, on bool) error
 	retryRCP(r *store.RCP)
 }

@@ -16,12 +16,15 @@ import (
 // wire ties the parts of the gateway together: what follows from a hello, and
 // who looks at parties that wait.
 func (s *Server) wire() {
+	s.hooks.met = append(s.hooks.met, s.reconcile)
 	s.wireEnrolment()
 }
 
 // runMore starts what else runs as long as the server does.
 func (s *Server) runMore(g *errgroup.Group, ctx context.Context) {
 	g.Go(func() error { return s.enrolment.run(ctx) })
+	g.Go(func() error { return s.runDeploy(ctx) })
+	g.Go(func() error { return s.serveAPI(ctx) })
 }
 
 func (s *Server) dialSession(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error) {

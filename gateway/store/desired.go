@@ -180,3 +180,16 @@ func clip(s string) string {
 	}
 	return s
 }
+
+// DesiredRevisions returns the revision that each node should have.
+func (r Queries) DesiredRevisions(ctx context.Context) (map[wire.ID]wire.Revision, error) {
+	var rows []*Desired
+	if err := r.q.NewSelect().Model(&rows).Column("node_id", "generation", "n").Scan(ctx); err != nil {
+		return nil, err
+	}
+	out := make(map[wire.ID]wire.Revision, len(rows))
+	for _, d := range rows {
+		out[d.NodeID] = d.Revision()
+	}
+	return out, nil
+}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/uptrace/bun"
 
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -79,7 +80,10 @@ func (w *eventWriter) close() error {
 func timeText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05.999999-07:00") }
 
 // add queues an event for the next flush.
-func (w *eventWriter) add(e *Event) { w.queue = append(w.queue, e) }
+func (w *eventWriter) add(e *Event) {
+	e.Key = sqldb.Clean(e.Key)
+	w.queue = append(w.queue, e)
+}
 
 // flush inserts the queue and returns the events whose ID or place is taken.
 func (w *eventWriter) flush(ctx context.Context) (taken []*Event, err error) {
@@ -109,7 +113,7 @@ func (w *eventWriter) row(e *Event) {
 		w.receivedAt, w.received = e.ReceivedAt, timeText(e.ReceivedAt)
 	}
 	w.args = append(w.args, e.Pos, string(e.ID), e.SpoolRef, e.Seq, string(e.NodeID), timeText(e.Time), w.received, string(e.Severity),
-		e.Application, e.Object, e.Key, e.Text, e.Instance, e.State, 1, string(e.MergedInto))
+		sqldb.Clean(e.Application), sqldb.Clean(e.Object), e.Key, sqldb.Clean(e.Text), sqldb.Clean(e.Instance), e.State, 1, string(e.MergedInto))
 }
 
 func (w *eventWriter) exec(ctx context.Context, text string) (rows int64, err error) {
@@ -202,7 +206,7 @@ func (w *eventWriter) insert(ctx context.Context, e *Event) error {
 	}
 	update, args := closeHead, []any{w.received, "event " + string(e.ID), string(head)}
 	if merge {
-		update, args = bumpHead, []any{string(e.Severity), e.Text, timeText(e.Time), w.received, string(head)}
+		update, args = bumpHead, []any{string(e.Severity), sqldb.Clean(e.Text), timeText(e.Time), w.received, string(head)}
 	}
 	s, err := w.stmt(ctx, update)
 	if err == nil {

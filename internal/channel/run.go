@@ -55,13 +55,9 @@ func (k *keeper) run(ctx context.Context) error {
 	if err := k.pause(ctx, k.backoff.first()); err != nil {
 		return err
 	}
-	var found *Conn // made by a probe
 	for {
 		changed := identityState(k.d.Identity)
-		c, err := found, error(nil)
-		if found = nil; c == nil {
-			c, err = k.d.Dial(ctx)
-		}
+		c, err := k.d.Dial(ctx)
 		if ctx.Err() != nil {
 			if c != nil {
 				c.Close(nil)
@@ -91,7 +87,7 @@ func (k *keeper) run(ctx context.Context) error {
 			}
 		}
 		k.report(nil, time.Time{})
-		if found, err = k.hold(ctx, c, changed); err != nil {
+		if err := k.hold(ctx, c, changed); err != nil {
 			return err
 		}
 	}
@@ -136,10 +132,9 @@ func (k *keeper) more(ctx context.Context) {
 	}
 }
 
-// hold returns without an error when it is time to dial again: the connection
-// has ended and the wait after that is over, or it is to be replaced, perhaps
-// by one that is there already.
-func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) (*Conn, error) {
+// hold returns nil when it is time to dial again: the connection has ended and
+// the wait after that is over, or it is to be replaced.
+func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) error {
 	var renew <-chan time.Time
 	if !c.Expires().IsZero() {
 		left := time.Until(c.Expires())
@@ -147,30 +142,25 @@ func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) (*Conn, err
 		defer t.Stop()
 		renew = t.C
 	}
-	better := make(chan *Conn)
-	probing, stop := context.WithCancel(ctx)
-	var probe sync.WaitGroup
-	defer probe.Wait()
-	defer stop()
-	probe.Go(func() { k.d.probe(probing, c, better) })
+	better, stopProbe := k.d.probe(ctx, c)
+	defer stopProbe()
 	for {
 		changed := k.d.Identity.Changed()
 		if identityState(k.d.Identity) != was {
-			return nil, k.replaceSoon(ctx, c)
+			return k.replaceSoon(ctx, c)
 		}
 		select {
 		case <-changed:
 		case <-renew:
-			return nil, k.replaceSoon(ctx, c)
+			return k.replaceSoon(ctx, c)
 		case <-c.DrainRequested():
-			return nil, k.replaceSoon(ctx, c)
-		case found := <-better:
-			return found, nil
+			return k.replaceSoon(ctx, c)
+		case <-better:
+			return nil
 		case <-c.Done():
-			stop()
-			return nil, k.lost(ctx, c)
+			return k.lost(ctx, c)
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+			return context.Cause(ctx)
 		}
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/pressly/goose/v3"
@@ -76,7 +77,7 @@ func (db *DB) open(ctx context.Context, path string, cfg Config) error {
 		return err
 	}
 	w.SetMaxOpenConns(1)
-	db.write = bun.NewDB(w, sqlitedialect.New())
+	db.write = bun.NewDB(w, dialect{sqlitedialect.New()})
 	if err := checkDurable(ctx, w); err != nil {
 		return err
 	}
@@ -107,8 +108,24 @@ func (db *DB) open(ctx context.Context, path string, cfg Config) error {
 	}
 	r.SetMaxOpenConns(readers)
 	r.SetMaxIdleConns(readers)
-	db.read = bun.NewDB(r, sqlitedialect.New())
+	db.read = bun.NewDB(r, dialect{sqlitedialect.New()})
 	return r.PingContext(ctx)
+}
+
+// dialect keeps NUL characters out of SQL texts, which they would cut off in
+// SQLite and which PostgreSQL does not take: strings that came from a peer may
+// hold them.
+type dialect struct{ *sqlitedialect.Dialect }
+
+func (d dialect) AppendString(b []byte, s string) []byte { return d.Dialect.AppendString(b, Clean(s)) }
+
+// Clean replaces NUL characters, for strings that are bound rather than
+// written into the SQL text.
+func Clean(s string) string {
+	if strings.IndexByte(s, 0) < 0 {
+		return s
+	}
+	return strings.ReplaceAll(s, "\x00", "\uFFFD")
 }
 
 func connect(path string, readOnly bool) (*sql.DB, error) {

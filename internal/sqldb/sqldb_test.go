@@ -128,3 +128,19 @@ func TestUnusableDirectory(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestNULDoesNotCutTheSQLOff(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "x.db"), "CREATE TABLE s (v TEXT NOT NULL);")
+	defer func() { _ = db.Close() }()
+	err := db.Write(ctx, func(ctx context.Context, tx bun.Tx) error {
+		_, err := tx.NewRaw("INSERT INTO s (v) VALUES (?)", "a\x00' OR 'b").Exec(ctx)
+		return err
+	})
+	var got string
+	if err == nil {
+		err = db.Read().NewRaw("SELECT v FROM s").Scan(ctx, &got)
+	}
+	if err != nil || got != "a\uFFFD' OR 'b" {
+		t.Errorf("%q, %v", got, err)
+	}
+}

@@ -1,0 +1,299 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"time"
+
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// pushTime bounds one push of a desired state: the node runs the validate and
+// reload commands of its policies before it answers.
+const pushTime = 2 * time.Minute
+
+// replan computes the desired states of the nodes named, or of all, within a
+// transaction. Its caller hands the plans to [Server.pushPlans] after the
+// commit.
+func (s *Server) replan(ctx context.Context, tx *store.Tx, ids ...wire.ID) ([]nodePlan, error) {
+	rcps, err := tx.RCPs(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("read rcps: %w", err)
+	}
+	p, err := newPlanner(ctx, tx, s.store.Installation().Generation, s.addresses(rcps))
+	if err != nil {
+		return nil, err
+	}
+	return p.plan(ctx, ids...)
+}
+
+// addresses says how nodes reach us, given the records of RCPs.
+func (s *Server) addresses(rcps []*store.RCP) []wire.RCPAddresses {
+	public := ""
+	if s.cfg.ChannelListen != "" {
+		public = s.cfg.ChannelPublic
+	}
+	return nodeAddresses(rcps, s.id.ID(), public)
+}
+
+// pushPlans wakes the nodes whose desired state changed; those that are not
+// connected get it when they come.
+func (s *Server) pushPlans(plans []nodePlan) {
+	ids := make([]wire.ID, len(plans))
+	for i, p := range plans {
+		ids[i] = p.node.ID
+	}
+	s.fleet.ask(wantPush, ids...)
+}
+
+// changed computes desired states anew after something that they depend on has
+// changed: the tags of some nodes, or, without ids, the set of RCPs or what a
+// start finds.
+func (s *Server) changed(ctx context.Context, ids ...wire.ID) error {
+	var plans []nodePlan
+	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		plans, err = s.replan(ctx, tx, ids...)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("compute desired states: %w", err)
+	}
+	s.pushPlans(plans)
+	return nil
+}
+
+// reconcile follows each verified hello of a node: what it should have is
+// computed if its own tags changed, and pushed if it has something else.
+func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) error {
+	if hello.Party.Role != wire.RoleNode {
+		return nil
+	}
+	want, err := s.wanted(ctx, id)
+	if err != nil || want == nil {
+		return err
+	}
+	switch {
+	case hello.Installation != "" && hello.Installation != s.store.Installation().UID:
+		return s.refused(ctx, id, want, "locked", "it obeys another installation")
+	case hello.Applied.Compare(want.Revision()) > 0:
+		return s.ahead(ctx, id, want, hello.Applied)
+	case hello.Mode == "readonly":
+		return s.refused(ctx, id, want, "readonly", "its own configuration makes it read-only")
+	case hello.Applied == want.Revision():
+		if err := s.settle(ctx); err != nil {
+			return err
+		}
+		return s.refused(ctx, id, want, "", "")
+	}
+	return s.push(ctx, id, want)
+}
+
+// wanted returns what a node should have, computed anew where tags or name
+// have changed since. It is nil for a node that is gone.
+func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error) {
+	n, err := s.store.Node(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	rows, err := s.store.NodeTags(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	d, err := s.store.Desired(ctx, id)
+	fresh := err == nil && d.Content.Name == n.Name && maps.Equal(d.Content.Tags, store.Effective(rows)) && d.Generation == s.store.Installation().Generation
+	if fresh || err != nil && !errors.Is(err, store.ErrNotFound) || !managed(n) {
+		return d, err
+	}
+	if err := s.changed(ctx, id); err != nil {
+		return nil, err
+	}
+	return s.store.Desired(ctx, id)
+}
+
+// document makes the signed document of a desired state.
+func (s *Server) document(ctx context.Context, id wire.ID, d *store.Desired) (wire.Envelope, error) {
+	doc := wire.Desired{
+		Node: id, Installation: s.store.Installation().UID, Revision: d.Revision(), Issued: time.Now().UTC(),
+		Name: d.Content.Name, Tags: d.Content.Tags, Policies: make([]wire.Policy, len(d.Content.Policies)), RCPs: d.Content.RCPs,
+	}
+	digests := make([]string, len(d.Content.Policies))
+	for i, p := range d.Content.Policies {
+		doc.Policies[i], digests[i] = p.Policy, p.Digest
+	}
+	var err error
+	if doc.Specs, err = s.store.Specs(ctx, digests); err != nil {
+		return wire.Envelope{}, fmt.Errorf("read specs: %w", err)
+	}
+	for _, p := range doc.Policies {
+		if _, ok := doc.Specs[p.Digest]; !ok {
+			return wire.Envelope{}, fmt.Errorf("policy %s: its spec %s is not in the database", p.Name, p.Digest)
+		}
+	}
+	return s.id.Sign(wire.TypeDesired, doc)
+}
+
+// push puts a desired state on a node and records what became of it.
+func (s *Server) push(ctx context.Context, id wire.ID, d *store.Desired) error {
+	ctx, cancel := context.WithTimeout(ctx, pushTime)
+	defer cancel()
+	env, err := s.document(ctx, id, d)
+	if err != nil {
+		return fmt.Errorf("push %s: %w", d.Revision(), err)
+	}
+	body, err := json.Marshal(env)
+	if err != nil {
+		return fmt.Errorf("push %s: %w", d.Revision(), err)
+	}
+	if len(body) > wire.MaxDesired {
+		return s.refused(ctx, id, d, "too-large", fmt.Sprintf("its desired state has %d bytes, the limit is %d: fewer or smaller policies", len(body), wire.MaxDesired))
+	}
+	var result wire.DesiredResult
+	err = s.sessions.Do(ctx, s.party(wire.RoleNode, id), func(ctx context.Context, c *conversation) error {
+		result = wire.DesiredResult{}
+		req, err := http.NewRequestWithContext(ctx, http.MethodPut, "https://"+c.party.ServerName()+wire.PathDesired, bytes.NewReader(body))
+		if err != nil {
+			return err
+		}
+		req.Header.Set("Content-Type", "application/json")
+		res, err := c.RoundTrip(req)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = res.Body.Close() }()
+		if err := refusal(res); err != nil {
+			return err
+		}
+		return wire.DecodeJSON(res.Body, wire.MaxHello, &result)
+	})
+	if err != nil {
+		return fmt.Errorf("push %s: %w", d.Revision(), err)
+	}
+	return s.pushed(ctx, id, d, &result)
+}
+
+// pushed records a node's answer.
+func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wire.DesiredResult) error {
+	if r.Refused == "" && r.Applied != d.Revision() {
+		r.Refused, r.Reason = "not-applied", fmt.Sprintf("it answered with revision %s", r.Applied)
+	}
+	if r.Applied.Compare(d.Revision()) > 0 {
+		return s.ahead(ctx, id, d, r.Applied)
+	}
+	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if err := tx.SetApplied(ctx, id, r.Applied); err != nil {
+			return err
+		}
+		if r.Refused != "" { // what it has is what it had
+			return nil
+		}
+		if err := tx.SetPolicyStatus(ctx, id, r.Policies); err != nil {
+			return err
+		}
+		return s.settleIn(ctx, tx)
+	})
+	if errors.Is(err, store.ErrNotFound) {
+		return nil // removed meanwhile
+	}
+	if err != nil {
+		return fmt.Errorf("record the answer to %s: %w", d.Revision(), err)
+	}
+	return s.refused(ctx, id, d, r.Refused, r.Reason)
+}
+
+// refused records why a node does not take what it should have; an empty code
+// says that it does.
+func (s *Server) refused(ctx context.Context, id wire.ID, d *store.Desired, code, reason string) error {
+	if d.Refused == code && d.Reason == reason {
+		return nil
+	}
+	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		_, err := tx.SetRefused(ctx, id, code, clip(reason))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("record a refusal: %w", err)
+	}
+	switch code {
+	case "", "locked", "readonly", "draining": // the node's state says it already
+		s.fleet.setNotice(id, "")
+	default:
+		s.fleet.setNotice(id, fmt.Sprintf("it refuses revision %s (%s): %s", d.Revision(), code, clip(reason)))
+	}
+	return nil
+}
+
+// keyAhead pairs the events about nodes that are ahead of the database.
+const keyAhead = "desired-ahead"
+
+// ahead stops pushing to a node that has a higher revision than we ever made:
+// this database is older than what the node has seen. It is not pushed to
+// before the generation is raised.
+func (s *Server) ahead(ctx context.Context, id wire.ID, d *store.Desired, applied wire.Revision) error {
+	reason := fmt.Sprintf("it has revision %s and this gateway knows only %s: the database is older than the node's state, so nothing is pushed; "+
+		"if this is a restored backup, restore it with `sallyport restore`, which starts a new generation", applied, d.Revision())
+	s.fleet.setNotice(id, reason)
+	if d.Refused == store.RefusedAhead {
+		return nil
+	}
+	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if _, err := tx.SetRefused(ctx, id, store.RefusedAhead, reason); err != nil {
+			return err
+		}
+		tx.Raise(store.Internal{NodeID: id, Severity: wire.SeverityMajor, Object: s.fleet.label(id), Key: keyAhead, Text: s.fleet.label(id) + ": " + reason})
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("record that the node is ahead: %w", err)
+	}
+	return nil
+}
+
+// settle ends the deployments that were deleted and that no node carries any
+// more.
+func (s *Server) settle(ctx context.Context) error {
+	orphans, err := s.orphans(ctx, s.store.Queries)
+	if err != nil || len(orphans) == 0 {
+		return err
+	}
+	return s.store.Update(ctx, s.settleIn)
+}
+
+func (s *Server) settleIn(ctx context.Context, tx *store.Tx) error {
+	orphans, err := s.orphans(ctx, tx.Queries)
+	if err != nil {
+		return err
+	}
+	for _, d := range orphans {
+		if err := tx.PurgeDeployment(ctx, d.Tenant, d.Name); err != nil {
+			return fmt.Errorf("end deployment %s: %w", d.Name, err)
+		}
+	}
+	return nil
+}
+
+// orphans returns the deleted deployments that no node carries any more.
+func (s *Server) orphans(ctx context.Context, q store.Queries) ([]*store.Deployment, error) {
+	all, err := q.Deployments(ctx, store.DefaultTenant)
+	if err != nil {
+		return nil, err
+	}
+	all = slices.DeleteFunc(all, func(d *store.Deployment) bool { return d.DeletedAt.IsZero() })
+	if len(all) == 0 {
+		return nil, nil
+	}
+	v, err := s.deployView(ctx, q)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(all, func(d *store.Deployment) bool { return len(v.carriers(d)) > 0 }), nil
+}

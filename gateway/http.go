@@ -1,0 +1,213 @@
+package gateway
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"runtime/debug"
+	"strconv"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humago"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// Limits of the REST interface. Live streams move their own deadlines.
+const (
+	apiHeaderTime = 10 * time.Second
+	apiReadTime   = 30 * time.Second
+	apiWriteTime  = 3 * time.Minute // a trace or a renewal speaks to a node first
+	apiIdleTime   = 2 * time.Minute
+	maxApply      = 24 << 20 // body of an apply, JSON around 8 MiB of manifests
+)
+
+// rest is the REST interface of one gateway.
+type rest struct {
+	s       *Server
+	log     *slog.Logger
+	api     huma.API
+	mux     *http.ServeMux
+	tokens  *tokenGate
+	streams context.Context // ends the live streams when the server stops
+}
+
+// newREST registers every operation. It opens nothing.
+func newREST(s *Server) *rest {
+	r := &rest{s: s, log: s.log, mux: http.NewServeMux(), tokens: newTokenGate(s.store), streams: context.Background()}
+	cfg := huma.Config{
+		OpenAPI: &huma.OpenAPI{
+			OpenAPI: "3.1.0",
+			Info:    &huma.Info{Title: "Sallyport gateway", Version: s.cfg.Program},
+			Components: &huma.Components{
+				Schemas:         huma.NewMapRegistry("#/components/schemas/", huma.DefaultSchemaNamer),
+				SecuritySchemes: map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}},
+			},
+		},
+		OpenAPIPath: "/api/openapi", Formats: huma.DefaultFormats, DefaultFormat: "application/json",
+	}
+	r.api = humago.New(r.mux, cfg)
+	r.api.UseMiddleware(r.authorise)
+	r.adminRoutes()
+	r.nodeRoutes()
+	r.rcpRoutes()
+	r.enrollRoutes()
+	r.deployRoutes()
+	r.actionRoutes()
+	r.eventRoutes()
+	r.mux.HandleFunc("/", func(w http.ResponseWriter, req *http.Request) {
+		writeProblem(w, api.NewProblem(api.CodeNotFound, "no such path: "+wire.Quotable(req.URL.Path)))
+	})
+	return r
+}
+
+// serveAPI serves the REST interface on the unix socket and, unless it is off,
+// over https, until ctx ends and the requests that run then are answered.
+func (s *Server) serveAPI(ctx context.Context) error {
+	r := newREST(s)
+	streams, end := context.WithCancel(ctx) // so that live streams end with the server
+	defer end()
+	r.streams = streams
+	g, ctx := errgroup.WithContext(ctx)
+	if s.cfg.Socket != "" {
+		ln, err := listenSocket(s.cfg.Socket)
+		if err != nil {
+			return fmt.Errorf("api socket: %w", err)
+		}
+		g.Go(func() error { return r.serve(ctx, ln, r.fromSocket()) })
+		s.log.Info("api listens", "socket", s.cfg.Socket)
+	}
+	if addr := string(s.cfg.Listen); addr != "" {
+		g.Go(func() error { return r.serveTLS(ctx, addr) })
+	}
+	return g.Wait()
+}
+
+// serveTLS answers on the https address.
+func (r *rest) serveTLS(ctx context.Context, addr string) error {
+	cert, err := loadAPICertificate(r.s.apiTLSDir(), addr, r.log)
+	if err != nil {
+		return fmt.Errorf("api certificate: %w", err)
+	}
+	ln, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
+	if err != nil {
+		return fmt.Errorf("api listener: %w (set SALLYPORT_GATEWAY_LISTEN to another address, or to off)", err)
+	}
+	r.log.Info("api listens", "address", "https://"+ln.Addr().String(), "ca_file", cert.certFile())
+	cfg := &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}}
+	return r.serve(ctx, tls.NewListener(ln, cfg), r.fromNetwork())
+}
+
+// serve answers on one listener until ctx ends.
+func (r *rest) serve(ctx context.Context, ln net.Listener, h http.Handler) error {
+	srv := &http.Server{
+		Handler: r.limits(h), ReadHeaderTimeout: apiHeaderTime, IdleTimeout: apiIdleTime, MaxHeaderBytes: wire.MaxHeader,
+		ConnContext: withConn, ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
+	}
+	stopped := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(stopped)
+		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
+		defer cancel()
+		if srv.Shutdown(grace) != nil {
+			_ = srv.Close() // what did not end in time
+		}
+	})
+	err := srv.Serve(ln)
+	if !stop() {
+		<-stopped
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return fmt.Errorf("api on %s: %w", ln.Addr(), err)
+}
+
+// limits bounds each request in time. Sizes of bodies are limits of the
+// operations.
+func (r *rest) limits(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		defer func() {
+			if v := recover(); v != nil {
+				r.log.Error("api call panicked", "method", req.Method, "path", wire.Quotable(req.URL.Path), "panic", v, "stack", string(debug.Stack()))
+				panic(http.ErrAbortHandler) // the answer may have begun
+			}
+		}()
+		rc := http.NewResponseController(w)
+		now := time.Now()
+		if err := errors.Join(rc.SetReadDeadline(now.Add(apiReadTime)), rc.SetWriteDeadline(now.Add(apiWriteTime))); err != nil && !errors.Is(err, http.ErrNotSupported) {
+			return // the connection is gone
+		}
+		w.Header().Set("X-Content-Type-Options", "nosniff")
+		w.Header().Set("Cache-Control", "no-store")
+		h.ServeHTTP(w, req)
+	})
+}
+
+// listenSocket opens the unix socket for its owner and the group sallyport, if
+// there is one. A socket that a dead process left is taken over.
+func listenSocket(path string) (net.Listener, error) {
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		_ = c.Close()
+		return nil, fmt.Errorf("%s: another process answers there", path)
+	}
+	if st, err := os.Lstat(path); err == nil && st.Mode().Type() == os.ModeSocket {
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if g, err := user.LookupGroup("sallyport"); err == nil {
+		if gid, err := strconv.Atoi(g.Gid); err == nil {
+			_ = os.Chown(path, -1, gid) // not ours to give away: then only the owner may use it
+		}
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	return ln, nil
+}
+
+// handle registers one operation. Errors become problems; a changing call that
+// came to nothing is written to the audit log.
+func handle[I, O any](r *rest, op huma.Operation, need permission, f func(ctx context.Context, in *I) (*O, error)) {
+	op.Path = api.Prefix + op.Path
+	op.Metadata = map[string]any{"permission": need}
+	op.Security = []map[string][]string{{"token": {}}}
+	op.Description = "Needs the permission to " + string(need) + "."
+	huma.Register(r.api, op, func(ctx context.Context, in *I) (*O, error) {
+		out, err := f(ctx, in)
+		if err == nil {
+			return out, nil
+		}
+		p := r.problem(ctx, op.OperationID, err)
+		if op.Method != http.MethodGet {
+			r.auditFailure(ctx, op.OperationID, p)
+		}
+		return nil, p
+	})
+}
+
+// auditFailure logs a changing call that was refused or failed.
+func (r *rest) auditFailure(ctx context.Context, what string, p *api.Problem) {
+	result := store.ResultRefused
+	if p.Status >= http.StatusInternalServerError {
+		result = store.ResultFailed
+	}
+	if err := r.s.store.AuditRefusal(context.WithoutCancel(ctx), what, objectFrom(ctx), result, wire.Quotable(p.Error())); err != nil {
+		r.log.Error("audit log not written", "what", what, "error", err)
+	}
+}

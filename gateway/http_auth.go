@@ -1,0 +1,284 @@
+package gateway
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os/user"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"golang.org/x/sys/unix"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// permission is what an operation needs.
+type permission string
+
+const (
+	mayRead    permission = "read"
+	mayOperate permission = "operate" // nodes, deployments, actions, events
+	mayCertify permission = "certify" // join codes, requests, revocation
+	mayAdmin   permission = "administer"
+)
+
+var permissions = map[api.Role]map[permission]bool{
+	api.RoleViewer:             {mayRead: true},
+	api.RoleOperator:           {mayRead: true, mayOperate: true},
+	api.RoleCertificateOfficer: {mayRead: true, mayCertify: true},
+	api.RoleAdmin:              {mayRead: true, mayOperate: true, mayCertify: true, mayAdmin: true},
+}
+
+// asker is who asks.
+type asker struct {
+	actor  store.Actor
+	role   api.Role
+	object string // path of the request, for the audit log
+}
+
+type askerKey struct{}
+
+func askerFrom(ctx context.Context) asker {
+	c, _ := ctx.Value(askerKey{}).(asker)
+	return c
+}
+
+func objectFrom(ctx context.Context) string { return askerFrom(ctx).object }
+
+func withAsker(req *http.Request, c asker) *http.Request {
+	c.object = wire.Quotable(strings.TrimPrefix(req.URL.Path, api.Prefix+"/"))
+	ctx := context.WithValue(req.Context(), askerKey{}, c)
+	return req.WithContext(store.WithActor(ctx, c.actor))
+}
+
+// authorise refuses an operation that the caller's role does not allow.
+func (r *rest) authorise(ctx huma.Context, next func(huma.Context)) {
+	need, ok := ctx.Operation().Metadata["permission"].(permission)
+	c := askerFrom(ctx.Context())
+	if ok && permissions[c.role][need] {
+		next(ctx)
+		return
+	}
+	p := api.NewProblem(api.CodeForbidden, fmt.Sprintf("%s has the role %s, which does not allow to %s", c.actor.Who, c.role, need))
+	if ctx.Operation().Method != http.MethodGet {
+		r.auditFailure(ctx.Context(), ctx.Operation().OperationID, p)
+	}
+	_, w := unwrap(ctx)
+	writeProblem(w, p)
+}
+
+type connKey struct{}
+
+func withConn(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, connKey{}, c)
+}
+
+// fromSocket takes the caller from the kernel: whom the permissions of the
+// socket let in is an admin.
+func (r *rest) fromSocket() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		c, ok := req.Context().Value(connKey{}).(*net.UnixConn)
+		if !ok {
+			writeProblem(w, api.NewProblem(api.CodeUnauthorized, "not a unix socket"))
+			return
+		}
+		uid, err := peerUID(c)
+		if err != nil {
+			r.log.Error("api caller not known", "error", err)
+			writeProblem(w, api.NewProblem(api.CodeUnauthorized, "the kernel does not say who you are"))
+			return
+		}
+		r.mux.ServeHTTP(w, withAsker(req, asker{actor: store.Actor{Who: userName(uid), Origin: "unix socket"}, role: api.RoleAdmin}))
+	})
+}
+
+func peerUID(c *net.UnixConn) (uid uint32, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}
+
+func userName(uid uint32) string {
+	id := strconv.FormatUint(uint64(uid), 10)
+	if u, err := user.LookupId(id); err == nil {
+		return u.Username
+	}
+	return "uid " + id
+}
+
+// fromNetwork demands a token of every request, also from loopback.
+func (r *rest) fromNetwork() http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		c, p, wait := r.tokens.admit(req)
+		if p != nil {
+			if wait > 0 {
+				w.Header().Set("Retry-After", strconv.Itoa(int(wait.Seconds())+1))
+			}
+			if p.Code == api.CodeUnauthorized {
+				w.Header().Set("WWW-Authenticate", `Bearer realm="sallyport"`)
+			}
+			writeProblem(w, p)
+			return
+		}
+		r.mux.ServeHTTP(w, withAsker(req, c))
+	})
+}
+
+// Bad tokens: so many from one source lock it out for so long. A good token is
+// let in all the same: it has 256 bits, so guessing is hopeless, and a stranger
+// behind the same address must not lock operators out.
+const (
+	maxBadTokens = 5
+	lockoutTime  = 15 * time.Minute
+	maxSources   = 10_000
+	touchEvery   = time.Minute // last_used is written at most so often
+)
+
+// tokenPrefix makes API tokens easy to find in places where they do not belong.
+const tokenPrefix = "spt_"
+
+// tokenGate checks API tokens.
+type tokenGate struct {
+	db  *store.DB
+	now func() time.Time
+
+	mu  sync.Mutex
+	bad map[netip.Prefix]*badSource
+}
+
+type badSource struct {
+	count int
+	until time.Time // the count is forgotten
+}
+
+func newTokenGate(db *store.DB) *tokenGate {
+	return &tokenGate{db: db, now: time.Now, bad: make(map[netip.Prefix]*badSource)}
+}
+
+// hashSecret is what the database keeps of a token. It has 256 random bits, so
+// that a fast hash is enough.
+func hashSecret(secret string) string {
+	sum := sha256.Sum256([]byte(secret))
+	return hex.EncodeToString(sum[:])
+}
+
+func (g *tokenGate) admit(req *http.Request) (c asker, p *api.Problem, wait time.Duration) {
+	secret, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
+	if !ok || secret == "" {
+		return c, api.NewProblem(api.CodeUnauthorized, "https needs an API token: make one with `sallyport token create` on the gateway's host, and name its file in SALLYPORT_TOKEN_FILE"), 0
+	}
+	t, err := g.valid(req.Context(), secret)
+	if errors.Is(err, store.ErrNotFound) {
+		if wait := g.strike(sourceOf(req)); wait > 0 {
+			return c, api.NewProblem(api.CodeLocked, "too many bad tokens from this address"), wait
+		}
+		return c, api.NewProblem(api.CodeUnauthorized, "the API token is unknown, expired or revoked"), 0
+	}
+	if err != nil {
+		return c, api.NewProblem(api.CodeInternal, "the gateway cannot check the token now"), 0
+	}
+	who := "token " + t.ID[:min(8, len(t.ID))]
+	if t.Name != "" {
+		who += " (" + t.Name + ")"
+	}
+	return asker{actor: store.Actor{Who: who, Origin: req.RemoteAddr}, role: api.Role(t.Role)}, nil, 0
+}
+
+// valid returns the token with this secret, or [store.ErrNotFound] if there is
+// none that is valid.
+func (g *tokenGate) valid(ctx context.Context, secret string) (*store.Token, error) {
+	t, err := g.db.TokenByHash(ctx, hashSecret(secret))
+	if err != nil {
+		return nil, err
+	}
+	now := g.now()
+	if tokenState(t, now) != "valid" {
+		return nil, store.ErrNotFound
+	}
+	if now.Sub(t.LastUsed) > touchEvery {
+		err = g.db.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.TouchToken(ctx, t.ID) })
+	}
+	return t, err
+}
+
+func tokenState(t *store.Token, now time.Time) string {
+	switch {
+	case !t.RevokedAt.IsZero():
+		return "revoked"
+	case !now.Before(t.ExpiresAt):
+		return "expired"
+	}
+	return "valid"
+}
+
+// sourceOf is the caller's address; for IPv6 its /64, which one host may own.
+func sourceOf(req *http.Request) netip.Prefix {
+	ap, err := netip.ParseAddrPort(req.RemoteAddr)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	addr := ap.Addr().Unmap()
+	bits := 32
+	if addr.Is6() {
+		bits = 64
+	}
+	p, err := addr.WithZone("").Prefix(bits)
+	if err != nil {
+		return netip.Prefix{}
+	}
+	return p
+}
+
+// strike counts a bad token; the answer is how long the source is locked out.
+func (g *tokenGate) strike(source netip.Prefix) time.Duration {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.now()
+	b := g.bad[source]
+	if b == nil || now.After(b.until) {
+		if len(g.bad) >= maxSources {
+			g.sweep(now)
+		}
+		b = &badSource{}
+		g.bad[source] = b
+	}
+	b.count++
+	if b.count <= maxBadTokens {
+		b.until = now.Add(lockoutTime)
+		return 0
+	}
+	return b.until.Sub(now)
+}
+
+// sweep makes room: what is over goes, and if that is nothing, everything.
+func (g *tokenGate) sweep(now time.Time) {
+	for s, b := range g.bad {
+		if now.After(b.until) {
+			delete(g.bad, s)
+		}
+	}
+	if len(g.bad) >= maxSources {
+		clear(g.bad)
+	}
+}

@@ -1,0 +1,140 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"net/http"
+
+	"github.com/danielgtaylor/huma/v2"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+)
+
+func (r *rest) enrollRoutes() {
+	op := func(id, method, path, summary string) huma.Operation {
+		return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary}
+	}
+	handle(r, op("join.list", http.MethodGet, "/joins", "List join codes, newest first, without their secrets"), mayRead, r.listJoins)
+	handle(r, op("join.create", http.MethodPost, "/joins", "Make a join code for nodes"), mayCertify, r.createJoin)
+	handle(r, op("join.revoke", http.MethodPost, "/joins/{id}/revoke", "Make a join code useless"), mayCertify, r.revokeJoin)
+	handle(r, op("request.list", http.MethodGet, "/requests", "List certificate requests, newest first"), mayRead, r.listRequests)
+	handle(r, op("request.grant", http.MethodPost, "/requests/{ref}/grant", "Grant a request, by ID, or by a name that only it has"), mayCertify, r.grantRequest)
+	handle(r, op("request.deny", http.MethodPost, "/requests/{ref}/deny", "Refuse a request, and tell the party so"), mayCertify, r.denyRequest)
+	handle(r, op("request.discard", http.MethodPost, "/requests/{ref}/discard", "Forget a request silently"), mayCertify, r.discardRequest)
+}
+
+// list is never null in JSON.
+func list(s []string) []string {
+	if s == nil {
+		return []string{}
+	}
+	return s
+}
+
+func (r *rest) listJoins(ctx context.Context, in *Page) (*body[api.List[api.Join]], error) {
+	rows, err := r.s.store.Joins(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]api.Join, len(rows))
+	for i, j := range rows {
+		out[i] = joinView(j, r.s.store.Installation().Generation)
+	}
+	l, err := slicePage(out, *in, func(j api.Join) string { return j.ID })
+	return answer(l), err
+}
+
+func (r *rest) createJoin(ctx context.Context, in *body[api.CreateJoin]) (*body[api.CreatedJoin], error) {
+	for k, v := range in.Body.Tags {
+		if err := store.ValidTag(k, v); err != nil {
+			return nil, api.NewProblem(api.CodeInvalid, err.Error())
+		}
+	}
+	out, err := r.s.createJoin(ctx, in.Body)
+	return answer(out), err
+}
+
+func (r *rest) revokeJoin(ctx context.Context, in *ByID) (*body[api.Join], error) {
+	all, err := r.s.store.Joins(ctx)
+	if err != nil {
+		return nil, err
+	}
+	j, err := pick("join code", in.ID, true, all, func(j *store.Join) (string, string) { return j.ID, "" })
+	if err != nil {
+		return nil, err
+	}
+	err = r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, "join.revoke", "join "+j.ID, "")
+		if err := tx.RevokeJoin(ctx, j.ID); err != nil {
+			return err
+		}
+		j, err = tx.Join(ctx, j.ID)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return answer(joinView(j, r.s.store.Installation().Generation)), nil
+}
+
+func requestView(q *store.Request) api.Request {
+	v := api.Request{
+		ID: q.ID, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Fingerprint: q.KeyHash.Fingerprint(), Source: q.Source, RCP: q.RCP, Tags: q.Tags,
+		State: q.State, Reason: cmp.Or(q.Reason, q.Code), Requested: utc(q.RequestedAt), Decided: when(q.DecidedAt), DecidedBy: q.DecidedBy, Version: q.Program,
+	}
+	if q.Code != "" && q.State == api.RequestPending {
+		v.Reason = q.Code // what waits says why in one word, such as name-in-use
+	}
+	if v.Tags == nil {
+		v.Tags = map[string]string{}
+	}
+	return v
+}
+
+type listRequestsInput struct {
+	Page
+	State string `query:"state"`
+}
+
+func (r *rest) listRequests(ctx context.Context, in *listRequestsInput) (*body[api.List[api.Request]], error) {
+	rows, err := r.s.store.Requests(ctx, in.State)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]api.Request, len(rows))
+	for i, q := range rows {
+		out[i] = requestView(q)
+	}
+	l, err := slicePage(out, in.Page, func(q api.Request) string { return q.ID })
+	return answer(l), err
+}
+
+type grantInput struct {
+	ByRef
+	Body api.Grant
+}
+
+func (r *rest) grantRequest(ctx context.Context, in *grantInput) (*body[api.Request], error) {
+	return decided(r.s.grant(ctx, in.Ref, in.Body))
+}
+
+type denyInput struct {
+	ByRef
+	Body api.Deny
+}
+
+func (r *rest) denyRequest(ctx context.Context, in *denyInput) (*body[api.Request], error) {
+	return decided(r.s.deny(ctx, in.Ref, in.Body))
+}
+
+func (r *rest) discardRequest(ctx context.Context, in *ByRef) (*body[api.Request], error) {
+	return decided(r.s.discard(ctx, in.Ref))
+}
+
+func decided(q *store.Request, err error) (*body[api.Request], error) {
+	if err != nil {
+		return nil, err
+	}
+	return answer(requestView(q)), nil
+}

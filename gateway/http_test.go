@@ -1,0 +1,608 @@
+package gateway
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/config"
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// serving starts a gateway with its API on a unix socket and, with https, on a
+// port of loopback.
+func serving(t *testing.T, https bool) (*world, *api.Client) {
+	t.Helper()
+	w := newWorld(t)
+	w.serveAPI(https)
+	w.run()
+	c, err := api.NewClient(api.ClientConfig{URL: w.cfg.Socket})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	eventually(t, "the API answers", func() bool { _, err := c.About(t.Context()); return err == nil })
+	if https {
+		eventually(t, "the API listens on its port", func() bool {
+			conn, err := net.Dial("tcp", string(w.cfg.Listen))
+			if err == nil {
+				_ = conn.Close()
+			}
+			return err == nil
+		})
+	}
+	return w, c
+}
+
+func (w *world) serveAPI(https bool) {
+	w.cfg.Data = w.dir
+	w.cfg.Socket = filepath.Join(w.dir, "api.sock")
+	if https {
+		ln, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		w.cfg.Listen = config.Listen(ln.Addr().String())
+		if err := ln.Close(); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// addNode stores a node that nobody reports.
+func (w *world) addNode(name string, tags map[string]string) wire.ID {
+	id := wire.NewID()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		if err := tx.AddNode(ctx, &store.Node{ID: id, Name: name, State: wire.StateDown, KeyHash: wire.HashSPKI([]byte(name))}); err != nil {
+			return err
+		}
+		return tx.SetJoinTags(ctx, id, tags)
+	})
+	if w.s != nil {
+		if err := w.s.nodeChanged(context.Background(), id); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	return id
+}
+
+func codeOfError(err error) api.Code {
+	var p *api.Problem
+	if errors.As(err, &p) {
+		return p.Code
+	}
+	return ""
+}
+
+const twoPolicies = `kind: policy
+name: motd
+type: files
+spec: {files: [{path: /etc/motd, content: hello}]}
+---
+kind: policy
+name: up
+type: check
+spec: {command: [/bin/true], interval: 30s}
+---
+kind: deployment
+name: base
+selector: role=web
+policies: [motd, up]
+`
+
+func applyText(t *testing.T, c *api.Client, text string, dryRun bool) api.Applied {
+	t.Helper()
+	out, err := c.Apply(t.Context(), api.Apply{Manifests: []api.Manifest{{File: "a.yaml", Text: text}}, DryRun: dryRun})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestApplyOverTheSocket(t *testing.T) {
+	w, c := serving(t, false)
+	ctx := t.Context()
+	web := w.addNode("web-1", map[string]string{"role": "web"})
+	w.addNode("db-1", map[string]string{"role": "db"})
+
+	dry := applyText(t, c, twoPolicies, true)
+	if len(dry.Objects) != 3 || dry.Objects[0].Change != "created" || dry.Offline != 2 || !dry.DryRun || dry.Summary != "2 nodes change, 0 files restored, 2 offline" {
+		t.Errorf("dry run: %+v", dry)
+	}
+	if ps, err := c.Policies(ctx); err != nil || len(ps) != 0 {
+		t.Fatalf("a dry run changed something: %v, %v", ps, err)
+	}
+	real := applyText(t, c, twoPolicies, false)
+	i := slices.IndexFunc(real.Nodes, func(n api.PlannedNode) bool { return n.ID == web })
+	if i < 0 || !slices.Equal(real.Nodes[i].Add, []string{"motd", "up"}) || real.Nodes[i].Revision.N == 0 {
+		t.Errorf("apply: %+v", real)
+	}
+	if again := applyText(t, c, twoPolicies, false); len(again.Nodes) != 0 || again.Objects[0].Change != "unchanged" {
+		t.Errorf("the same again: %+v", again)
+	}
+	st, err := c.DeploymentStatus(ctx, "base")
+	if err != nil || st.Counts != (api.DeploymentCounts{Offline: 1}) || st.State != api.DeploymentDegraded || len(st.Nodes) != 2 || st.Nodes[0].Policy != "motd" || st.Nodes[0].State != "offline" {
+		t.Errorf("status: %+v, %v", st, err)
+	}
+	n, err := c.Node(ctx, "web")
+	if err != nil || n.DesiredRevision != real.Nodes[i].Revision || len(n.Policies) != 2 || !slices.Equal(n.Deployments, []string{"base"}) || n.TagSources[0].Source != "join" {
+		t.Errorf("node show: %+v, %v", n, err)
+	}
+
+	// A tag takes the node out of the deployment, and another puts one in.
+	if _, err := c.TagNode(ctx, "web-1", api.TagChange{Set: map[string]string{"role": "old"}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.TagNode(ctx, "db-1", api.TagChange{Set: map[string]string{"role": "web"}}); err != nil {
+		t.Fatal(err)
+	}
+	st, err = c.DeploymentStatus(ctx, "base")
+	if err != nil || len(st.Nodes) != 2 || st.Nodes[0].Node != "db-1" {
+		t.Errorf("status after tagging: %+v, %v", st, err)
+	}
+	if err := c.DeletePolicy(ctx, "motd"); codeOfError(err) != api.CodeConflict {
+		t.Errorf("a policy in use was deleted: %v", err)
+	}
+	if _, err := c.DeleteDeployment(ctx, "base"); err != nil {
+		t.Fatal(err)
+	}
+	if ds, err := c.Deployments(ctx); err != nil || len(ds) != 0 {
+		t.Errorf("nobody carried it: %+v, %v", ds, err)
+	}
+	if err := c.DeletePolicy(ctx, "motd"); err != nil {
+		t.Errorf("delete policy: %v", err)
+	}
+	log, err := c.Audit(ctx, api.AuditQuery{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var what []string
+	for _, e := range log {
+		what = append(what, e.What+" "+e.Result)
+		if e.Who == "" || e.Who == "gateway" || e.From != "unix socket" {
+			t.Errorf("audit: %+v", e)
+		}
+	}
+	if want := "policy.delete ok,deployment.delete ok,policy.delete refused,node.tag ok,node.tag ok,deployment.apply ok,policy.apply ok,policy.apply ok"; strings.Join(what, ",") != want {
+		t.Errorf("audit: %v", what)
+	}
+}
+
+func TestApplyFaults(t *testing.T) {
+	_, c := serving(t, false)
+	apply := func(in api.Apply) error { _, err := c.Apply(t.Context(), in); return err }
+	text := func(s string) []api.Manifest { return []api.Manifest{{File: "bad.yaml", Text: s}} }
+	for name, x := range map[string]struct {
+		in   api.Apply
+		want string
+	}{
+		"type":      {api.Apply{Manifests: text("kind: policy\nname: p\ntype: chekc\nspec: {}\n")}, `bad.yaml:3: unknown policy type "chekc"`},
+		"missing":   {api.Apply{Manifests: text("kind: deployment\nname: d\nselector: a\npolicies: [nope]\n")}, `bad.yaml:1: deployment d names the policy "nope"`},
+		"nothing":   {api.Apply{Manifests: text("")}, "no document to apply"},
+		"wrong one": {api.Apply{Manifests: text(twoPolicies), Kind: "node"}, "unknown kind"},
+		"left out":  {api.Apply{Manifests: text(twoPolicies), Kind: "deployment"}, `names the policy "motd", which does not exist`},
+	} {
+		if err := apply(x.in); codeOfError(err) != api.CodeInvalid || !strings.Contains(err.Error(), x.want) {
+			t.Errorf("%s: %v; want %s", name, err, x.want)
+		}
+	}
+	if ps, err := c.Policies(t.Context()); err != nil || len(ps) != 0 {
+		t.Errorf("something was applied: %+v, %v", ps, err)
+	}
+	if out, err := c.Apply(t.Context(), api.Apply{Manifests: text(twoPolicies), Kind: "policy"}); err != nil || out.Skipped != 1 || len(out.Objects) != 2 {
+		t.Errorf("policies only: %+v, %v", out, err)
+	}
+}
+
+func TestRollback(t *testing.T) {
+	_, c := serving(t, false)
+	ctx := t.Context()
+	applyText(t, c, twoPolicies, false)
+	applyText(t, c, strings.ReplaceAll(twoPolicies, "hello", "changed"), false)
+	if _, err := c.IfMatch(`"1"`).RollbackPolicy(ctx, "motd", api.Rollback{}); codeOfError(err) != api.CodeChanged {
+		t.Errorf("stale ETag: %v", err)
+	}
+	if _, err := c.RollbackPolicy(ctx, "motd", api.Rollback{To: 7}); codeOfError(err) != api.CodeNotFound {
+		t.Errorf("version 7: %v", err)
+	}
+	out, err := c.IfMatch(`"2"`).RollbackPolicy(ctx, "motd", api.Rollback{})
+	if err != nil || out.Objects[0].Version != 3 {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	p, err := c.Policy(ctx, "motd")
+	if err != nil || p.Version != 3 || len(p.Versions) != 3 || !strings.Contains(string(p.Spec), "hello") || string(p.Versions[0].Spec) != string(p.Versions[2].Spec) {
+		t.Errorf("%+v, %v", p, err)
+	}
+}
+
+func TestReferences(t *testing.T) {
+	w, c := serving(t, false)
+	ctx := t.Context()
+	id := w.addNode("web-1", nil)
+	w.addNode("web-2", nil)
+	for ref, want := range map[string]api.Code{"web-1": "", "web-": api.CodeAmbiguous, string(id): "", string(id)[:6]: "", "none": api.CodeNotFound} {
+		if _, err := c.Node(ctx, ref); codeOfError(err) != want {
+			t.Errorf("show %q: %v; want %q", ref, err, want)
+		}
+	}
+	tag := api.TagChange{Set: map[string]string{"a": "b"}}
+	for ref, want := range map[string]api.Code{"web-1": "", "web": api.CodeNotFound, string(id): "", string(id)[:8]: "", string(id)[:7]: api.CodeNotFound} {
+		if _, err := c.TagNode(ctx, ref, tag); codeOfError(err) != want {
+			t.Errorf("tag %q: %v; want %q", ref, err, want)
+		}
+	}
+	for _, bad := range []api.TagChange{{}, {Set: map[string]string{"a b": "c"}}, {Set: map[string]string{"a": "b,c"}}, {Set: map[string]string{"a": "b"}, Remove: []string{"a"}}} {
+		if _, err := c.TagNode(ctx, "web-1", bad); codeOfError(err) != api.CodeInvalid {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+	n, err := c.Node(ctx, "web-1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.IfMatch(`"1"`).TagNode(ctx, "web-1", tag); codeOfError(err) != api.CodeChanged {
+		t.Errorf("stale ETag: %v", err)
+	}
+	if _, err := c.IfMatch(n.ETag).TagNode(ctx, "web-1", tag); err != nil {
+		t.Errorf("fresh ETag %s: %v", n.ETag, err)
+	}
+	list, err := c.Nodes(ctx, api.NodeQuery{Selector: "a=b"})
+	if err != nil || len(list) != 1 || list[0].Name != "web-1" {
+		t.Errorf("%+v, %v", list, err)
+	}
+	if _, err := c.Nodes(ctx, api.NodeQuery{Selector: "a b"}); codeOfError(err) != api.CodeInvalid {
+		t.Errorf("bad selector: %v", err)
+	}
+}
+
+func TestPaging(t *testing.T) {
+	w, c := serving(t, false)
+	for i := range 25 {
+		w.addNode(fmt.Sprintf("n-%02d", i), nil)
+	}
+	resp := w.raw(t, http.MethodGet, "/api/v1/nodes?limit=10", "")
+	var got []string
+	for {
+		var page api.List[api.Node]
+		if err := json.Unmarshal(resp, &page); err != nil || len(page.Items) > 10 {
+			t.Fatalf("%s: %v", resp, err)
+		}
+		for _, n := range page.Items {
+			got = append(got, n.Name)
+		}
+		if page.Next == "" {
+			break
+		}
+		resp = w.raw(t, http.MethodGet, "/api/v1/nodes?limit=10&cursor="+page.Next, "")
+	}
+	if len(got) != 25 || !slices.IsSorted(got) {
+		t.Errorf("%v", got)
+	}
+	if _, err := c.Events(t.Context(), api.EventQuery{Page: api.Page{Cursor: "x"}}); codeOfError(err) != api.CodeInvalid {
+		t.Errorf("bad cursor: %v", err)
+	}
+}
+
+// raw sends a request over the socket and returns the answer's body.
+func (w *world) raw(t *testing.T, method, path, body string) []byte {
+	t.Helper()
+	hc := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", w.cfg.Socket)
+	}}}
+	req, err := http.NewRequestWithContext(t.Context(), method, "http://gateway"+path, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := hc.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestBadRequests(t *testing.T) {
+	w, _ := serving(t, false)
+	for name, x := range map[string]struct {
+		method, path, body string
+		want               api.Code
+	}{
+		"unknown path":   {http.MethodGet, "/api/v1/nope", "", api.CodeNotFound},
+		"outside":        {http.MethodGet, "/", "", api.CodeNotFound},
+		"not JSON":       {http.MethodPost, "/api/v1/apply", "{", api.CodeMalformed},
+		"unknown key":    {http.MethodPost, "/api/v1/apply", `{"manifests":[],"dryrun":true}`, api.CodeInvalid},
+		"wrong type":     {http.MethodPost, "/api/v1/tokens", `{"role":5,"ttl":"1h"}`, api.CodeInvalid},
+		"bad duration":   {http.MethodPost, "/api/v1/tokens", `{"role":"viewer","ttl":"1y"}`, api.CodeInvalid},
+		"limit":          {http.MethodGet, "/api/v1/nodes?limit=100000", "", api.CodeInvalid},
+		"too large":      {http.MethodPost, "/api/v1/tokens", `{"role":"` + strings.Repeat("x", 2<<20) + `"}`, api.CodeTooLarge},
+		"severity":       {http.MethodGet, "/api/v1/events?severity=bad", "", api.CodeInvalid},
+		"neither":        {http.MethodPost, "/api/v1/actions", `{"command":["true"]}`, api.CodeInvalid},
+		"empty selector": {http.MethodPost, "/api/v1/actions", `{"command":["true"],"selector":" "}`, api.CodeInvalid},
+		"no command":     {http.MethodPost, "/api/v1/actions", `{"command":[],"selector":"*"}`, api.CodeInvalid},
+	} {
+		var p api.Problem
+		b := w.raw(t, x.method, x.path, x.body)
+		if err := json.Unmarshal(b, &p); err != nil || p.Code != x.want || p.Status == 0 || p.Detail == "" {
+			t.Errorf("%s: %.200s; want %s", name, b, x.want)
+		}
+	}
+	var doc struct {
+		OpenAPI string                    `json:"openapi"`
+		Paths   map[string]map[string]any `json:"paths"`
+	}
+	if err := json.Unmarshal(w.raw(t, http.MethodGet, "/api/openapi.json", ""), &doc); err != nil || !strings.HasPrefix(doc.OpenAPI, "3.1") || len(doc.Paths) < 30 {
+		t.Errorf("openapi %q with %d paths: %v", doc.OpenAPI, len(doc.Paths), err)
+	}
+}
+
+func TestSocketPermissions(t *testing.T) {
+	w, c := serving(t, false)
+	st, err := os.Stat(w.cfg.Socket)
+	if err != nil || st.Mode().Perm() != 0o660 {
+		t.Errorf("%v, %v", st.Mode(), err)
+	}
+	about, err := c.About(t.Context())
+	if err != nil || about.Role != api.RoleAdmin || about.Caller == "" || about.Installation != w.db.Installation().UID {
+		t.Errorf("%+v, %v", about, err)
+	}
+	if _, err := listenSocket(w.cfg.Socket); err == nil {
+		t.Error("a second gateway took the socket over")
+	}
+}
+
+func (w *world) https(t *testing.T, token string) *api.Client {
+	t.Helper()
+	roots := x509Pool(t, filepath.Join(w.dir, "gateway", "api-tls", "cert.pem"))
+	c, err := api.NewClient(api.ClientConfig{URL: "https://" + string(w.cfg.Listen), Token: token, Roots: roots})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
+}
+
+func TestTokensAndRoles(t *testing.T) {
+	w, admin := serving(t, true)
+	ctx := t.Context()
+	w.addNode("web-1", nil)
+	clients := map[api.Role]*api.Client{}
+	var last api.CreatedToken
+	for _, role := range api.Roles {
+		tok, err := admin.CreateToken(ctx, api.CreateToken{Name: string(role), Role: role, TTL: wire.Duration(time.Hour)})
+		if err != nil || !strings.HasPrefix(tok.Secret, tokenPrefix) {
+			t.Fatalf("%+v, %v", tok, err)
+		}
+		clients[role], last = w.https(t, tok.Secret), tok
+	}
+	const yes, no = api.Code(""), api.CodeForbidden
+	for role, want := range map[api.Role]struct{ read, operate, certify, administer api.Code }{
+		api.RoleViewer:             {yes, no, no, no},
+		api.RoleOperator:           {yes, yes, no, no},
+		api.RoleCertificateOfficer: {yes, no, yes, no},
+		api.RoleAdmin:              {yes, yes, yes, yes},
+	} {
+		c := clients[role]
+		_, read := c.Node(ctx, "web-1")
+		_, operate := c.TagNode(ctx, "web-1", api.TagChange{Set: map[string]string{"a": string(role)}})
+		_, certify := c.RevokeJoin(ctx, "none")
+		_, administer := c.Tokens(ctx)
+		if codeOfError(certify) == api.CodeNotFound {
+			certify = nil // it was let in
+		}
+		if codeOfError(read) != want.read || codeOfError(operate) != want.operate || codeOfError(certify) != want.certify || codeOfError(administer) != want.administer {
+			t.Errorf("%s: read %v, operate %v, certify %v, administer %v", role, read, operate, certify, administer)
+		}
+	}
+	log, err := admin.Audit(ctx, api.AuditQuery{What: "node.tag"})
+	if err != nil || len(log) != 4 {
+		t.Fatalf("%+v, %v", log, err)
+	}
+	refused := 0
+	for _, e := range log {
+		if e.Result == "refused" {
+			refused++
+		}
+		if !strings.HasPrefix(e.Who, "token ") || !strings.HasPrefix(e.From, "127.0.0.1:") {
+			t.Errorf("%+v", e)
+		}
+	}
+	if refused != 2 {
+		t.Errorf("%d refusals in the audit log; want 2: %+v", refused, log)
+	}
+	if _, err := admin.RevokeToken(ctx, last.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := clients[last.Role].About(ctx); codeOfError(err) != api.CodeUnauthorized {
+		t.Errorf("a revoked token: %v", err)
+	}
+	for _, tok := range must1(admin.Tokens(ctx)) {
+		if want := map[bool]string{true: "revoked", false: "valid"}[tok.ID == last.ID]; tok.State != want || tok.LastUsed == nil {
+			t.Errorf("%+v; want %s", tok, want)
+		}
+	}
+}
+
+func must1[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func TestNetworkNeedsATokenAlsoOnLoopback(t *testing.T) {
+	w, admin := serving(t, true)
+	ctx := t.Context()
+	tok, err := admin.CreateToken(ctx, api.CreateToken{Role: api.RoleViewer, TTL: wire.Duration(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.https(t, "").About(ctx); codeOfError(err) != api.CodeUnauthorized {
+		t.Errorf("without a token: %v", err)
+	}
+	bad := w.https(t, tokenPrefix+"guess")
+	for i := range maxBadTokens {
+		if _, err := bad.About(ctx); codeOfError(err) != api.CodeUnauthorized {
+			t.Errorf("bad token %d: %v", i+1, err)
+		}
+	}
+	if _, err := bad.About(ctx); codeOfError(err) != api.CodeLocked {
+		t.Errorf("bad token %d: %v", maxBadTokens+1, err)
+	}
+	if _, err := w.https(t, tok.Secret).About(ctx); err != nil {
+		t.Errorf("a good token from an address that is locked out: %v", err)
+	}
+	// TLS 1.3 only, and nothing in the clear.
+	if c, err := tls.Dial("tcp", string(w.cfg.Listen), &tls.Config{MaxVersion: tls.VersionTLS12, InsecureSkipVerify: true}); err == nil {
+		_ = c.Close()
+		t.Error("TLS 1.2 was accepted")
+	}
+	if resp, err := http.Get("http://" + string(w.cfg.Listen) + "/api/v1/about"); err == nil {
+		_ = resp.Body.Close()
+		if resp.StatusCode != http.StatusBadRequest {
+			t.Errorf("http: %s", resp.Status)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
+}
+
+func TestExpiredToken(t *testing.T) {
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	g := newTokenGate(w.db)
+	now := time.Now()
+	g.now = func() time.Time { return now }
+	secret := tokenPrefix + "x"
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddToken(ctx, &store.Token{ID: "t", Role: "viewer", Hash: hashSecret(secret), ExpiresAt: now.Add(time.Hour)})
+	})
+	if _, err := g.valid(t.Context(), secret); err != nil {
+		t.Error(err)
+	}
+	now = now.Add(time.Hour)
+	if _, err := g.valid(t.Context(), secret); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("expired: %v", err)
+	}
+}
+
+func TestEventCallsAndTail(t *testing.T) {
+	w, c := serving(t, false)
+	ctx := t.Context()
+	id := w.addNode("web-1", nil)
+	put := func(seq int64, severity wire.Severity) wire.ID {
+		t.Helper()
+		e := &wire.Event{ID: wire.NewEventID(), Seq: seq, Time: time.Now(), Severity: severity, Text: fmt.Sprint("event ", seq)}
+		if _, err := w.db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{{Event: e}}); err != nil {
+			t.Fatal(err)
+		}
+		return e.ID
+	}
+	first := put(1, "critical")
+	tail, stop := context.WithCancel(ctx)
+	defer stop()
+	got, ended := make(chan api.Event, 10), make(chan error, 1)
+	go func() {
+		ended <- c.TailEvents(tail, api.EventQuery{Node: "web-1"}, 0, func(e api.Event) error { got <- e; return nil })
+	}()
+	if e := <-got; e.ID != first || e.Node != "web-1" {
+		t.Errorf("%+v", e)
+	}
+	second := put(2, "minor")
+	if e := <-got; e.ID != second || e.Seq != 2 {
+		t.Errorf("%+v", e)
+	}
+	stop()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("tail ended with %v", err)
+	}
+	if _, err := c.AckEvent(ctx, string(first)); err != nil {
+		t.Fatal(err)
+	}
+	d, err := c.AnnotateEvent(ctx, string(first), api.Annotate{Text: "seen"})
+	if err != nil || d.State != api.EventAcknowledged || len(d.Annotations) != 1 || d.Annotations[0].By == "" {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if _, err := c.CloseEvent(ctx, string(first)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.AckEvent(ctx, string(first)); codeOfError(err) != api.CodeConflict {
+		t.Errorf("a closed event was acknowledged: %v", err)
+	}
+	open, err := c.Events(ctx, api.EventQuery{State: "open", Since: time.Now().Add(-time.Hour)})
+	if err != nil || len(open) != 1 || open[0].ID != second {
+		t.Errorf("%+v, %v", open, err)
+	}
+	if none, err := c.Events(ctx, api.EventQuery{Since: time.Now().Add(time.Hour)}); err != nil || len(none) != 0 {
+		t.Errorf("%+v, %v", none, err)
+	}
+}
+
+func TestStreamsEndWithTheServer(t *testing.T) {
+	w, c := serving(t, false)
+	started, ended := make(chan struct{}), make(chan error, 1)
+	w.addNode("web-1", nil)
+	go func() {
+		ended <- c.WatchNodes(t.Context(), api.NodeQuery{}, func(api.Node) error { close(started); return nil })
+	}()
+	<-started
+	w.stop()
+	if err := <-ended; codeOfError(err) != api.CodeUnavailable {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestActionsForAbsentNodes(t *testing.T) {
+	w, c := serving(t, false)
+	ctx := t.Context()
+	w.addNode("web-1", map[string]string{"role": "web"})
+	run := api.RunAction{Selector: "role=web", Command: []string{"true"}, Key: "once"}
+	out, err := c.StartAction(ctx, run)
+	if err != nil || len(out.Actions) != 1 || out.Actions[0].ExitStatus() != api.ExitNotRun || out.Actions[0].Code != api.ActionCodeNotConnected {
+		t.Fatalf("%+v, %v", out, err)
+	}
+	again, err := c.StartAction(ctx, run)
+	if err != nil || again.Batch != out.Batch || again.Actions[0].ID != out.Actions[0].ID {
+		t.Errorf("the same key ran again: %+v, %v", again, err)
+	}
+	var ends []api.Action
+	err = c.FollowActions(ctx, out.Batch, func(o api.Output) error {
+		if o.End != nil {
+			ends = append(ends, *o.End)
+		}
+		return nil
+	})
+	if err != nil || len(ends) == 0 || ends[len(ends)-1].State != wire.ActionExpired {
+		t.Errorf("%+v, %v", ends, err)
+	}
+	wait, err := c.StartAction(ctx, api.RunAction{Node: "web-1", Command: []string{"true"}, TTL: wire.Duration(time.Hour)})
+	if err != nil || wait.Actions[0].State != wire.ActionQueued {
+		t.Fatalf("%+v, %v", wait, err)
+	}
+	if a, err := c.CancelAction(ctx, string(wait.Actions[0].ID)); err != nil || a.State != wire.ActionCancelled {
+		t.Errorf("%+v, %v", a, err)
+	}
+	if _, err := c.StartAction(ctx, api.RunAction{Selector: "role=none", Command: []string{"true"}}); codeOfError(err) != api.CodeNotFound {
+		t.Errorf("no node fits: %v", err)
+	}
+	list, err := c.Actions(ctx, api.ActionQuery{Node: "web-1"})
+	if err != nil || len(list) != 2 || list[0].ID != wait.Actions[0].ID {
+		t.Errorf("%+v, %v", list, err)
+	}
+}
