@@ -191,8 +191,8 @@ func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (sta
 	if err := exchange(ctx, session, http.MethodGet, nil, &req); err != nil {
 		return "", err
 	}
-	csrKey := wire.KeyHash("")
-	if _, csrKey, err = identity.ParseCSR(req.CSR); err != nil {
+	_, csrKey, err := identity.ParseCSR(req.CSR)
+	if err != nil {
 		return "", err
 	}
 	if csrKey != key { // the session's key, the CSR's key and the address are one
@@ -262,10 +262,11 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if d.state != wire.EnrollGranted {
 		return exchange(ctx, s, http.MethodPut, v, nil)
 	}
-	var err error
-	if v.RCPs, err = e.addressesIn(ctx, e.store.Queries); err != nil {
+	rcps, err := e.store.RCPs(ctx)
+	if err != nil {
 		return err
 	}
+	v.RCPs = nodeAddresses(rcps, e.id.ID(), e.public)
 	v.Installation = e.store.Installation().UID
 	v.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {

@@ -19,7 +19,7 @@ var (
 // wireEnrolment gives the enrolment its ways to the rest of the gateway.
 func (s *Server) wireEnrolment() {
 	s.enrolment = &enrolment{
-		store: s.store, ca: s.ca, id: s.id, log: s.log, public: string(s.cfg.ChannelPublic),
+		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.cfg.ChannelPublic,
 		attempts: make(map[wire.KeyHash]*attempt),
 		open:     s.openEnrolment,
 		changed:  s.partyChanged,

@@ -237,7 +237,7 @@ func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wi
 	switch {
 	case hello.Revocations < number:
 		return e.putRevocations(ctx, hello.Party, *env)
-	case hello.Revocations > number:
+	case hello.Revocations > number && hello.Party.Role == wire.RoleRCP: // what a node holds, it had from one
 		return e.fetchRevocations(ctx, hello.Party)
 	}
 	return nil

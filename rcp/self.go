@@ -23,10 +23,22 @@ func (r *Relay) selfHandler() http.Handler {
 	mux.HandleFunc("POST "+wire.PathEcho, echo)
 	mux.HandleFunc("POST "+wire.PathCSR, r.takeCSR)
 	mux.HandleFunc("PUT "+wire.PathCertificate, r.takeCertificate)
+	mux.HandleFunc("GET "+wire.PathRevocations, r.giveRevocations)
 	mux.HandleFunc("PUT "+wire.PathRevocations, r.takeRevocations)
 	mux.HandleFunc("POST "+wire.PathDrain, r.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, r.endDrain)
 	return mux
+}
+
+// giveRevocations shows a gateway the set that is in force here: it may have
+// been restored from a backup and know less.
+func (r *Relay) giveRevocations(w http.ResponseWriter, _ *http.Request) {
+	_, env := r.id.Revocations()
+	if env == nil {
+		channel.Refuse(w, http.StatusNotFound, "no revocation set is held here")
+		return
+	}
+	writeJSON(w, env)
 }
 
 // hello is what this RCP says of itself.

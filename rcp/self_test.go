@@ -154,9 +154,16 @@ func TestOwnSession(t *testing.T) {
 		t.Errorf("after draining: %d %q", status, reason)
 	}
 
+	var held wire.Envelope
+	if got := k.do("GET", wire.PathRevocations, nil, &held); got != 404 {
+		t.Errorf("revocations before the first set: %d", got)
+	}
 	// Revocations in the session count as those on the channel do.
 	if got := k.do("PUT", wire.PathRevocations, p.ca.Revoke(t, 3, n.id.KeyHash()), nil); got != 204 {
 		t.Errorf("revocations: %d", got)
+	}
+	if got := k.do("GET", wire.PathRevocations, nil, &held); got != 200 || held.Type != wire.TypeRevocations || len(held.Signature) == 0 {
+		t.Errorf("a gateway asks for the set: %d %+v", got, held)
 	}
 	select {
 	case <-n.conn.Done():
