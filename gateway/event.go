@@ -19,7 +19,7 @@ const (
 	outboxBytes = 4 << 20
 	// outboxIdle: an outbox that is empty this long is closed. A signal opens
 	// it again; the session stays warm meanwhile.
-	outboxIdle = 2 * time.Second
+	outboxIdle = 300 * time.Millisecond
 	// outboxSlice ends a pull that never becomes idle, so that other nodes
 	// behind the same RCP get their turn.
 	outboxSlice = 20 * time.Second

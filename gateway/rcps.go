@@ -20,6 +20,10 @@ import (
 	"sallyport/internal/wire"
 )
 
+// redialMax bounds the wait between two attempts to dial an RCP: there are few
+// of them, and each holds many nodes.
+const redialMax = 20 * time.Second
+
 // Why the gateway ends a link of its own accord.
 var (
 	errLinkRemoved = errors.New("the rcp's record was changed or removed")
@@ -213,7 +217,7 @@ func (l *links) dial(ctx context.Context, t dialTarget) {
 	log := l.s.log.With("rcp", t.name, "address", t.addr)
 	attempt := 0
 	d := &channel.Dialer{
-		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Log: log,
+		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Backoff: channel.Backoff{Max: redialMax}, Log: log,
 		OnState: func(st channel.State) {
 			if st.Err != nil && t.id != "" {
 				l.s.fleet.linkError(t.id, st.Err.Error())

@@ -1,0 +1,250 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// follow collects the output of an action until it ends.
+func (w *world) follow(ctx context.Context, ids ...wire.ID) (stdout string, ends []api.Action, err error) {
+	err = w.s.followActions(ctx, ids, true, func(o api.Output) error {
+		stdout += string(o.Data)
+		if o.End != nil {
+			ends = append(ends, *o.End)
+		}
+		return nil
+	})
+	return stdout, ends, err
+}
+
+func running(t *testing.T) (*world, *fakeRCP, *fakeNode) {
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	return w, r, n
+}
+
+func TestActionStreamsItsOutputAndExitCode(t *testing.T) {
+	w, _, n := running(t)
+	a := w.act(n, 0, "sh", "-c", "echo out; exit 3")
+	type result struct {
+		out  string
+		ends []api.Action
+		err  error
+	}
+	got := make(chan result, 1)
+	go func() {
+		var r result
+		r.out, r.ends, r.err = w.follow(context.Background(), a.ID)
+		got <- r
+	}()
+	run := n.started(t, "sh")
+	if run.action.Node != n.id.ID() || run.action.Installation != w.db.Installation().UID || run.action.Command[2] != "echo out; exit 3" {
+		t.Fatalf("the node was asked for %+v", run.action)
+	}
+	n.output(run, "out\n")
+	n.output(run, "more\n")
+	n.exit(run, 3)
+	r := <-got
+	if r.err != nil || r.out != "out\nmore\n" {
+		t.Fatalf("output %q, %v", r.out, r.err)
+	}
+	last := r.ends[len(r.ends)-1]
+	if last.State != wire.ActionFailed || last.ExitStatus() != 3 {
+		t.Fatalf("ended as %+v", last)
+	}
+}
+
+func TestActionForAnAbsentNodeEndsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	n := w.enrolled(w.node("away"))
+	w.run()
+	eventually(t, "the fleet is loaded", func() bool { return w.s.fleet.Presence(n.id.ID()).Known })
+	began := time.Now()
+	a := w.done(w.act(n, 0, "true"))
+	if v := actionView(a); v.ExitStatus() != api.ExitNotRun || a.Code != api.ActionCodeNotConnected || !strings.Contains(a.Reason, "not connected") {
+		t.Fatalf("ended as %+v", v)
+	}
+	if d := time.Since(began); d > 2*time.Second {
+		t.Fatalf("it took %v", d)
+	}
+}
+
+func TestActionWhoseSessionCannotBeOpenedWasNotRun(t *testing.T) {
+	w, r, n := running(t)
+	r.mu.Lock()
+	r.refuse = true
+	r.mu.Unlock()
+	w.s.sessions.cut(n.id.ID())
+	a := w.done(w.act(n, 0, "true"))
+	if v := actionView(a); v.ExitStatus() != api.ExitNotRun || !a.SentAt.IsZero() || !strings.Contains(a.Reason, "not run") {
+		t.Fatalf("ended as %+v", v)
+	}
+}
+
+func TestActionWaitsForItsNodeAndExpires(t *testing.T) {
+	w := newWorld(t)
+	r, n, never := w.rcp("dmz"), w.enrolled(w.node("late")), w.enrolled(w.node("never"))
+	w.run()
+	eventually(t, "the rcp is connected", func() bool { h, ok := w.s.fleet.hop(r.id.ID()); return ok && h.Synced })
+	a, b := w.act(n, time.Hour, "queued"), w.act(never, 300*time.Millisecond, "true")
+	if b = w.done(b); b.State != wire.ActionExpired || actionView(b).ExitStatus() != api.ExitTimedOut {
+		t.Fatalf("ended as %+v", actionView(b))
+	}
+	w.restart() // the queue is in the database
+	r.hold(n)
+	run := n.started(t, "queued")
+	n.exit(run, 0)
+	if a = w.done(a); a.State != wire.ActionSucceeded {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+}
+
+func TestBrokenSessionJoinsTheRunAgain(t *testing.T) {
+	w, _, n := running(t)
+	n.mu.Lock()
+	n.cutAfter = 2
+	n.mu.Unlock()
+	a := w.act(n, 0, "long")
+	run := n.started(t, "long")
+	for _, s := range []string{"1 ", "2 ", "3 "} {
+		n.output(run, s)
+	}
+	eventually(t, "output came over the second session", func() bool {
+		f, err := w.db.LastFrame(context.Background(), a.ID)
+		return err == nil && f == 3
+	})
+	n.exit(run, 0)
+	w.done(a)
+	out, _, err := w.follow(context.Background(), a.ID)
+	if err != nil || out != "1 2 3 " {
+		t.Fatalf("output %q, %v", out, err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.runs) != 1 || run.starts != 1 {
+		t.Fatalf("it ran %d times", run.starts)
+	}
+}
+
+func TestRestartedGatewayPicksUpARun(t *testing.T) {
+	w, _, n := running(t)
+	a := w.act(n, 0, "long")
+	run := n.started(t, "long")
+	n.output(run, "before ")
+	eventually(t, "output is stored", func() bool {
+		f, err := w.db.LastFrame(context.Background(), a.ID)
+		return err == nil && f == 1
+	})
+	w.restart()
+	n.output(run, "after")
+	n.exit(run, 7)
+	if a = w.done(a); a.ExitCode == nil || *a.ExitCode != 7 {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+	if out, _, err := w.follow(context.Background(), a.ID); err != nil || out != "before after" {
+		t.Fatalf("output %q, %v", out, err)
+	}
+}
+
+func TestCancelReachesTheNode(t *testing.T) {
+	w, _, n := running(t)
+	a := w.act(n, 0, "long")
+	n.started(t, "long")
+	eventually(t, "it runs", func() bool {
+		now, err := w.db.Action(context.Background(), a.ID)
+		return err == nil && now.State == wire.ActionRunning
+	})
+	var row *store.Action
+	w.update(func(ctx context.Context, tx *store.Tx) (err error) {
+		if row, err = tx.Action(ctx, a.ID); err != nil {
+			return err
+		}
+		return tx.CancelAction(ctx, row, api.ActionCodeCancelled)
+	})
+	if err := w.s.cancelAction(context.Background(), row); err != nil {
+		t.Fatal(err)
+	}
+	if a = w.done(a); a.State != wire.ActionCancelled || actionView(a).ExitStatus() != 143 {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+}
+
+func TestRefusedByTheNode(t *testing.T) {
+	w, _, n := running(t)
+	a := w.done(w.act(n, time.Hour, "forbidden"))
+	if actionView(a).ExitStatus() != api.ExitRefused || !strings.Contains(a.Reason, "SALLYPORT_NODE_ALLOW_COMMANDS") {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+}
+
+func TestRunThatWasNeverBegunIsNotBegunLate(t *testing.T) {
+	w, _, n := running(t)
+	// The gateway was killed between "sent" on disk and the sending, long ago.
+	a := &store.Action{ID: wire.NewID(), Batch: "b", Tenant: store.DefaultTenant, NodeID: n.id.ID(), NodeName: n.name, Command: []string{"late"}}
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		if err := tx.AddActions(ctx, []*store.Action{a}); err != nil {
+			return err
+		}
+		a.State, a.SentAt = wire.ActionSent, tx.Now()
+		return tx.SaveAction(ctx, a)
+	})
+	sent := *a
+	sent.CreatedAt = time.Now().Add(-time.Hour)
+	if err := w.s.actions.deliver(context.Background(), &sent, true); err != nil {
+		t.Fatal(err)
+	}
+	if a = w.done(a); a.State != wire.ActionLost || actionView(a).ExitStatus() != api.ExitNotRun {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.runs) != 0 {
+		t.Fatal("it was begun")
+	}
+}
+
+func TestResultOfANodeThatIsGoneIsUnknown(t *testing.T) {
+	w, _, n := running(t)
+	a := w.act(n, 0, "long")
+	n.started(t, "long")
+	if err := w.s.nodeChanged(context.Background(), n.id.ID()); err != nil {
+		t.Fatal(err)
+	}
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.RemoveNode(ctx, n.id.ID()) })
+	if err := w.s.nodeChanged(context.Background(), n.id.ID()); err != nil {
+		t.Fatal(err)
+	}
+	if a = w.done(a); a.State != wire.ActionLost || a.Code != api.ActionCodeUnknown {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+}
+
+func TestFollowEndsWithItsCaller(t *testing.T) {
+	w, _, n := running(t)
+	a, b := w.act(n, 0, "one"), w.act(n, 0, "two")
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() {
+		_, _, err := w.follow(ctx, a.ID, b.ID)
+		ended <- err
+	}()
+	n.started(t, "one")
+	cancel()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Fatalf("follow ended with %v", err)
+	}
+	n.exit(n.started(t, "one"), 0)
+	n.exit(n.started(t, "two"), 0)
+	w.done(a)
+	w.done(b)
+}
