@@ -314,3 +314,57 @@ func TestPendingPartiesOfOneRCPDelayNoOthers(t *testing.T) {
 		t.Fatalf("the honest one is at %+v", at)
 	}
 }
+
+// FuzzPeersLine feeds the fleet with whatever decodes as lines of an RCP, and
+// counts again what it keeps count of.
+func FuzzPeersLine(f *testing.F) {
+	id := "7f0ad3a8-8f5c-4f0e-9a51-0d1f6f3f2b11"
+	other := "0b9c1d56-3c1f-4a43-8f0e-5d8f4f8b3a10"
+	f.Add(fmt.Sprintf(`{"peer":{"role":"node","id":%q,"digest":"d","hints":["outbox"]},"pos":1}`, id))
+	f.Add(fmt.Sprintf(`{"peer":{"role":"rcp","id":%q}}`+"\n"+`{"peer":{"role":"node","id":%q,"path":[%q]}}`+"\n"+`{"gone":{"id":%q}}`, other, id, other, other))
+	f.Add(`{"hello":{"epoch":"e2","snapshot":true}}` + "\n" + `{"synced":true,"pos":9}` + "\n" + `{"draining":{}}`)
+	f.Add(`{"peer":{"pending":"` + strings.Repeat("0a", 32) + `"}}` + "\n" + `{"gone":{"pending":"` + strings.Repeat("0a", 32) + `"}}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		b := newBench(t)
+		r, _ := b.rcp("evil"), b.node("web", wire.StatePending)
+		b.f.learn(record{ID: wire.ID(id), Role: wire.RoleNode, Name: "known", State: wire.StatePending, Since: time.Now()})
+		b.up(r)
+		lines := wire.NewLineReader(strings.NewReader(text), wire.MaxPeersLine)
+		for {
+			var line wire.PeersLine
+			if err := lines.Next(&line); errors.Is(err, wire.ErrMalformed) {
+				continue
+			} else if err != nil {
+				break
+			}
+			if line.Hello != nil {
+				line.Hello.ID = r
+				_ = b.f.peersHello(r, *line.Hello) // a refusal is as good
+				continue
+			}
+			_ = b.f.apply(r, line)
+			b.work()
+		}
+		b.f.tick(time.Now())
+		b.f.mu.Lock()
+		defer b.f.mu.Unlock()
+		peers, unknown, pending := 0, 0, 0
+		for _, m := range b.f.members {
+			for range m.ways {
+				if peers++; !m.known {
+					unknown++
+				}
+			}
+			if m.index >= 0 && b.f.due[m.index] != m {
+				t.Fatal("the heap of due times is broken")
+			}
+		}
+		for _, by := range b.f.pending {
+			pending += len(by)
+		}
+		l := b.f.links[r]
+		if l.peers != peers || l.unknown != unknown || b.f.waiting[r] != pending {
+			t.Fatalf("counted %d peers, %d unknown, %d pending; there are %d, %d, %d", l.peers, l.unknown, b.f.waiting[r], peers, unknown, pending)
+		}
+	})
+}

@@ -68,3 +68,5 @@ func (s *Server) unlockNode(ctx context.Context, n *store.Node) error {
 	s.fleet.ask(wantHello|wantPush, n.ID)
 	return nil
 }
+
+var _ reaching = (*Server)(nil)

@@ -429,7 +429,9 @@ func applyResult(a *store.Action, res *wire.ActionResult) {
 		a.Code = api.ActionCodeCancelled
 		a.ExitCode = &code
 	case wire.ActionExpired:
-		a.Code = api.ActionCodeExpired
+		if a.Code = api.ActionCodeExpired; a.TTL == 0 { // it might not wait, so it was not run
+			a.Code = api.ActionCodeNotConnected
+		}
 	case wire.ActionRefused:
 		a.Code = api.ActionCodeRefused
 	default:
