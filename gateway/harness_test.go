@@ -71,6 +71,8 @@ type world struct {
 	s    *Server
 	cfg  Config
 	stop func()
+
+	deploys bool // keep the hook that pushes desired states
 }
 
 func newWorld(t *testing.T) *world {
@@ -106,6 +108,9 @@ func (w *world) run() {
 		w.t.Fatal(err)
 	}
 	w.s.hooks.met = nil // what the hooks do is tested beside them
+	if w.deploys {
+		w.s.hooks.met = append(w.s.hooks.met, w.s.reconcile)
+	}
 	w.s.fleet.t.grace = time.Second
 	w.s.fleet.t.settle = 2 * time.Second
 	ctx, cancel := context.WithCancel(context.Background())

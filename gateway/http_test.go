@@ -332,7 +332,7 @@ func TestBadRequests(t *testing.T) {
 		"wrong type":     {http.MethodPost, "/api/v1/tokens", `{"role":5,"ttl":"1h"}`, api.CodeInvalid},
 		"bad duration":   {http.MethodPost, "/api/v1/tokens", `{"role":"viewer","ttl":"1y"}`, api.CodeInvalid},
 		"limit":          {http.MethodGet, "/api/v1/nodes?limit=100000", "", api.CodeInvalid},
-		"too large":      {http.MethodPost, "/api/v1/tokens", `{"role":"` + strings.Repeat("x", 2<<20) + `"}`, api.CodeTooLarge},
+		"too large":      {http.MethodPost, "/api/v1/tokens", `{"role":"` + strings.Repeat("x", 1<<20-10) + `"}`, api.CodeTooLarge},
 		"severity":       {http.MethodGet, "/api/v1/events?severity=bad", "", api.CodeInvalid},
 		"neither":        {http.MethodPost, "/api/v1/actions", `{"command":["true"]}`, api.CodeInvalid},
 		"empty selector": {http.MethodPost, "/api/v1/actions", `{"command":["true"],"selector":" "}`, api.CodeInvalid},

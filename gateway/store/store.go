@@ -118,9 +118,19 @@ func (db *DB) initialise(ctx context.Context) error {
 // Close closes the database.
 func (db *DB) Close() error { return db.sql.Close() }
 
-// Installation returns the row that identifies this database, as it was when
-// the database was opened.
+// Installation returns the row that identifies this database.
+// [DB.RaiseGeneration] changes it, and is not called while others use db.
 func (db *DB) Installation() Installation { return db.inst }
+
+// RaiseGeneration begins a new generation, which a database needs after it was
+// restored from a backup: revisions made from now on are above all that nodes
+// have seen, and join codes that were not used yet are void.
+func (db *DB) RaiseGeneration(ctx context.Context) error {
+	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		tx.Audit(ctx, "installation.restore", "installation "+db.inst.UID, fmt.Sprintf("generation %d", db.inst.Generation+1))
+		return tx.q.NewRaw("UPDATE installation SET generation = generation + 1 WHERE id = 1 RETURNING generation").Scan(ctx, &db.inst.Generation)
+	})
+}
 
 // Tx is a writing transaction.
 type Tx struct {

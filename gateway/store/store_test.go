@@ -355,3 +355,28 @@ func TestRCPs(t *testing.T) {
 		t.Errorf("RCP without a UUID: %v", err)
 	}
 }
+
+func TestRaisedGenerationLeadsEveryRevision(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sallyport.db")
+	db := open(t, path)
+	id := addNode(t, db, "n")
+	put := func() wire.Revision {
+		d := &Desired{NodeID: id}
+		update(t, db, func(tx *Tx) error { return tx.PutDesired(ctx, d) })
+		return d.Revision()
+	}
+	put()
+	before := put()
+	if err := db.RaiseGeneration(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if after := put(); after.Compare(before) <= 0 || after.Generation != 2 {
+		t.Errorf("%s after %s", after, before)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if g := open(t, path).Installation().Generation; g != 2 {
+		t.Errorf("generation %d after a restart", g)
+	}
+}
