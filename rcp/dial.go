@@ -30,6 +30,7 @@ type dialler struct {
 
 	mu    sync.Mutex
 	state channel.State
+	odd   bool // the next attempt downstream is for a party without a certificate
 	live  map[*channel.Conn]struct{}
 	extra int // channels that the upstream asked for
 }
@@ -58,7 +59,19 @@ func (d *dialler) dialler(class string) *channel.Dialer {
 	if d.expect != "" {
 		out.Expect = &d.expect
 	}
+	if d.peer == channel.PeerDownstream {
+		out.Enroll = d.maybePending
+	}
 	return out
+}
+
+// maybePending: nothing tells us beforehand whether a listening party has its
+// certificate yet, so every other attempt after a failure is for one that has
+// not. Which it is decides the handshake, and whom it is the gateway.
+func (d *dialler) maybePending() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.odd
 }
 
 // targets lists the addresses, for people.
@@ -104,6 +117,11 @@ func (d *dialler) serve(ctx context.Context, c *channel.Conn) {
 func (d *dialler) note(s channel.State) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if s.Conn != nil || d.state.Conn != nil {
+		d.odd = false // connected, or lost just now
+	} else if s.Failures > d.state.Failures {
+		d.odd = !d.odd
+	}
 	d.state = s
 }
 

@@ -132,17 +132,20 @@ func (a *attached) tell(ctx context.Context, method, path string, v any) error {
 // downstream, from its first moment to its end.
 func (r *Relay) serveDownstream(ctx context.Context, conn link) {
 	log := r.log.With("peer", conn.Peer().String(), "source", conn.RemoteAddr(), "carrier", conn.Carrier())
-	a, err := r.roster.join(conn)
+	a, err := r.roster.join(ctx, conn)
 	if err != nil {
 		r.metrics.refuse(err)
 		log.Warn("channel refused", "error", err)
 		conn.Close(err)
 		return
 	}
+	if r.id.Revoked(a.peer.Key) { // the set arrived between the handshake and here
+		conn.Close(identity.ErrRevoked)
+	}
 	log.Info("channel up", "dialled", conn.Dialled())
 	stop := context.AfterFunc(ctx, func() { conn.Close(context.Cause(ctx)) })
 	defer stop()
-	if err := r.listenTo(ctx, a); err != nil {
+	if err := r.listenTo(a); err != nil {
 		r.metrics.refuse(err)
 		log.Warn("channel cut", "error", err)
 		conn.Close(err)
@@ -152,17 +155,18 @@ func (r *Relay) serveDownstream(ctx context.Context, conn link) {
 	log.Info("channel down", "reason", conn.Err())
 }
 
-// retire ends a channel for which a newer one took over: it may finish what
-// runs on it.
-func (r *Relay) retire(ctx context.Context, a *attached) {
-	if err := a.conn.Drain(ctx, wire.Drain{Deadline: replaceGrace, Reason: errReplaced.Error()}); err != nil {
-		r.log.Debug("replaced channel was cut", "peer", a.peer.String(), "error", err)
+// drain ends a channel gently: the party is told, and what runs may finish.
+func (r *Relay) drain(ctx context.Context, a *attached, d wire.Drain) {
+	a.hush()
+	if err := a.conn.Drain(ctx, d); err != nil {
+		r.log.Debug("channel cut while draining", "peer", a.peer.String(), "error", err)
 	}
 }
 
 // listenTo reads what the party says of itself, or of those behind it, until
 // the channel ends. An error means that the channel must be cut.
-func (r *Relay) listenTo(ctx context.Context, a *attached) error {
+func (r *Relay) listenTo(a *attached) error {
+	ctx := a.listening
 	read := r.readSignals
 	switch {
 	case a.peer.Pending:
@@ -193,6 +197,9 @@ func (r *Relay) listenTo(ctx context.Context, a *attached) error {
 		select {
 		case <-timer.C:
 			r.log.Debug("stream of the peer ended; asking again", "peer", a.peer.String(), "error", err)
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
 		case <-a.conn.Done():
 			timer.Stop()
 			return nil

@@ -370,3 +370,17 @@ func hops(n int, via ...wire.ID) http.Header {
 }
 
 func prometheusRegistry() *prometheus.Registry { return prometheus.NewRegistry() }
+
+// background runs f until the test ends.
+func (p *plant) background(f func(context.Context)) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f(ctx)
+	}()
+	p.t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+}

@@ -67,6 +67,8 @@ func (m *mirror) read(ctx context.Context, a *attached) error {
 		defer func() { <-m.turn }()
 	case <-a.conn.Done():
 		return a.conn.Err()
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 	m.a = a
 	path := wire.PathPeers

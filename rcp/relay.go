@@ -236,7 +236,7 @@ func (r *Relay) greet() {
 
 // startRetiring is called by the roster for a channel that was replaced.
 func (r *Relay) startRetiring(a *attached) {
-	r.tasks.Go(func() { r.retire(r.errands, a) })
+	r.tasks.Go(func() { r.drain(r.errands, a, wire.Drain{Deadline: replaceGrace, Reason: errReplaced.Error()}) })
 }
 
 // drainAll tells upstreams and downstreams that the RCP goes, and waits for
@@ -248,17 +248,18 @@ func (r *Relay) drainAll(ctx context.Context) {
 	defer cancel()
 	var all sync.WaitGroup
 	for _, a := range r.roster.all(func(p identity.Peer) bool { return !p.Pending }) {
-		all.Go(func() {
-			if err := a.conn.Drain(ctx, d); err != nil {
-				r.log.Debug("channel cut while draining", "peer", a.peer.String(), "error", err)
-			}
-		})
+		all.Go(func() { r.drain(ctx, a, d) })
+	}
+	farewell := time.NewTimer(2 * coalesce) // for the line upward
+	defer farewell.Stop()
+	select {
+	case <-farewell.C:
+	case <-ctx.Done():
 	}
 	all.Wait()
 }
 
-// Ready is nil when the RCP is enrolled and somebody upstream is connected, or
-// nobody has to be dialled for that.
+// Ready is nil when the RCP listens and has a certificate in force.
 func (r *Relay) Ready() error {
 	select {
 	case <-r.listening:

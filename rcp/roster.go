@@ -59,6 +59,11 @@ type attached struct {
 	source netip.Prefix // of a pending party
 	seq    uint64       // order of arrival
 
+	// listening ends, by hush, before the channel drains: a stream of signals
+	// would never end by itself.
+	listening context.Context
+	hush      context.CancelFunc
+
 	// Under roster.mu.
 	signal    wire.Signal // the last one
 	signalled bool
@@ -146,8 +151,9 @@ func sourceOf(remote string) netip.Prefix {
 }
 
 // join enters a channel. The caller calls leave when the channel has ended.
-func (r *roster) join(conn link) (*attached, error) {
+func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 	a := &attached{conn: conn, peer: conn.Peer()}
+	a.listening, a.hush = context.WithCancel(ctx)
 	var old []*attached
 	err := func() error {
 		r.mu.Lock()
@@ -179,6 +185,7 @@ func (r *roster) join(conn link) (*attached, error) {
 		return nil
 	}()
 	if err != nil {
+		a.hush()
 		return nil, err
 	}
 	for _, o := range old {
@@ -193,6 +200,7 @@ func (r *roster) join(conn link) (*attached, error) {
 
 // leave takes a channel out.
 func (r *roster) leave(a *attached, reason string) {
+	a.hush()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	tg := a.target()

@@ -101,21 +101,6 @@ func (f *fakeLink) RoundTrip(req *http.Request) (*http.Response, error) {
 	return f.answer(req)
 }
 
-// body answers with text, and then stays open until the channel or the request
-// ends.
-func (f *fakeLink) body(req *http.Request, text string) *http.Response {
-	pr, pw := io.Pipe()
-	go func() {
-		_, _ = io.Copy(pw, strings.NewReader(text))
-		select {
-		case <-f.done:
-		case <-req.Context().Done():
-		}
-		_ = pw.CloseWithError(io.ErrUnexpectedEOF)
-	}()
-	return &http.Response{StatusCode: http.StatusOK, Status: "200 OK", Body: pr}
-}
-
 type retired struct {
 	mu  sync.Mutex
 	all []*attached
@@ -134,7 +119,7 @@ func testRoster(maxPending, perSource int) (*roster, *retired) {
 
 func mustJoin(t *testing.T, r *roster, l link) *attached {
 	t.Helper()
-	a, err := r.join(l)
+	a, err := r.join(t.Context(), l)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,20 +230,20 @@ func TestPendingLimits(t *testing.T) {
 	for i := range 3 {
 		joined = append(joined, mustJoin(t, r, newFake(pendingPeer(i), fmt.Sprintf("10.0.0.1:%d", i+1))))
 	}
-	if _, err := r.join(newFake(pendingPeer(3), "10.0.0.1:9")); !errors.Is(err, errPendingFrom) {
+	if _, err := r.join(t.Context(), newFake(pendingPeer(3), "10.0.0.1:9")); !errors.Is(err, errPendingFrom) {
 		t.Errorf("fourth from one address: %v", err)
 	}
-	if _, err := r.join(newFake(pendingPeer(3), "[::ffff:10.0.0.1]:9")); !errors.Is(err, errPendingFrom) {
+	if _, err := r.join(t.Context(), newFake(pendingPeer(3), "[::ffff:10.0.0.1]:9")); !errors.Is(err, errPendingFrom) {
 		t.Errorf("the same address written as IPv6: %v", err)
 	}
 	for i := range 3 {
 		mustJoin(t, r, newFake(pendingPeer(10+i), fmt.Sprintf("[2001:db8:1:2::%d]:1", i+1)))
 	}
-	if _, err := r.join(newFake(pendingPeer(20), "10.9.9.9:1")); !errors.Is(err, errPendingTotal) {
+	if _, err := r.join(t.Context(), newFake(pendingPeer(20), "10.9.9.9:1")); !errors.Is(err, errPendingTotal) {
 		t.Errorf("seventh in total: %v", err)
 	}
 	r.leave(joined[0], "left")
-	if _, err := r.join(newFake(pendingPeer(20), "[2001:db8:1:2:ffff::1]:1")); !errors.Is(err, errPendingFrom) {
+	if _, err := r.join(t.Context(), newFake(pendingPeer(20), "[2001:db8:1:2:ffff::1]:1")); !errors.Is(err, errPendingFrom) {
 		t.Errorf("fourth of one /64: %v", err)
 	}
 	mustJoin(t, r, newFake(pendingPeer(20), "[2001:db8:1:3::1]:1"))

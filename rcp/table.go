@@ -3,6 +3,7 @@ package rcp
 import (
 	"cmp"
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -21,7 +22,7 @@ import (
 // from before that starts again with a snapshot.
 type table struct {
 	epoch      string // of this start: positions of another one mean nothing
-	maxEntries int
+	maxEntries int    // of them, half at most are behind other RCPs, and an eighth behind one
 	maxGraves  int
 
 	mu       sync.Mutex
@@ -32,6 +33,7 @@ type table struct {
 	log      []record            // rising; records whose entry moved on are stale
 	graves   []record            // the gravestones, oldest first, with stale ones between
 	dead     int
+	behind   map[wire.ID]int // live entries by the RCP at the head of their path; the sum under ""
 	draining *wire.Drain
 	changed  chan struct{} // closed and replaced by each change
 }
@@ -68,7 +70,7 @@ var errTableFull = errors.New("the limit of peers is reached")
 func newTable(maxEntries, maxGraves int) *table {
 	return &table{
 		epoch: string(wire.NewID()), maxEntries: maxEntries, maxGraves: maxGraves,
-		entries: map[peerKey]*entry{}, routes: map[target][]*entry{}, changed: make(chan struct{}),
+		entries: map[peerKey]*entry{}, routes: map[target][]*entry{}, behind: map[wire.ID]int{}, changed: make(chan struct{}),
 	}
 }
 
@@ -90,20 +92,42 @@ func (t *table) put(p wire.Peer) error {
 	defer t.mu.Unlock()
 	k := keyOf(target{p.ID, p.Pending}, p.Path)
 	e := t.entries[k]
+	if (e == nil || e.gone) && t.full(p.Path) {
+		return errTableFull
+	}
 	switch {
 	case e == nil:
-		if len(t.entries)-t.dead >= t.maxEntries {
-			return errTableFull
-		}
 		e = &entry{key: k}
 		t.entries[k] = e
 		t.routes[k.target] = append(t.routes[k.target], e)
+		t.count(p.Path, 1)
 	case e.gone:
 		t.dead--
+		t.count(p.Path, 1)
 	}
 	e.gone, e.reason, e.peer = false, "", p
 	t.touch(e)
 	return nil
+}
+
+// full tells whether there is no room for another peer: an RCP that makes up
+// peers fills its own share, never that of the others or of those who hang on
+// us directly.
+func (t *table) full(path []wire.ID) bool {
+	if len(path) > 0 && (t.behind[""] >= t.maxEntries/2 || t.behind[path[0]] >= max(1, t.maxEntries/8)) {
+		return true
+	}
+	return len(t.entries)-t.dead >= t.maxEntries
+}
+
+func (t *table) count(path []wire.ID, n int) {
+	if len(path) == 0 {
+		return
+	}
+	t.behind[""] += n
+	if t.behind[path[0]] += n; t.behind[path[0]] == 0 {
+		delete(t.behind, path[0])
+	}
 }
 
 // drop turns a peer into a gravestone.
@@ -135,6 +159,7 @@ func (t *table) bury(e *entry, reason string) {
 	e.peer = wire.Peer{ID: e.peer.ID, Pending: e.peer.Pending, Role: e.peer.Role, Path: e.peer.Path}
 	t.touch(e)
 	t.dead++
+	t.count(e.peer.Path, -1)
 	t.graves = append(t.graves, record{e.pos, e})
 	for len(t.graves) > 0 && (t.dead > t.maxGraves || t.graves[0].stale()) {
 		r := t.graves[0]
@@ -184,8 +209,9 @@ func (t *table) setDraining(d *wire.Drain) {
 	t.wake()
 }
 
-// route lists the ways to a party, shortest first, those that drain last. When
-// there is none, gone tells about one that there was.
+// route lists the ways to a party, shortest first, those that drain last. Equal
+// ones come in random order: a retry may take another. When there is none, gone
+// tells about one that there was.
 func (t *table) route(tg target) (ways []wire.Peer, gone *entry) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -197,6 +223,7 @@ func (t *table) route(tg target) (ways []wire.Peer, gone *entry) {
 			gone = &c
 		}
 	}
+	rand.Shuffle(len(ways), func(i, j int) { ways[i], ways[j] = ways[j], ways[i] })
 	slices.SortStableFunc(ways, func(a, b wire.Peer) int {
 		if a.Draining != b.Draining {
 			if a.Draining {

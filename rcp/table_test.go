@@ -225,8 +225,35 @@ func TestTableRefusesAboveItsLimit(t *testing.T) {
 	}
 }
 
+func TestOneRCPFillsOnlyItsShare(t *testing.T) {
+	tab := newTable(80, 100)
+	liar, honest := wire.NewID(), wire.NewID()
+	fill := func(path ...wire.ID) (n int) {
+		for tab.put(wire.Peer{Role: wire.RoleNode, ID: wire.NewID(), Path: path}) == nil {
+			n++
+		}
+		return n
+	}
+	if n := fill(liar); n != 10 {
+		t.Errorf("one RCP got %d of 80 places, want an eighth", n)
+	}
+	if n := fill(honest, liar); n != 10 {
+		t.Errorf("another RCP got %d places", n)
+	}
+	for range 10 {
+		fill(wire.NewID())
+	}
+	if n := fill(); n != 40 {
+		t.Errorf("%d places were left for those who hang on us, want half", n)
+	}
+	tab.dropVia(liar, nil, "cut")
+	if n := fill(liar); n != 10 {
+		t.Errorf("after it left, %d places", n)
+	}
+}
+
 func TestRoutes(t *testing.T) {
-	tab := newTable(10, 4)
+	tab := newTable(100, 4)
 	id, r1, r2 := wire.NewID(), wire.NewID(), wire.NewID()
 	put := func(p wire.Peer) {
 		p.Role, p.ID = wire.RoleNode, id

@@ -17,6 +17,7 @@ import (
 	"sallyport/config"
 	"sallyport/gateway/api"
 	"sallyport/internal/cli"
+	"sallyport/internal/sqldb"
 )
 
 // app is what every command shares.
@@ -105,6 +106,8 @@ func explain(err error) error {
 	var path *fs.PathError
 	var unknown x509.UnknownAuthorityError
 	switch {
+	case errors.Is(err, sqldb.ErrLocked):
+		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
 	case errors.As(err, &path):
 		return err // a file on this side, not the socket
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):

@@ -74,7 +74,7 @@ func (c *Conn) connect(ctx context.Context, authority string, h http.Header, bod
 		h = http.Header{}
 	}
 	req := &http.Request{Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: authority}, Host: authority,
-		Header: h, Body: body, ContentLength: -1, Proto: "HTTP/2.0", ProtoMajor: 2}
+		Header: h, Body: body, ContentLength: -1} // with a Proto, http3 would take it for an extended CONNECT
 	res, err := c.RoundTrip(req.WithContext(ctx))
 	if err != nil {
 		return nil, err

@@ -45,7 +45,6 @@ type Dialer struct {
 	extra chan string // of Run: classes of further connections to dial
 	tls   *clientTLS
 	lim   Limits
-	race  race
 }
 
 // State is what Run knows of its address.

@@ -1,9 +1,168 @@
 package channel
 
-import "context"
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
 
-type udpPort struct{}
+	"github.com/quic-go/quic-go"
+	"github.com/quic-go/quic-go/http3"
+)
 
-func openUDP(string, *Listener) (*udpPort, error)                    { return nil, ErrNoTransport }
-func (u *udpPort) close()                                            {}
-func (u *udpPort) accept(ctx context.Context, run func(*Conn)) error { return nil }
+// h3 carries a channel over HTTP/3. With the listener as HTTP client the
+// request streams are server-initiated, which RFC 9114 does not know: both ends
+// are ours, and the ALPN says so.
+type h3 struct {
+	conn   *quic.Conn
+	limits Limits
+	log    *slog.Logger
+	client *http3.ClientConn   // of a downstream peer
+	first  *quic.ReceiveStream // of an upstream peer: accepted while dialling
+}
+
+// quicConfig bounds a QUIC connection as Limits says.
+func quicConfig(lim Limits) *quic.Config {
+	return &quic.Config{
+		// quic-go gives up after twice this time (and sooner without any answer).
+		HandshakeIdleTimeout:           lim.HandshakeTimeout / 2,
+		MaxIdleTimeout:                 2 * lim.KeepAlive,
+		KeepAlivePeriod:                lim.KeepAlive,
+		InitialStreamReceiveWindow:     uint64(lim.StreamWindow),
+		MaxStreamReceiveWindow:         uint64(lim.StreamWindow),
+		InitialConnectionReceiveWindow: uint64(lim.connWindow()),
+		MaxConnectionReceiveWindow:     uint64(lim.connWindow()),
+		MaxIncomingStreams:             int64(lim.Streams),
+		MaxIncomingUniStreams:          8, // control and QPACK, RFC 9114 section 6.2
+		Allow0RTT:                      false,
+	}
+}
+
+// newH3 takes over a QUIC connection whose handshake is done.
+func newH3(conn *quic.Conn, dir Direction, lim Limits, log *slog.Logger) *h3 {
+	t := &h3{conn: conn, limits: lim, log: log}
+	if dir == PeerDownstream {
+		tr := &http3.Transport{MaxResponseHeaderBytes: lim.MaxHeader, DisableCompression: true, Logger: log}
+		t.client = tr.NewClientConn(conn)
+	}
+	return t
+}
+
+// watch calls ended once, when the connection is closed by whatever cause. A
+// downstream peer that opens request streams breaks the protocol and is cut.
+func (t *h3) watch(ended func(error)) {
+	context.AfterFunc(t.conn.Context(), func() { ended(quicCause(t.conn)) })
+	if t.client == nil {
+		return
+	}
+	go func() { // ends with the connection
+		if _, err := t.conn.AcceptStream(t.conn.Context()); err == nil {
+			_ = t.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeStreamCreationError), "requests flow outward only")
+		}
+	}()
+}
+
+// quicCause is why a connection ended.
+func quicCause(conn *quic.Conn) error {
+	err := context.Cause(conn.Context())
+	var app *quic.ApplicationError
+	var idle *quic.IdleTimeoutError
+	switch {
+	case errors.As(err, &app) && app.Remote && app.ErrorCode == quic.ApplicationErrorCode(http3.ErrCodeNoError):
+		return ErrPeerGone
+	case errors.As(err, &idle):
+		return fmt.Errorf("%w: it does not answer keep-alives", ErrPeerGone)
+	}
+	return fmt.Errorf("%w: %w", ErrPeerGone, err)
+}
+
+// confirm waits until the other side has verified us and speaks: after the
+// handshake alone a dialler does not know (RFC 8446 section 2).
+func (t *h3) confirm(ctx context.Context) error {
+	if t.client != nil {
+		select {
+		case <-t.client.ReceivedSettings():
+			return nil
+		case <-t.conn.Context().Done():
+			return context.Cause(t.conn.Context())
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	str, err := t.conn.AcceptUniStream(ctx)
+	if err != nil {
+		return err
+	}
+	t.first = str
+	return nil
+}
+
+func (t *h3) RoundTrip(req *http.Request) (*http.Response, error) {
+	if t.client == nil {
+		return nil, ErrWrongSide
+	}
+	return t.client.RoundTrip(req)
+}
+
+// serve runs the accept loops itself: the dialler may hold the first stream,
+// and http3.Server has a shutdown that would cut reversed streams.
+func (t *h3) serve(ctx context.Context, h http.Handler) error {
+	srv := &http3.Server{
+		Handler:        h,
+		MaxHeaderBytes: t.limits.MaxHeader,
+		Logger:         t.log,
+		ConnContext: func(conn context.Context, _ *quic.Conn) context.Context {
+			return mergedContext{Context: conn, values: ctx}
+		},
+	}
+	raw, err := srv.NewRawServerConn(t.conn)
+	if err != nil {
+		t.close()
+		return err
+	}
+	var wg sync.WaitGroup
+	if t.first != nil {
+		wg.Go(func() { raw.HandleUnidirectionalStream(t.first) })
+	}
+	wg.Go(func() {
+		for {
+			str, err := t.conn.AcceptUniStream(t.conn.Context())
+			if err != nil {
+				return
+			}
+			wg.Go(func() { raw.HandleUnidirectionalStream(str) })
+		}
+	})
+	for {
+		str, err := t.conn.AcceptStream(t.conn.Context())
+		if err != nil {
+			break
+		}
+		wg.Go(func() { raw.HandleRequestStream(str) })
+	}
+	t.close()
+	wg.Wait()
+	return quicCause(t.conn)
+}
+
+// mergedContext ends with the connection and has the values of the server too.
+type mergedContext struct {
+	context.Context
+	values context.Context
+}
+
+func (m mergedContext) Value(key any) any {
+	if v := m.Context.Value(key); v != nil {
+		return v
+	}
+	return m.values.Value(key)
+}
+
+func (t *h3) close() {
+	_ = t.conn.CloseWithError(quic.ApplicationErrorCode(http3.ErrCodeNoError), "")
+}
+
+func (t *h3) rtt() time.Duration { return t.conn.ConnectionStats().SmoothedRTT }

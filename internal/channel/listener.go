@@ -33,7 +33,7 @@ type ListenConfig struct {
 	AllowDownstream bool // diallers may be downstream of us
 	AllowEnroll     bool // parties without a certificate may wait here; without one ourselves: upstreams may come for us
 
-	Carriers []string // CarrierH2, CarrierH3; nil: H2
+	Carriers []string // CarrierH2, CarrierH3; nil: both
 	Limits   Limits
 	Log      *slog.Logger
 
@@ -60,7 +60,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		return nil, errors.New("listen: identity and log are needed")
 	}
 	if cfg.Carriers == nil {
-		cfg.Carriers = []string{CarrierH2}
+		cfg.Carriers = []string{CarrierH2, CarrierH3}
 	}
 	lim := cfg.Limits.withDefaults()
 	l := &Listener{cfg: cfg, log: cfg.Log, limits: lim, conns: newRegistry(cfg.Identity),

@@ -55,9 +55,13 @@ func (k *keeper) run(ctx context.Context) error {
 	if err := k.pause(ctx, k.backoff.first()); err != nil {
 		return err
 	}
+	var found *Conn // made by a probe
 	for {
 		changed := identityState(k.d.Identity)
-		c, err := k.d.Dial(ctx)
+		c, err := found, error(nil)
+		if found = nil; c == nil {
+			c, err = k.d.Dial(ctx)
+		}
 		if ctx.Err() != nil {
 			if c != nil {
 				c.Close(nil)
@@ -87,7 +91,7 @@ func (k *keeper) run(ctx context.Context) error {
 			}
 		}
 		k.report(nil, time.Time{})
-		if err := k.hold(ctx, c, changed); err != nil {
+		if found, err = k.hold(ctx, c, changed); err != nil {
 			return err
 		}
 	}
@@ -132,9 +136,10 @@ func (k *keeper) more(ctx context.Context) {
 	}
 }
 
-// hold returns nil when it is time to dial again: the connection has ended and
-// the wait after that is over, or it is to be replaced.
-func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) error {
+// hold returns without an error when it is time to dial again: the connection
+// has ended and the wait after that is over, or it is to be replaced, perhaps
+// by one that is there already.
+func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) (*Conn, error) {
 	var renew <-chan time.Time
 	if !c.Expires().IsZero() {
 		left := time.Until(c.Expires())
@@ -142,25 +147,30 @@ func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) error {
 		defer t.Stop()
 		renew = t.C
 	}
-	better, stopProbe := k.d.probe(ctx, c)
-	defer stopProbe()
+	better := make(chan *Conn)
+	probing, stop := context.WithCancel(ctx)
+	var probe sync.WaitGroup
+	defer probe.Wait()
+	defer stop()
+	probe.Go(func() { k.d.probe(probing, c, better) })
 	for {
 		changed := k.d.Identity.Changed()
 		if identityState(k.d.Identity) != was {
-			return k.replaceSoon(ctx, c)
+			return nil, k.replaceSoon(ctx, c)
 		}
 		select {
 		case <-changed:
 		case <-renew:
-			return k.replaceSoon(ctx, c)
+			return nil, k.replaceSoon(ctx, c)
 		case <-c.DrainRequested():
-			return k.replaceSoon(ctx, c)
-		case <-better:
-			return nil
+			return nil, k.replaceSoon(ctx, c)
+		case found := <-better:
+			return found, nil
 		case <-c.Done():
-			return k.lost(ctx, c)
+			stop()
+			return nil, k.lost(ctx, c)
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
 	}
 }

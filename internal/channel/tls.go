@@ -112,6 +112,9 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 			ClientAuth:     tls.RequireAndVerifyClientCert,
 			ClientCAs:      s.roots,
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.id.Certificate() },
+			// quic-go works on a copy of this, whose ticket keys nobody else
+			// would have; and QUIC tickets are what 0-RTT begins with.
+			SessionTicketsDisabled: p.carrier == CarrierH3,
 			VerifyConnection: func(cs tls.ConnectionState) error {
 				_, err := s.verify(p, cs)
 				return err

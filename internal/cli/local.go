@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -153,8 +155,8 @@ func (l *localRole) describe(s local.Status) {
 	for _, i := range s.Instances {
 		line("instance", fmt.Sprintf("%s %s, revision %s, %d policies%s", i.TrustDomain, i.State, or(i.AppliedRevision, "none"), len(i.Policies), prefixed(": ", i.Reason)))
 	}
-	for role, n := range s.Peers {
-		line("peers", fmt.Sprintf("%d %s", n, role))
+	for _, role := range slices.Sorted(maps.Keys(s.Peers)) {
+		line("peers", fmt.Sprintf("%d %s", s.Peers[role], role))
 	}
 	if s.Role == wire.RoleNode {
 		line("outbox", fmt.Sprintf("%d waiting, %d dropped%s", s.Outbox.Depth, s.Outbox.Dropped, prefixed(", oldest ", Time(s.Outbox.Oldest))))
@@ -208,9 +210,17 @@ func (l *localRole) doctorCommand() *cobra.Command {
 					bad++
 				}
 				t.Add(c.Check, verdict, c.Detail, c.Fix)
+				if l.out.Format == FormatTable { // sentences: a table would be too wide to read
+					l.out.Say("%-7s %s: %s", verdict, c.Check, Clean(c.Detail))
+					if c.Fix != "" && !c.OK {
+						l.out.Say("        %s", Clean(c.Fix))
+					}
+				}
 			}
-			if err := l.out.Print(checks, t); err != nil {
-				return err
+			if l.out.Format != FormatTable {
+				if err := l.out.Print(checks, t); err != nil {
+					return err
+				}
 			}
 			if bad > 0 {
 				return Fail(ExitFailed, "%d of %d checks failed", bad, len(checks))

@@ -17,7 +17,6 @@ import (
 // nothing was opened yet.
 type Role struct {
 	Name string
-	Log  *slog.Logger
 	Run  func(ctx context.Context) error // returns when all that it started has ended
 }
 
@@ -26,7 +25,7 @@ type Role struct {
 func NewRole(name string, c config.Common, streams IO, build func(*slog.Logger, *prometheus.Registry) (func(context.Context) error, error)) (Role, error) {
 	log := NewLogger(streams.Err, c).With("role", name)
 	run, err := build(log, admin.NewRegistry(BuildVersion()))
-	return Role{Name: name, Log: log, Run: run}, err
+	return Role{Name: name, Run: run}, err
 }
 
 // errRoleEnded stops the other roles when one has ended without an error.
@@ -38,7 +37,6 @@ func RunRoles(ctx context.Context, roles ...Role) error {
 	g, inner := errgroup.WithContext(ctx)
 	for _, r := range roles {
 		g.Go(func() error {
-			r.Log.InfoContext(inner, "starting", "version", BuildVersion())
 			err := r.Run(inner)
 			if err == nil && ctx.Err() == nil {
 				err = errRoleEnded
@@ -46,7 +44,6 @@ func RunRoles(ctx context.Context, roles ...Role) error {
 			if err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx)) {
 				err = nil
 			}
-			r.Log.InfoContext(inner, "stopped")
 			return err
 		})
 	}

@@ -94,6 +94,7 @@ type Applicant struct {
 	memory  joinMemory
 	asked   string // codeID of the last request that was handed out
 	status  Status
+	gone    bool   // a gateway said that the key in use is revoked
 	refused string // why an upstream refused our certificate
 	granted chan struct{}
 	decided chan struct{}
@@ -294,14 +295,14 @@ func (a *Applicant) settle() {
 	_, enrolled := a.id.Party()
 	revoked := a.id.Revoked(a.id.KeyHash())
 	fresh := a.code != nil && a.codeID != a.memory.Used
-	if (revoked || enrolled && a.refused != "") && fresh {
+	if (revoked || a.gone || enrolled && a.refused != "") && fresh {
 		old := a.id.Fingerprint()
 		if err := a.id.NewKey(); err != nil {
 			a.set(Status{State: StateRevoked, Reason: err.Error()})
 			return
 		}
 		a.cfg.Log.Info("the old key is no longer accepted; enrolling again with a new one", "old", old, "fingerprint", a.id.Fingerprint())
-		enrolled, revoked, a.refused = false, false, ""
+		enrolled, revoked, a.gone, a.refused = false, false, false, ""
 	}
 	_, pinned := a.id.Pinned()
 	switch {
@@ -535,6 +536,10 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 		if a.asked != a.codeID {
 			return nil // that was the code before this one
 		}
+		if v.Code == wire.EnrollRevoked {
+			a.revoked(v)
+			return nil
+		}
 		now := time.Now()
 		a.denied[a.codeID] = now
 		a.set(Status{State: StateDenied, Code: v.Code, Reason: wire.Quotable(v.Reason), Retry: now.Add(retryAfter).UTC()})
@@ -543,6 +548,22 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 		return nil
 	}
 	return fmt.Errorf("%w: %q", errVerdict, wire.Quotable(v.State))
+}
+
+// revoked takes the news that the key is no longer good: with the signed set,
+// or, for a party that holds no root yet to check it by, on the word of the
+// gateway that it is talking to. mu is held.
+func (a *Applicant) revoked(v wire.EnrollVerdict) {
+	if v.Revocations != nil {
+		if _, err := a.id.ApplyRevocations(*v.Revocations); err != nil && !errors.Is(err, identity.ErrOlder) && !errors.Is(err, identity.ErrNotPinned) {
+			a.cfg.Log.Warn("the revocation set of the refusal is not used", "error", err)
+		}
+	}
+	now := time.Now()
+	a.gone, a.denied[a.codeID] = true, now // a minute's rest, also for the next key
+	a.set(Status{State: StateDenied, Code: v.Code, Reason: wire.Quotable(v.Reason), Retry: now.Add(retryAfter).UTC()})
+	a.settle()
+	a.decide()
 }
 
 func (a *Applicant) grant(v wire.EnrollVerdict) error {
@@ -566,7 +587,7 @@ func (a *Applicant) grant(v wire.EnrollVerdict) error {
 			a.cfg.Log.Warn("the revocation set of the grant is not used", "error", err)
 		}
 	}
-	a.refused = ""
+	a.gone, a.refused = false, ""
 	clear(a.denied)
 	a.status.State = "" // an expired leaf's status does not outlive it
 	a.settle()

@@ -292,6 +292,44 @@ func TestRevokedPartyTakesNewKeyWithNewCode(t *testing.T) {
 	})
 }
 
+func TestRefusedKeyIsReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		key := p.id.KeyHash()
+		p.get(t)
+		decided := p.Decided()
+		set := ca.Revoke(t, 1, key)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollRevoked, Reason: "this key is revoked", Revocations: &set})
+		<-decided
+		if p.id.KeyHash() == key || !p.mayTry(t, 2*time.Minute) {
+			t.Errorf("status %+v, the same key: %v", p.Status(), p.id.KeyHash() == key)
+		}
+		if req, _ := p.get(t); req.Token != "t1-secret" {
+			t.Errorf("request %+v", req)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+
+		// An expired one believes the signed set, and waits for a new code.
+		id := ca.Party(t, wire.RoleNode)
+		p = start(t, id, "")
+		time.Sleep(40 * 24 * time.Hour)
+		p.get(t)
+		set = ca.Revoke(t, 2, id.KeyHash())
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollRevoked, Reason: "this key is revoked", Revocations: &set})
+		if s := p.Status(); s.State != enroll.StateRevoked || !id.Revoked(id.KeyHash()) {
+			t.Errorf("status %+v", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestNewCodeAloneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)

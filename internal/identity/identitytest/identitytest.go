@@ -202,11 +202,7 @@ func (c *CA) Revoke(t testing.TB, number int64, keys ...wire.KeyHash) wire.Envel
 	for _, k := range keys {
 		set.Revoked = append(set.Revoked, wire.Revocation{Key: k, At: set.Issued})
 	}
-	env, err := identity.Seal(c.interKey, [][]byte{c.Inter.Raw}, wire.TypeRevocations, set)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return env
+	return c.Seal(t, wire.TypeRevocations, set)
 }
 
 func newKey(t testing.TB) *ecdsa.PrivateKey {
@@ -238,4 +234,14 @@ func sign(t testing.TB, tmpl, parent *x509.Certificate, pub *ecdsa.PublicKey, ke
 		t.Fatal(err)
 	}
 	return cert
+}
+
+// Seal signs any document with the SPIFFE intermediate's key.
+func (c *CA) Seal(t testing.TB, typ string, payload any) wire.Envelope {
+	t.Helper()
+	env, err := identity.Seal(c.interKey, [][]byte{c.Inter.Raw}, typ, payload)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return env
 }

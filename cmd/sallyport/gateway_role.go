@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/config"
+	"sallyport/gateway"
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
+	"sallyport/internal/admin"
+	"sallyport/internal/cli"
+	"sallyport/internal/identity"
+	"sallyport/internal/local"
+	"sallyport/internal/lockdir"
+	"sallyport/internal/wire"
+	"sallyport/pki"
+)
+
+// gatewayHost is a gateway with what it needs on its host: the lock on its
+// directory, the certificate authority, the database, its identity, the local
+// socket and the admin listener.
+type gatewayHost struct {
+	cfg config.Gateway
+	log *slog.Logger
+	reg *prometheus.Registry
+}
+
+func (a *app) gatewayRole() (cli.Role, error) {
+	c, err := config.LoadGateway(a.streams.Env)
+	if err != nil {
+		return cli.Role{}, err
+	}
+	return cli.NewRole("gateway", c.Common, a.streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		h := &gatewayHost{cfg: c, log: log, reg: reg}
+		return h.run, nil
+	})
+}
+
+// run opens everything, in the order of need, and closes it in the other.
+func (h *gatewayHost) run(ctx context.Context) (err error) {
+	dir := h.cfg.Dir(string(wire.RoleGateway))
+	var closers []func() error
+	defer func() {
+		for i := len(closers) - 1; i >= 0; i-- {
+			err = errors.Join(err, closers[i]())
+		}
+		if err != nil {
+			err = fmt.Errorf("gateway: %w", err)
+		}
+	}()
+	lock, err := lockdir.Acquire(dir)
+	if err != nil {
+		return err
+	}
+	closers = append(closers, lock.Release)
+	ca, err := pki.Open(ctx, h.cfg.Dir("pki"), h.log)
+	if err != nil {
+		return err
+	}
+	closers = append(closers, ca.Close)
+	wakes := &bus.Local{}
+	db, err := store.Open(ctx, store.Config{Path: h.cfg.Database, Log: h.log, Bus: wakes})
+	if err != nil {
+		return err
+	}
+	closers = append(closers, db.Close)
+	id, err := identity.Open(filepath.Join(dir, "identity"), wire.RoleGateway)
+	if err != nil {
+		return err
+	}
+	server, err := gateway.New(gateway.Config{Gateway: h.cfg, Program: cli.BuildVersion()}, gateway.Deps{
+		Store: db, Bus: wakes, CA: ca, Identity: id, Log: h.log, Metrics: h.reg,
+	})
+	if err != nil {
+		return err
+	}
+	h.log.InfoContext(ctx, "gateway starts", "version", cli.BuildVersion(), "id", id.ID(), "fingerprint", id.Fingerprint(),
+		"trust_domain", ca.TrustDomain(), "installation", db.Installation().UID)
+	return h.serve(ctx, dir, server)
+}
+
+// serve opens the doors on this host and runs the gateway behind them.
+func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Server) error {
+	socket, err := local.Listen(dir, server, h.log)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if h.cfg.AdminListen != "" {
+		web, err := admin.Listen(admin.Config{Addr: string(h.cfg.AdminListen), Gatherer: h.reg, Ready: server.Ready, Log: h.log})
+		if err != nil {
+			return errors.Join(err, socket.Close())
+		}
+		g.Go(func() error { return web.Run(ctx) })
+	}
+	g.Go(func() error { return socket.Run(ctx) })
+	g.Go(func() error { return server.Run(ctx) })
+	return g.Wait()
+}

@@ -1,0 +1,78 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"sallyport/config"
+	"sallyport/internal/cli"
+	"sallyport/rcp"
+)
+
+// runnable are the roles in the order in which they start: what others depend
+// on comes first.
+var runnable = []string{"gateway", "rcp"}
+
+func (a *app) runCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "run ROLE...",
+		Short: "Run one or several roles until a signal: " + strings.Join(runnable, ", "),
+		Long: "Run one or several roles in one process, until SIGINT or SIGTERM. The environment configures them:\n" +
+			"`sallyport config check` says what it makes of them, `sallyport config reference` lists all variables.\n" +
+			"The gateway holds the certificate authority: `run gateway pki` is the same as `run gateway`.",
+		ValidArgs: append(slices.Clone(runnable), "pki"),
+		Args:      cli.AtLeast(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			roles, err := a.roles(args)
+			if err != nil {
+				return err
+			}
+			return cli.RunRoles(cmd.Context(), roles...)
+		},
+	}
+}
+
+// roles reads the configuration of each role before the first one starts.
+func (a *app) roles(names []string) ([]cli.Role, error) {
+	builders := map[string]func() (cli.Role, error){"gateway": a.gatewayRole, "rcp": a.rcpRole}
+	for _, name := range names {
+		switch {
+		case builders[name] != nil:
+		case name != "pki":
+			return nil, cli.Usage("unknown role %q; there are %s and pki", name, strings.Join(runnable, ", "))
+		case !slices.Contains(names, "gateway"):
+			return nil, cli.Usage("a certificate authority in a process of its own is not supported yet; `sallyport run gateway` holds it")
+		}
+	}
+	var roles []cli.Role
+	for _, name := range runnable {
+		if !slices.Contains(names, name) {
+			continue
+		}
+		r, err := builders[name]()
+		if err != nil {
+			return nil, err
+		}
+		roles = append(roles, r)
+	}
+	return roles, nil
+}
+
+func (a *app) rcpRole() (cli.Role, error) {
+	c, err := config.LoadRCP(a.streams.Env)
+	if err != nil {
+		return cli.Role{}, err
+	}
+	return cli.NewRole("rcp", c.Common, a.streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		r, err := rcp.New(rcp.Config{RCP: c, Version: cli.BuildVersion(), Stdin: a.streams.In}, log, reg)
+		if err != nil {
+			return nil, err
+		}
+		return r.Run, nil
+	})
+}

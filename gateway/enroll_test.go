@@ -1,0 +1,933 @@
+package gateway
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
+	"sallyport/internal/enroll"
+	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/wire"
+)
+
+// memoryCA is the authority, in memory.
+type memoryCA struct {
+	*identitytest.CA
+	t testing.TB
+
+	mu     sync.Mutex
+	env    *wire.Envelope
+	issued []wire.IssueRequest
+	fail   error
+}
+
+func (c *memoryCA) Root() *x509.Certificate { return c.CA.Root }
+
+func (c *memoryCA) Issue(_ context.Context, r wire.IssueRequest) ([][]byte, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.fail != nil {
+		return nil, c.fail
+	}
+	pub, _, err := identity.ParseCSR(r.CSR)
+	if err != nil {
+		return nil, err
+	}
+	c.issued = append(c.issued, r)
+	return c.IssueKey(c.t, r.Party, pub, identitytest.Name(r.Name, wire.DefaultTenant)), nil
+}
+
+func (c *memoryCA) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.fail != nil {
+		return wire.Envelope{}, c.fail
+	}
+	set.TrustDomain, set.Issued = c.TrustDomain, time.Now().UTC()
+	env := c.Seal(c.t, wire.TypeRevocations, set)
+	c.env = &env
+	return env, nil
+}
+
+func (c *memoryCA) Revocations() (wire.Envelope, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.env == nil {
+		return wire.Envelope{}, false
+	}
+	return *c.env, true
+}
+
+// desk is an enrolment whose parties live in the test.
+type desk struct {
+	*enrolment
+	t  *testing.T
+	ca *memoryCA
+
+	mu      sync.Mutex
+	parties map[wire.KeyHash]*applicant // that wait now
+	told    map[wire.ID][]string        // requests in sessions with certified parties
+	answer  func(p wire.Party, method, path string, in, out any) error
+	changes []wire.ID
+	looked  []wire.KeyHash
+}
+
+func newDesk(t *testing.T) *desk {
+	t.Helper()
+	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
+	return newDeskOn(t, ca, filepath.Join(t.TempDir(), "sallyport.db"), ca.Party(t, wire.RoleGateway))
+}
+
+func newDeskOn(t *testing.T, ca *memoryCA, path string, id *identity.Identity) *desk {
+	t.Helper()
+	db, err := store.Open(t.Context(), store.Config{Path: path, Log: slog.New(slog.DiscardHandler), Bus: new(bus.Local)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = db.Close() })
+	d := &desk{t: t, ca: ca, parties: map[wire.KeyHash]*applicant{}, told: map[wire.ID][]string{}}
+	d.enrolment = &enrolment{store: db, ca: ca, id: id, log: slog.New(slog.DiscardHandler), attempts: map[wire.KeyHash]*attempt{}}
+	d.open = func(_ context.Context, key wire.KeyHash) (enrollSession, string, error) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if p := d.parties[key]; p != nil {
+			return p, "dmz", nil
+		}
+		return nil, "", ErrNotConnected
+	}
+	d.changed = func(_ context.Context, _ wire.Role, id wire.ID) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.changes = append(d.changes, id)
+	}
+	d.talk = func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
+		return f(ctx, func(_ context.Context, method, path string, in, out any, _ int64) error {
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.told[p.ID] = append(d.told[p.ID], method+" "+path)
+			if d.answer != nil {
+				return d.answer(p, method, path, in, out)
+			}
+			return nil
+		})
+	}
+	d.push = func() {}
+	d.look = func(key wire.KeyHash) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.looked = append(d.looked, key)
+	}
+	if err := d.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// applicant is a waiting party: the real one, without a network.
+type applicant struct {
+	*enroll.Applicant
+	id   *identity.Identity
+	file string
+	bend func(r *http.Request, w *httptest.ResponseRecorder) bool // a hostile party answers itself
+}
+
+func (a *applicant) Close() error { return nil }
+
+func (a *applicant) RoundTrip(r *http.Request) (*http.Response, error) {
+	w := httptest.NewRecorder()
+	if a.bend == nil || !a.bend(r, w) {
+		a.Handler().ServeHTTP(w, r)
+	}
+	return w.Result(), nil
+}
+
+// party starts a party with a join code, and lets it wait.
+func (d *desk) party(role wire.Role, code, name string) *applicant {
+	d.t.Helper()
+	id, err := identity.Open(d.t.TempDir(), role)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return d.partyOf(id, code, name)
+}
+
+func (d *desk) partyOf(id *identity.Identity, code, name string) *applicant {
+	d.t.Helper()
+	file := filepath.Join(d.t.TempDir(), "join")
+	if err := os.WriteFile(file, []byte(code), 0o600); err != nil {
+		d.t.Fatal(err)
+	}
+	join, err := identity.OpenJoin(file, nil)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	a := &applicant{id: id, file: file}
+	a.Applicant = enroll.New(enroll.Config{Identity: id, Join: join, Name: name, Tags: map[string]string{"env": "own"}, Program: "test", Log: slog.New(slog.DiscardHandler)})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+	d.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			d.t.Errorf("applicant: %v", err)
+		}
+	})
+	wait, stop := context.WithTimeout(d.t.Context(), 10*time.Second)
+	defer stop()
+	if err := a.Wait(wait); err != nil {
+		d.t.Fatal(err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.parties[id.KeyHash()] = a
+	return a
+}
+
+// see shows the party to the gateway, as a new connection.
+func (d *desk) see(a *applicant) {
+	d.t.Helper()
+	d.pending(d.t.Context(), a.id.KeyHash(), &store.RCP{Name: "dmz"}, wire.Peer{Pending: a.id.KeyHash(), Source: "192.0.2.7:1234", Since: time.Now()})
+}
+
+func (d *desk) join(in api.CreateJoin) string {
+	d.t.Helper()
+	c, err := d.createJoin(d.t.Context(), in)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return c.Code
+}
+
+func (d *desk) enrolled(code, name string) *applicant {
+	d.t.Helper()
+	a := d.party(wire.RoleNode, code, name)
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		d.t.Fatalf("not enrolled: %v", err)
+	}
+	return a
+}
+
+func (d *desk) expect(a *applicant, state enroll.State, code string) {
+	d.t.Helper()
+	if s := a.Status(); s.State != state || s.Code != code {
+		d.t.Errorf("status %+v, want %s %q", s, state, code)
+	}
+}
+
+func (d *desk) requests(state string) []*store.Request {
+	d.t.Helper()
+	list, err := d.store.Requests(d.t.Context(), state)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return list
+}
+
+func (d *desk) audited(what string) int {
+	d.t.Helper()
+	list, err := d.store.AuditLog(d.t.Context(), store.AuditFilter{What: what, Limit: 100})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return len(list)
+}
+
+func TestTokenGrantsAtOnce(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Name: "web", Tags: map[string]string{"role": "web"}, AllowTags: []string{"env"}})
+	a := d.enrolled(code, "wish")
+	n, err := d.store.NodeByName(t.Context(), "default", "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n.ID != a.id.ID() || n.KeyHash != a.id.KeyHash() || n.NotAfter.IsZero() || !slices.Equal(n.AllowTags, []string{"env"}) {
+		t.Errorf("node %+v", n)
+	}
+	tags, err := d.store.NodeTags(t.Context(), n.ID)
+	if err != nil || len(tags) != 1 || tags[0].Source != store.TagJoin || tags[0].Value != "web" {
+		t.Errorf("tags %+v %v", tags, err)
+	}
+	if r := d.ca.issued[0]; r.Name != "web" || r.Party.Role != wire.RoleNode || r.Party.ID != a.id.ID() {
+		t.Errorf("issued %+v", r)
+	}
+	q := d.requests("")[0]
+	if q.State != api.RequestDelivered || q.RCP != "dmz" || q.Source != "192.0.2.7:1234" || q.DecidedBy != "gateway" {
+		t.Errorf("request %+v", q)
+	}
+	if d.audited("join.create") != 1 || d.audited("request.grant") != 1 || d.audited("certificate.issue") != 1 {
+		t.Error("audit rows are missing")
+	}
+	if !slices.Contains(d.changes, n.ID) {
+		t.Error("the fleet was not told")
+	}
+
+	// The code is used up for everybody else, and stays good for this key.
+	b := d.party(wire.RoleNode, code, "")
+	d.see(b)
+	d.expect(b, enroll.StateDenied, wire.EnrollTokenUsed)
+	if len(d.requests(api.RequestPending)) != 0 {
+		t.Error("a used token was queued")
+	}
+	if err := os.Remove(filepath.Join(a.id.Dir(), "chain.pem")); err != nil {
+		t.Fatal(err)
+	}
+	lost, err := identity.Open(a.id.Dir(), wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := d.partyOf(lost, code, "")
+	d.see(again)
+	if err := again.Ready(); err != nil {
+		t.Errorf("the same key may repeat its code: %v", err)
+	}
+	if j, err := d.store.Joins(t.Context()); err != nil || j[0].Used != 1 {
+		t.Errorf("uses %d %v, want 1", j[0].Used, err)
+	}
+}
+
+func TestBadTokens(t *testing.T) {
+	d := newDesk(t)
+	foreign := newDesk(t)
+	tamper := func(code string, f func(*wire.JoinCode)) string {
+		c, err := wire.ParseJoinCode(code)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f(&c)
+		s, err := c.Encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	good := d.join(api.CreateJoin{Uses: 10})
+	rcp, err := d.addRCP(t.Context(), api.AddRCP{Name: "edge"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	revoked := d.join(api.CreateJoin{})
+	c, err := wire.ParseJoinCode(revoked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	expired := d.join(api.CreateJoin{TTL: wire.Duration(time.Second)})
+	err = d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, c.TokenID) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	otherCode, err := wire.ParseJoinCode(foreign.join(api.CreateJoin{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); { // the code's second passes
+		if j, err := d.store.Joins(t.Context()); err != nil || slices.ContainsFunc(j, func(j *store.Join) bool { return time.Now().After(j.ExpiresAt) }) {
+			break
+		}
+		<-time.After(50 * time.Millisecond)
+	}
+	for name, tc := range map[string]struct{ code, want string }{
+		"wrong secret":        {tamper(good, func(c *wire.JoinCode) { c.Token = "guess" }), wire.EnrollTokenUnknown},
+		"no secret":           {tamper(good, func(c *wire.JoinCode) { c.Token = "" }), wire.EnrollTokenUnknown},
+		"unknown id":          {tamper(good, func(c *wire.JoinCode) { c.TokenID = string(wire.NewID()) }), wire.EnrollTokenUnknown},
+		"of another gateway":  {tamper(good, func(c *wire.JoinCode) { c.TokenID, c.Token = otherCode.TokenID, otherCode.Token }), wire.EnrollTokenUnknown},
+		"for another role":    {tamper(rcp.Join.Code, func(c *wire.JoinCode) { c.Role = wire.RoleNode }), wire.EnrollTokenForeign},
+		"revoked":             {revoked, wire.EnrollTokenUnknown},
+		"expired":             {expired, wire.EnrollTokenExpired},
+		"the good one at all": {good, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := d.party(wire.RoleNode, tc.code, "")
+			d.see(a)
+			if tc.want == "" {
+				d.expect(a, enroll.StateEnrolled, "")
+				return
+			}
+			d.expect(a, enroll.StateDenied, tc.want)
+			if s := a.Status(); len(s.Reason) < 20 {
+				t.Errorf("the party is told %q", s.Reason)
+			}
+		})
+	}
+	if n := len(d.requests(api.RequestPending)); n != 0 {
+		t.Errorf("%d bad tokens were queued", n)
+	}
+}
+
+func TestManualGrant(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Name: "db", Manual: true, Tags: map[string]string{"role": "db"}})
+	a := d.party(wire.RoleNode, code, "wish")
+	d.see(a)
+	d.expect(a, enroll.StateWaiting, wire.EnrollManual)
+	q := d.requests(api.RequestPending)[0]
+	if q.Name != "db" || q.KeyHash != a.id.KeyHash() || q.Reason != wire.EnrollManual || q.Tags["env"] != "own" {
+		t.Errorf("request %+v", q)
+	}
+	d.see(a) // it comes again: one request, not two
+	if n := len(d.requests("")); n != 1 {
+		t.Fatalf("%d requests, want 1", n)
+	}
+	if _, err := d.grant(t.Context(), "db", api.Grant{Fingerprint: "SHA256:wrong"}); !api.Is(err, api.CodeConflict) {
+		t.Errorf("another fingerprint: %v", err)
+	}
+	if _, err := d.grant(t.Context(), "nobody", api.Grant{}); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("unknown: %v", err)
+	}
+	ctx := store.WithActor(t.Context(), store.Actor{Who: "alice", Origin: "test"})
+	got, err := d.grant(ctx, "db", api.Grant{Fingerprint: a.id.Fingerprint()})
+	if err != nil || got.State != api.RequestGranted || got.DecidedBy != "alice" {
+		t.Fatalf("%+v %v", got, err)
+	}
+	if !slices.Contains(d.looked, a.id.KeyHash()) {
+		t.Error("the party was not looked at, at once")
+	}
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Error(err)
+	}
+	if tags, err := d.store.NodeTags(t.Context(), a.id.ID()); err != nil || len(tags) != 1 || tags[0].Value != "db" {
+		t.Errorf("tags of the code: %+v %v", tags, err)
+	}
+	if _, err := d.grant(t.Context(), "db", api.Grant{}); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("granted twice: %v", err)
+	}
+}
+
+func TestGrantSurvivesRestart(t *testing.T) {
+	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
+	id := ca.Party(t, wire.RoleGateway)
+	path := filepath.Join(t.TempDir(), "sallyport.db")
+	d := newDeskOn(t, ca, path, id)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "db")
+	d.see(a)
+	d.mu.Lock()
+	clear(d.parties) // it is away when the operator decides
+	d.mu.Unlock()
+	if _, err := d.grant(t.Context(), "db", api.Grant{}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(a)
+	if a.Ready() == nil {
+		t.Fatal("a party that is away got its certificate")
+	}
+	if err := d.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = newDeskOn(t, ca, path, id)
+	d.parties[a.id.KeyHash()] = a
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Errorf("days later: %v", err)
+	}
+	if q := d.requests("")[0]; q.State != api.RequestDelivered {
+		t.Errorf("request %+v", q)
+	}
+}
+
+func TestDenyAndDiscard(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	denied, discarded := d.party(wire.RoleNode, code, "a"), d.party(wire.RoleNode, code, "b")
+	d.see(denied)
+	d.see(discarded)
+	if _, err := d.deny(t.Context(), "a", api.Deny{Reason: "not ours"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.discard(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	d.see(denied)
+	d.see(discarded)
+	d.expect(denied, enroll.StateDenied, wire.EnrollByOperator)
+	if s := denied.Status(); s.Reason != "not ours" {
+		t.Errorf("told %q", s.Reason)
+	}
+	d.expect(discarded, enroll.StateWaiting, wire.EnrollManual) // it is told nothing
+	if n := len(d.requests(api.RequestPending)); n != 0 {
+		t.Errorf("%d requests came back", n)
+	}
+	if d.audited("request.deny") != 1 || d.audited("request.discard") != 1 {
+		t.Error("audit rows are missing")
+	}
+	// Another code is another request.
+	other := d.partyOf(denied.id, d.join(api.CreateJoin{}), "a")
+	d.see(other)
+	if err := other.Ready(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNameInUseWaits(t *testing.T) {
+	d := newDesk(t)
+	old := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.TagNode(ctx, old.id.ID(), map[string]string{"tier": "gold"}, nil)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	twin := d.party(wire.RoleNode, d.join(api.CreateJoin{Name: "web"}), "")
+	d.see(twin)
+	d.expect(twin, enroll.StateWaiting, wire.EnrollNameInUse)
+	q := d.requests(api.RequestPending)[0]
+	if q.Reason != wire.EnrollNameInUse {
+		t.Errorf("reason %q, want %q", q.Reason, wire.EnrollNameInUse)
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("a request and a node have that name: %v", err)
+	}
+	if _, err := d.grant(t.Context(), q.ID, api.Grant{}); !api.Is(err, api.CodeNameInUse) {
+		t.Errorf("without --replace: %v", err)
+	}
+	if d.id.Revoked(old.id.KeyHash()) {
+		t.Fatal("the old identity ended before it was replaced")
+	}
+	if _, err := d.grant(t.Context(), q.ID, api.Grant{Replace: true}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(twin)
+	if err := twin.Ready(); err != nil {
+		t.Fatal(err)
+	}
+	if !d.id.Revoked(old.id.KeyHash()) {
+		t.Error("the old identity lives on")
+	}
+	tags, err := d.store.NodeTags(t.Context(), twin.id.ID())
+	if err != nil || store.Effective(tags)["tier"] != "gold" {
+		t.Errorf("tags %v %v", tags, err)
+	}
+	if n, err := d.store.NodeByName(t.Context(), "default", "web"); err != nil || n.ID != twin.id.ID() {
+		t.Errorf("web is %v %v", n, err)
+	}
+	// join create --replace does the same without an operator at the end.
+	third := d.enrolled(d.join(api.CreateJoin{Name: "web", Replace: true}), "")
+	if !d.id.Revoked(twin.id.KeyHash()) || d.id.Revoked(third.id.KeyHash()) {
+		t.Error("--replace did not end the identity before")
+	}
+}
+
+func TestTwoRequestsOfOneName(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	a, b := d.party(wire.RoleNode, code, "web"), d.party(wire.RoleNode, code, "web")
+	d.see(a)
+	d.see(b)
+	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("two requests: %v", err)
+	}
+	if _, err := d.deny(t.Context(), "web", api.Deny{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("deny of two: %v", err)
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: b.id.Fingerprint()}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(a)
+	d.see(b)
+	if a.Ready() == nil || b.Ready() != nil {
+		t.Errorf("granted the wrong one: a %v, b %v", a.Ready(), b.Ready())
+	}
+	d.expect(a, enroll.StateWaiting, wire.EnrollNameInUse) // the other one took the name
+}
+
+func TestStolenUUIDWaits(t *testing.T) {
+	d := newDesk(t)
+	victim := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	code := d.join(api.CreateJoin{Uses: 5})
+	thief := d.party(wire.RoleNode, code, "thief")
+	claim := func(id wire.ID) func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		return func(r *http.Request, w *httptest.ResponseRecorder) bool {
+			if r.Method != http.MethodGet {
+				return false
+			}
+			thief.Handler().ServeHTTP(w, r)
+			var req wire.EnrollRequest
+			if err := json.Unmarshal(w.Body.Bytes(), &req); err != nil {
+				t.Error(err)
+			}
+			req.ID = id
+			w.Body.Reset()
+			if err := json.NewEncoder(w).Encode(req); err != nil {
+				t.Error(err)
+			}
+			return true
+		}
+	}
+	thief.bend = claim(victim.id.ID())
+	d.see(thief)
+	d.expect(thief, enroll.StateWaiting, wire.EnrollUUIDInUse)
+	if d.id.Revoked(victim.id.KeyHash()) {
+		t.Error("the victim was revoked")
+	}
+	thief.bend = claim(d.id.ID())
+	d.see(thief)
+	d.expect(thief, enroll.StateDenied, wire.EnrollBadRequest)
+	if j, err := d.store.Join(t.Context(), mustParse(t, code).TokenID); err != nil || j.Used != 0 {
+		t.Errorf("the token was consumed: %+v %v", j, err)
+	}
+}
+
+func mustParse(t *testing.T, code string) wire.JoinCode {
+	t.Helper()
+	c, err := wire.ParseJoinCode(code)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func TestForeignCSRIsRefused(t *testing.T) {
+	d := newDesk(t)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{}), "")
+	other, err := identity.Open(t.TempDir(), wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.bend = func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		if r.Method != http.MethodGet {
+			t.Errorf("a verdict was sent: %s", r.Method)
+			return true
+		}
+		csr, err := other.CSR(false)
+		if err != nil {
+			t.Error(err)
+		}
+		_ = json.NewEncoder(w).Encode(wire.EnrollRequest{Role: wire.RoleNode, ID: a.id.ID(), CSR: csr, Versions: wire.OwnVersions})
+		return true
+	}
+	if _, err := d.ask(t.Context(), a.id.KeyHash(), origin{}); !errors.Is(err, errForeignCSR) {
+		t.Errorf("got %v", err)
+	}
+	if len(d.ca.issued) != 0 {
+		t.Error("a certificate was issued")
+	}
+}
+
+func TestRCPEnrols(t *testing.T) {
+	d := newDesk(t)
+	added, err := d.addRCP(t.Context(), api.AddRCP{Name: "dmz-1", Address: "dmz.example:9090"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := mustParse(t, added.Join.Code); len(c.Addresses) != 0 || c.Role != wire.RoleRCP || c.Name != "dmz-1" {
+		t.Errorf("a code never makes a dialler of an RCP: %+v", c)
+	}
+	if _, err := d.addRCP(t.Context(), api.AddRCP{Name: "dmz-1"}); !api.Is(err, api.CodeExists) {
+		t.Errorf("twice: %v", err)
+	}
+	a := d.party(wire.RoleRCP, added.Join.Code, "")
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := d.store.RCP(t.Context(), "dmz-1")
+	if err != nil || r.PartyID != a.id.ID() || r.KeyHash != a.id.KeyHash() || r.State != api.RCPConnecting || r.NotAfter.IsZero() {
+		t.Errorf("record %+v %v", r, err)
+	}
+	if c := mustParse(t, d.join(api.CreateJoin{})); !slices.Equal(c.Addresses, []string{"dmz.example:9090"}) {
+		t.Errorf("addresses of a node's code: %v", c.Addresses)
+	}
+	// The record is pinned to its UUID: another one waits.
+	code, err := d.joinRCP(t.Context(), r, api.JoinRCP{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := d.party(wire.RoleRCP, code.Join.Code, "")
+	d.see(b)
+	d.expect(b, enroll.StateWaiting, wire.EnrollNameInUse)
+	code, err = d.joinRCP(t.Context(), r, api.JoinRCP{Replace: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := d.party(wire.RoleRCP, code.Join.Code, "")
+	d.see(c)
+	if err := c.Ready(); err != nil || !d.id.Revoked(a.id.KeyHash()) {
+		t.Errorf("--replace: %v, old one revoked: %v", err, d.id.Revoked(a.id.KeyHash()))
+	}
+	// A removed record's code is good for nothing.
+	added, err = d.addRCP(t.Context(), api.AddRCP{Name: "gone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec, err := d.store.RCP(t.Context(), "gone")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.removeRCP(t.Context(), rec); err != nil {
+		t.Fatal(err)
+	}
+	e := d.party(wire.RoleRCP, added.Join.Code, "")
+	d.see(e)
+	d.expect(e, enroll.StateDenied, wire.EnrollTokenUnknown)
+}
+
+func TestRevokeAndEnrolAgain(t *testing.T) {
+	for _, remove := range []bool{false, true} {
+		d := newDesk(t)
+		a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+		n, err := d.store.Node(t.Context(), a.id.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		number, err := d.revokeNode(t.Context(), n, remove)
+		if err != nil || number != 1 || !d.id.Revoked(a.id.KeyHash()) {
+			t.Fatalf("number %d, %v", number, err)
+		}
+		if !slices.Contains(d.told[a.id.ID()], "PUT /v1/revocations") {
+			t.Error("the node was not told")
+		}
+		_, err = d.store.Node(t.Context(), a.id.ID())
+		if remove != errors.Is(err, store.ErrNotFound) {
+			t.Errorf("remove %v: %v", remove, err)
+		}
+		d.see(a)
+		if s := a.Status(); s.State != enroll.StateEnrolled {
+			t.Fatalf("status %+v", s)
+		}
+		// It learns of it, gets a new code, makes a new key and keeps its UUID.
+		env, _ := d.ca.Revocations()
+		if _, err := a.id.ApplyRevocations(env); err != nil {
+			t.Fatal(err)
+		}
+		uuid, old := a.id.ID(), a.id.KeyHash()
+		b := d.partyOf(a.id, d.join(api.CreateJoin{Name: "web"}), "")
+		d.see(b)
+		if err := b.Ready(); err != nil || b.id.ID() != uuid || b.id.KeyHash() == old {
+			t.Errorf("remove %v: enrols again: %v", remove, err)
+		}
+		if n, err := d.store.Node(t.Context(), uuid); err != nil || n.State == wire.StateRevoked || n.KeyHash != b.id.KeyHash() {
+			t.Errorf("node %+v %v", n, err)
+		}
+	}
+}
+
+func TestRevocationsMergeAtStart(t *testing.T) {
+	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
+	id := ca.Party(t, wire.RoleGateway)
+	dir := t.TempDir()
+	d := newDeskOn(t, ca, filepath.Join(dir, "a.db"), id)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.revokeNode(t.Context(), n, false); err != nil {
+		t.Fatal(err)
+	}
+	// A wiped database still revokes what the authority signed.
+	d = newDeskOn(t, ca, filepath.Join(dir, "b.db"), id)
+	keys, err := d.store.RevokedKeys(t.Context())
+	if err != nil || len(keys) != 1 || keys[0].KeyHash != a.id.KeyHash() {
+		t.Fatalf("keys %+v %v", keys, err)
+	}
+	b := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
+	if n, err = d.store.Node(t.Context(), b.id.ID()); err != nil {
+		t.Fatal(err)
+	}
+	if number, err := d.revokeNode(t.Context(), n, false); err != nil || number != 2 {
+		t.Errorf("number %d %v, want 2", number, err)
+	}
+	if !d.id.Revoked(a.id.KeyHash()) || !d.id.Revoked(b.id.KeyHash()) {
+		t.Error("a revocation was lost")
+	}
+	// A party with a newer set than ours: all our copies are old.
+	victim := wire.KeyHash(strings.Repeat("cd", 32))
+	newer := ca.Revoke(t, 9, victim)
+	d.answer = func(_ wire.Party, method, _ string, _, out any) error {
+		if env, ok := out.(*wire.Envelope); ok && method == http.MethodGet {
+			*env = newer
+		}
+		return nil
+	}
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: ca.TrustDomain}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 9}); err != nil {
+		t.Fatal(err)
+	}
+	if number, _ := d.id.Revocations(); number != 10 || !d.id.Revoked(victim) || !d.id.Revoked(b.id.KeyHash()) {
+		t.Errorf("number %d, want 10 with all keys", number)
+	}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 3}); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.told[rcp.ID]; got[len(got)-1] != "PUT /v1/revocations" {
+		t.Errorf("a party with an older set was told %v", got)
+	}
+}
+
+func TestRevocationIsSignedLater(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.ca.fail = errors.New("the authority is away")
+	if _, err := d.revokeNode(t.Context(), n, false); err == nil || !strings.Contains(err.Error(), "revoked here") {
+		t.Errorf("got %v", err)
+	}
+	d.see(a) // not in the signed set, and refused all the same
+	d.ca.fail = nil
+	if err := d.publish(t.Context(), nil); err != nil || !d.id.Revoked(a.id.KeyHash()) {
+		t.Errorf("after the authority came back: %v", err)
+	}
+}
+
+func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	var chain strings.Builder
+	for _, der := range d.ca.CA.Issue(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))) {
+		chain.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	}
+	if err := os.WriteFile(filepath.Join(a.id.Dir(), "chain.pem"), []byte(chain.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	id, err := identity.Open(a.id.Dir(), wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !id.Expired() {
+		t.Fatal("not expired")
+	}
+	b := d.partyOf(id, "", "")
+	d.see(b)
+	if err := b.Ready(); err != nil || b.id.KeyHash() != a.id.KeyHash() {
+		t.Errorf("renewal: %v", err)
+	}
+	if n := len(d.requests("")); n != 1 {
+		t.Errorf("%d requests, want the first one alone", n)
+	}
+}
+
+func TestRenewal(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	var installed error
+	d.answer = func(_ wire.Party, method, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			der, err := a.id.CSR(false)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			installed = a.id.Install(in.(wire.Certificate).Chain)
+			return installed
+		}
+		return nil
+	}
+	hello := &wire.Hello{Party: party, RenewAfter: time.Now().Add(-time.Hour)} // the party's word does not count
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || len(d.told[party.ID]) != 0 {
+		t.Errorf("renewed a fresh leaf: %v %v", err, d.told[party.ID])
+	}
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		k, err := tx.Key(ctx, a.id.KeyHash())
+		if err != nil {
+			return err
+		}
+		k.IssuedAt, k.NotAfter = time.Now().Add(-21*24*time.Hour), time.Now().Add(9*24*time.Hour)
+		return tx.PutKey(ctx, k)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := a.id.NotAfter()
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || installed != nil {
+		t.Fatalf("%v %v", err, installed)
+	}
+	if got := d.told[party.ID]; !slices.Equal(got, []string{"POST /v1/csr", "PUT /v1/certificate"}) || a.id.NotAfter().Before(before) {
+		t.Errorf("told %v", got)
+	}
+	if k, err := d.store.Key(t.Context(), a.id.KeyHash()); err != nil || time.Until(k.NotAfter) < 29*24*time.Hour {
+		t.Errorf("key %+v %v", k, err)
+	}
+	if d.audited("certificate.renew") != 1 {
+		t.Error("no audit row")
+	}
+	if err := d.renewNow(t.Context(), party.ID); err != nil || len(d.told[party.ID]) != 4 {
+		t.Errorf("an operator's renewal: %v %v", err, d.told[party.ID])
+	}
+	if err := d.renewNow(t.Context(), wire.NewID()); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("unknown node: %v", err)
+	}
+}
+
+func TestCreateJoinRefuses(t *testing.T) {
+	d := newDesk(t)
+	for name, in := range map[string]api.CreateJoin{
+		"name with uses":       {Name: "web", Uses: 2},
+		"bad name":             {Name: "a b"},
+		"bad tag":              {Tags: map[string]string{"a=b": "c"}},
+		"bad glob":             {AllowTags: []string{"["}},
+		"negative uses":        {Uses: -1},
+		"ttl":                  {TTL: wire.Duration(-time.Hour)},
+		"replace without name": {Replace: true},
+	} {
+		if _, err := d.createJoin(t.Context(), in); !api.Is(err, api.CodeInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := d.createJoin(t.Context(), api.CreateJoin{RCPs: []string{"nobody"}}); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("unknown rcp: %v", err)
+	}
+	if n := d.audited("join.create"); n != 0 {
+		t.Errorf("%d codes were made", n)
+	}
+	c, err := d.createJoin(t.Context(), api.CreateJoin{})
+	if err != nil || c.Uses != 1 || time.Until(c.Expires) < 23*time.Hour || c.State != "open" {
+		t.Errorf("defaults: %+v %v", c.Join, err)
+	}
+	j, err := d.store.Join(t.Context(), c.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if secret := mustParse(t, c.Code).Token; secret == "" || strings.Contains(j.TokenHash, secret) || j.TokenHash != hashToken(secret) {
+		t.Error("the token is not stored as a hash")
+	}
+}
+
+// A party that stays is not asked over and over; a new connection is.
+func TestAttemptsAreBounded(t *testing.T) {
+	d := newDesk(t)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "")
+	asked := 0
+	a.bend = func(r *http.Request, _ *httptest.ResponseRecorder) bool {
+		if r.Method == http.MethodGet {
+			asked++
+		}
+		return false
+	}
+	peer := wire.Peer{Pending: a.id.KeyHash(), Since: time.Now()}
+	for range 5 {
+		d.pending(t.Context(), a.id.KeyHash(), nil, peer)
+	}
+	if asked != 1 {
+		t.Errorf("asked %d times, want once", asked)
+	}
+	d.see(a)
+	if asked != 2 {
+		t.Errorf("a new connection: asked %d times, want 2", asked)
+	}
+	for range maxAttempts + 10 {
+		d.due(wire.KeyHash(wire.NewID()), time.Now())
+	}
+	if n := len(d.attempts); n > maxAttempts {
+		t.Errorf("%d attempts are remembered", n)
+	}
+}

@@ -1,0 +1,170 @@
+package policy
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/google/renameio/v2"
+)
+
+// originals remembers what stood at each path before the first policy came. It
+// belongs to the path, not to the policy: one policy may follow another.
+type originals struct {
+	dir  string
+	have map[string]snapshot
+}
+
+func openOriginals(dir string) (*originals, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	o := &originals{dir: dir, have: map[string]snapshot{}}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), ".json") {
+			continue // a temporary file that a crash left
+		}
+		var s snapshot
+		if err := loadJSON(filepath.Join(dir, entry.Name()), &s); err != nil {
+			return nil, err
+		}
+		o.have[s.Path] = s
+	}
+	return o, nil
+}
+
+func (o *originals) file(path string) string {
+	sum := sha256.Sum256([]byte(path))
+	return filepath.Join(o.dir, hex.EncodeToString(sum[:16])+".json")
+}
+
+func (o *originals) get(path string) (snapshot, bool) {
+	s, ok := o.have[path]
+	return s, ok
+}
+
+// add saves s unless its path is known.
+func (o *originals) add(s snapshot) error {
+	if _, ok := o.have[s.Path]; ok {
+		return nil
+	}
+	if err := saveJSON(o.file(s.Path), s); err != nil {
+		return err
+	}
+	o.have[s.Path] = s
+	return nil
+}
+
+// created notes directories that were made for a path.
+func (o *originals) created(path string, dirs []string) error {
+	s, ok := o.have[path]
+	if !ok {
+		return nil
+	}
+	s.Created = append(s.Created, dirs...)
+	o.have[path] = s
+	return saveJSON(o.file(path), s)
+}
+
+// restored forgets a path that is as it was found, with the directories made
+// for it.
+func (o *originals) restored(path string) error {
+	s, ok := o.have[path]
+	if !ok {
+		return nil
+	}
+	prune(s.Created)
+	if err := os.Remove(o.file(path)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	delete(o.have, path)
+	return nil
+}
+
+// journal is on disk while files are being swapped. Found at a start, it says
+// what to put back.
+type journal struct {
+	Policy string     `json:"policy"`
+	Undo   []snapshot `json:"undo"`
+	Reload []string   `json:"reload,omitempty"`
+}
+
+func (e *Engine) journalFile() string { return filepath.Join(e.cfg.Dir, "journal.json") }
+
+func (e *Engine) journal(name string, undo []snapshot, reload []string) error {
+	return saveJSON(e.journalFile(), journal{Policy: name, Undo: undo, Reload: reload})
+}
+
+func (e *Engine) clearJournal() error {
+	err := os.Remove(e.journalFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// rollback puts back what the journal names, and lets the service see it.
+func (e *Engine) rollback(ctx context.Context) error {
+	var j journal
+	err := loadJSON(e.journalFile(), &j)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for i := len(j.Undo) - 1; i >= 0; i-- {
+		if _, err := write(j.Undo[i]); err != nil {
+			return err
+		}
+	}
+	if err := e.command(ctx, "reload", j.Reload); err != nil {
+		e.cfg.Log.Warn("reload after putting back files", "policy", j.Policy, "error", err)
+	}
+	return e.clearJournal()
+}
+
+func saveJSON(file string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	if err := renameio.WriteFile(file, b, 0o600); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(file))
+}
+
+func loadJSON(file string, v any) error {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s is damaged: %w", file, err)
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	err = d.Sync()
+	if cerr := d.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}

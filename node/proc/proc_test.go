@@ -1,0 +1,137 @@
+package proc
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestMatches(t *testing.T) {
+	for _, c := range []struct {
+		allow string
+		path  string
+		want  bool
+	}{
+		{"*", "/bin/sh", true},
+		{"/usr/bin/*", "/usr/bin/dash", true},
+		{"/usr/bin/*", "/usr/bin/sub/dash", false},
+		{"/usr/**", "/usr/bin/sub/dash", true},
+		{"/usr/**", "/usrlocal/x", false},
+		{"/usr/bin/check_?", "/usr/bin/check_1", true},
+		{"/usr/bin/[", "/usr/bin/[", false},
+	} {
+		if got := (Allow{c.allow}).Matches(c.path); got != c.want {
+			t.Errorf("%s matches %s: %v", c.allow, c.path, got)
+		}
+	}
+	if (Allow{}).Matches("/bin/true") {
+		t.Error("an empty list allows something")
+	}
+}
+
+func TestResolve(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	real := filepath.Join(dir, "real")
+	if err := os.WriteFile(real, []byte("#!/bin/sh\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "ok"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(dir, "ok", "link")
+	if err := os.Symlink(real, link); err != nil {
+		t.Fatal(err)
+	}
+	allow := Allow{dir + "/ok/*"}
+	if _, err := allow.Resolve(link, "X"); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), real) {
+		t.Errorf("a link led out of what is allowed: %v", err)
+	}
+	if got, err := (Allow{real}).Resolve(link, "X"); err != nil || got != real {
+		t.Errorf("got %s, %v", got, err)
+	}
+	if _, err := (Allow{"*"}).Resolve("./real", "X"); !errors.Is(err, ErrRefused) {
+		t.Errorf("relative path: %v", err)
+	}
+	if _, err := (Allow{"*"}).Resolve("no-such-program-here", "X"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("missing: %v", err)
+	}
+}
+
+func run(t *testing.T, ctx context.Context, script string) (Exit, string) {
+	t.Helper()
+	out := &Buffer{Limit: 1 << 10}
+	exit, err := Run(ctx, Command{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Stdout: out, Stderr: out})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return exit, out.String()
+}
+
+func TestRun(t *testing.T) {
+	t.Setenv("SALLYPORT_NODE_JOIN", "secret")
+	t.Setenv("OTHER", "kept")
+	exit, out := run(t, t.Context(), `echo "$OTHER-$SALLYPORT_NODE_JOIN"; pwd; exit 3`)
+	if exit.Code != 3 || out != "kept-\n/\n" {
+		t.Errorf("exit %+v, output %q", exit, out)
+	}
+	if exit, _ := run(t, t.Context(), `kill -9 $$`); exit != (Exit{Code: 137, Signal: 9}) {
+		t.Errorf("signal: %+v", exit)
+	}
+	if _, err := Run(t.Context(), Command{Path: "/nonexistent", Args: []string{"x"}}); err == nil {
+		t.Error("no error for a program that does not exist")
+	}
+}
+
+// TestGroup: a cancelled program takes its children with it.
+func TestGroup(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	pids := &Buffer{Limit: 100}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		b := make([]byte, 100)
+		n, _ := r.Read(b)
+		_, _ = pids.Write(b[:n])
+		cancel()
+	}()
+	exit, err := Run(ctx, Command{Path: "/bin/sh", Args: []string{"sh", "-c", "sleep 1000 & echo $!; wait"}, Stdout: w})
+	if err != nil || exit.Signal != int(syscall.SIGTERM) {
+		t.Fatalf("exit %+v, %v", exit, err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(pids.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(5 * time.Second)
+	for syscall.Kill(pid, 0) == nil && !zombie(pid) {
+		if time.Now().After(deadline) {
+			t.Fatalf("child %d lives", pid)
+		}
+	}
+}
+
+// zombie: nobody may reap orphans where the tests run.
+func zombie(pid int) bool {
+	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	return err != nil || strings.Contains(string(b), ") Z ")
+}
+
+// TestBackground: a child that keeps running does not hold up its parent.
+func TestBackground(t *testing.T) {
+	start := time.Now()
+	exit, out := run(t, t.Context(), `sleep 3 & echo done`)
+	if exit.Code != 0 || out != "done\n" || time.Since(start) > 2500*time.Millisecond {
+		t.Errorf("exit %+v, %q after %v", exit, out, time.Since(start))
+	}
+}
