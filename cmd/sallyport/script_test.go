@@ -1,8 +1,11 @@
 package main
 
 import (
+	"encoding/json"
+	"net"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -28,7 +31,7 @@ func TestScripts(t *testing.T) {
 			e.Setenv("HOME", e.WorkDir)
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "answers": answers, "jsonkeys": jsonKeys},
 	})
 }
 
@@ -44,6 +47,48 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	if got != args[0] {
 		ts.Fatalf("%v exited with %s, want %s", args[1:], got, args[0])
+	}
+}
+
+// answers SOCKET waits until somebody listens on a unix socket.
+func answers(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: answers SOCKET")
+	}
+	const limit = 20 * time.Second
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(limit); ; <-tick.C {
+		c, err := net.Dial("unix", args[0])
+		if err == nil {
+			ts.Check(c.Close())
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("after %v: %v", limit, err)
+		}
+	}
+}
+
+// jsonKeys KEY... wants the object, or every object of the list, that the last
+// command printed to have these keys; an empty list has none.
+func jsonKeys(ts *testscript.TestScript, neg bool, keys []string) {
+	text := []byte(ts.ReadFile("stdout"))
+	var list []map[string]json.RawMessage
+	if err := json.Unmarshal(text, &list); err != nil {
+		var one map[string]json.RawMessage
+		ts.Check(json.Unmarshal(text, &one))
+		list = append(list, one)
+	}
+	if neg || len(list) == 0 {
+		ts.Fatalf("no object to look at")
+	}
+	for _, object := range list {
+		for _, k := range keys {
+			if _, ok := object[k]; !ok {
+				ts.Fatalf("no key %s in %v", k, object)
+			}
+		}
 	}
 }
 
