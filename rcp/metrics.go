@@ -39,6 +39,7 @@ func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
 			Name: "sallyport_rcp_refused_total", Help: "Channels that were refused or cut, by reason.",
 		}, []string{"reason"}),
 	}
+	m.connects.WithLabelValues("200") // so that a rate has a beginning
 	for _, c := range []prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, counts{r}} {
 		if err := reg.Register(c); err != nil {
 			return nil, err

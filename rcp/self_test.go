@@ -2,6 +2,7 @@ package rcp
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
 	"encoding/json"
@@ -363,4 +364,68 @@ func TestJoinOverTheLocalSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "waiting with the new code", r.applicant.Needed)
+}
+
+func TestRCPDialsTheGateway(t *testing.T) {
+	p := newPlant(t)
+	gwID := p.ca.Party(t, wire.RoleGateway)
+	ln, err := channel.Listen(channel.ListenConfig{
+		Addr: "127.0.0.1:0", Identity: gwID, AllowDownstream: true, AllowEnroll: true, Carriers: []string{channel.CarrierH2}, Log: quiet,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	came := make(chan *channel.Conn, 2*maxMore)
+	p.background(func(ctx context.Context) {
+		_ = ln.Run(ctx, func(_ context.Context, c *channel.Conn) {
+			came <- c
+			<-c.Done()
+		})
+	})
+	next := func(what string) *channel.Conn {
+		t.Helper()
+		select {
+		case c := <-came:
+			return c
+		case <-time.After(15 * time.Second):
+			t.Fatalf("never: %s", what)
+			return nil
+		}
+	}
+	r := p.pendingRCP(func(c *Config) { c.Upstreams = config.Endpoints{{Addr: ln.Addr().String(), ID: string(gwID.ID())}} })
+	c := next("the RCP without a certificate")
+	if !c.Enrolling() || c.Peer().Key != r.id.KeyHash() {
+		t.Fatalf("came %s, enrolling %v", c.Peer(), c.Enrolling())
+	}
+	p.grant(gwID, c, r.id.KeyHash())
+	c = next("the RCP")
+	if c.Peer().Party != r.party() || c.Direction() != channel.PeerDownstream {
+		t.Fatalf("came %s, %s", c.Peer(), c.Direction())
+	}
+	n := p.node(r.addr)
+	w := p.watch(c)
+	w.until("a node behind it", w.has(n.id.ID()))
+	s, err := c.Connect(t.Context(), wire.ConnectAuthority(n.id.ID()), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, s, []byte("reversed"))
+	_ = s.Close()
+
+	// We cannot dial it, so it dials more channels for us: as many as it may.
+	for range maxMore {
+		if got := put(t, c, http.MethodPost, wire.PathChannels, wire.MoreChannels{Class: channel.ClassSession}); got != http.StatusAccepted {
+			t.Fatalf("another channel: %d", got)
+		}
+	}
+	if got := put(t, c, http.MethodPost, wire.PathChannels, wire.MoreChannels{Class: channel.ClassBulk}); got != http.StatusConflict {
+		t.Errorf("more than the limit: %d", got)
+	}
+	extra := next("another channel")
+	s, err = extra.Connect(t.Context(), wire.ConnectAuthority(n.id.ID()), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roundTrip(t, s, []byte("on the other channel"))
+	_ = s.Close()
 }
