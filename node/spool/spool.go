@@ -277,7 +277,7 @@ func (s *Spool) Append(events ...wire.Event) ([]wire.Event, error) {
 	for i := range events {
 		e := &events[i]
 		if e.ID == "" {
-			e.ID = wire.NewID()
+			e.ID = wire.NewEventID()
 		}
 		if e.Time.IsZero() {
 			e.Time = time.Now().UTC()

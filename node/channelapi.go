@@ -1,0 +1,77 @@
+package node
+
+import (
+	"net/http"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/session"
+	"sallyport/internal/wire"
+)
+
+// maxSessions is how many CONNECT streams one channel may hold open: each
+// gateway needs one.
+const maxSessions = 64
+
+// channelHandler is everything that an upstream peer can ask of a node on a
+// channel. While either side enrols, that is our own key and nothing else.
+func (in *instance) channelHandler(c *channel.Conn) http.Handler {
+	generation := in.generation.Add(1)
+	slots := make(chan struct{}, maxSessions)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodConnect:
+			select {
+			case slots <- struct{}{}:
+				defer func() { <-slots }()
+				in.connect(w, r, c)
+			default:
+				channel.Refuse(w, http.StatusServiceUnavailable, "too many sessions on this channel")
+			}
+		case c.Enrolling():
+			channel.Refuse(w, http.StatusNotFound, "this channel is for enrolment")
+		case r.Method == http.MethodGet && r.URL.Path == wire.PathSignals:
+			in.serveSignals(w, r, c, generation)
+		case r.Method == http.MethodPost && r.URL.Path == wire.PathDrain:
+			in.takeDrain(w, r)
+		default:
+			channel.Refuse(w, http.StatusNotFound, "a node answers no such request")
+		}
+	})
+}
+
+// connect serves a session: the stream's other end must prove, inside it, that
+// it is a gateway.
+func (in *instance) connect(w http.ResponseWriter, r *http.Request, c *channel.Conn) {
+	id, key, err := wire.ParseAuthority(r.Host)
+	switch {
+	case err != nil:
+		channel.Refuse(w, http.StatusBadRequest, err.Error())
+		return
+	case key != "" && (!c.Enrolling() || key != in.id.KeyHash()), key == "" && (c.Enrolling() || id != in.id.ID()):
+		channel.Refuse(w, http.StatusNotFound, "this is another node")
+		return
+	}
+	stream, err := channel.AcceptConnect(w, r)
+	if err != nil {
+		in.log.Debug("session not accepted", "error", err)
+		return
+	}
+	defer func() { _ = stream.Close() }()
+	if key != "" {
+		err = session.ServeEnroll(r.Context(), stream, in.id, in.applicant.Handler())
+	} else {
+		err = session.Serve(r.Context(), stream, in.id, in.sessionAPI)
+	}
+	in.log.Debug("session ended", "reason", err)
+}
+
+// takeDrain: the upstream is about to end this channel; the channel itself
+// sees to its replacement.
+func (in *instance) takeDrain(w http.ResponseWriter, r *http.Request) {
+	var d wire.Drain
+	if err := wire.DecodeJSON(r.Body, wire.MaxEnrollBody, &d); err != nil {
+		channel.Refuse(w, http.StatusBadRequest, "drain: "+err.Error())
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}

@@ -1,0 +1,282 @@
+package node
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"sallyport/internal/local"
+	"sallyport/internal/wire"
+)
+
+// Status is what the local socket shows. With one instance, the node's own
+// members are that instance's.
+func (a *Agent) Status(context.Context) local.Status {
+	s := local.Status{
+		Role: wire.RoleNode, Name: string(a.cfg.Name), State: string(wire.StatePending), Reason: errNoGateway.Error(),
+		Upstreams: []wire.UpstreamStatus{}, Instances: []local.Instance{}, Version: a.cfg.Version, Started: a.started,
+	}
+	if a.addr != nil {
+		s.Listen = []string{a.addr.String()}
+	}
+	for i, in := range a.all() {
+		v := in.status()
+		s.Instances = append(s.Instances, v)
+		s.Upstreams = append(s.Upstreams, v.Upstreams...)
+		s.Outbox.Depth += v.Outbox.Depth
+		s.Outbox.Dropped += v.Outbox.Dropped
+		if s.Outbox.Oldest.IsZero() || !v.Outbox.Oldest.IsZero() && v.Outbox.Oldest.Before(s.Outbox.Oldest) {
+			s.Outbox.Oldest = v.Outbox.Oldest
+		}
+		for addr := range in.upstreams.targets() {
+			s.DialTargets = append(s.DialTargets, addr)
+		}
+		// The first instance speaks for the node, until another is worse off.
+		if i == 0 || s.State == string(wire.StateRunning) && v.State != string(wire.StateRunning) {
+			s.ID, s.Name, s.Fingerprint, s.State, s.Reason = v.ID, v.Name, v.Fingerprint, v.State, v.Reason
+			s.TrustDomain, s.NotAfter = v.TrustDomain, v.NotAfter
+		}
+	}
+	return s
+}
+
+func (in *instance) status() local.Instance {
+	h := in.hello()
+	policies := h.Policies
+	if policies == nil {
+		policies = []wire.PolicyStatus{}
+	}
+	return local.Instance{
+		TrustDomain: in.td, ID: in.id.ID(), Name: in.name(), Fingerprint: in.id.Fingerprint(), State: string(h.State), Reason: h.Reason,
+		Installation: h.Installation, AppliedRevision: h.Applied.String(), Policies: policies, Upstreams: h.Upstreams,
+		Outbox: local.Outbox{Depth: h.Outbox.Depth, Oldest: h.Outbox.Oldest, Dropped: h.Outbox.Dropped}, NotAfter: h.NotAfter,
+	}
+}
+
+// SendEvent stores a local user's event, for one gateway or for all.
+func (a *Agent) SendEvent(_ context.Context, q local.EventRequest) (local.EventReceipt, error) {
+	e := wire.Event{Severity: q.Severity, Application: q.Application, Object: q.Object, Key: q.Key, Text: q.Text}
+	if err := e.Validate(); err != nil {
+		return local.EventReceipt{}, &local.Error{Code: local.CodeInvalid, Message: err.Error()}
+	}
+	targets, err := a.pick(q.Instance)
+	if err != nil {
+		return local.EventReceipt{}, err
+	}
+	var receipt local.EventReceipt
+	for _, in := range targets {
+		stored, err := in.spool.Append(e)
+		if err != nil {
+			return receipt, &local.Error{Code: local.CodeUnavailable, Message: fmt.Sprintf("%s: %v", in.td, err)}
+		}
+		st, err := in.spool.State()
+		if err != nil {
+			return receipt, &local.Error{Code: local.CodeUnavailable, Message: fmt.Sprintf("%s: %v", in.td, err)}
+		}
+		receipt.Stored = append(receipt.Stored, local.StoredEvent{Instance: in.td, ID: stored[0].ID, Spool: st.Spool, Seq: stored[0].Seq})
+	}
+	return receipt, nil
+}
+
+// pick finds instances by trust domain; empty means all.
+func (a *Agent) pick(td string) ([]*instance, error) {
+	all := a.all()
+	if td == "" && len(all) > 0 {
+		return all, nil
+	}
+	var names []string
+	for _, in := range all {
+		if in.td == td {
+			return []*instance{in}, nil
+		}
+		names = append(names, in.td)
+	}
+	if len(all) == 0 {
+		return nil, &local.Error{Code: local.CodeUnavailable, Message: errNoGateway.Error()}
+	}
+	return nil, &local.Error{Code: local.CodeNotFound, Message: fmt.Sprintf("no instance %q; there are %s", wire.Quotable(td), strings.Join(names, ", "))}
+}
+
+// Unlock makes an instance obey the verified gateway that comes next.
+func (a *Agent) Unlock(_ context.Context, td string) error {
+	targets, err := a.pick(td)
+	if err != nil {
+		return err
+	}
+	var locked []*instance
+	for _, in := range targets {
+		if in.lock.locked() != "" {
+			locked = append(locked, in)
+		}
+	}
+	switch {
+	case len(locked) == 0:
+		return &local.Error{Code: local.CodeRefused, Message: "the node is not locked"}
+	case len(locked) > 1:
+		return &local.Error{Code: local.CodeRefused, Message: "several instances are locked: name one"}
+	}
+	if err := locked[0].lock.unlock(""); err != nil {
+		return err
+	}
+	locked[0].log.Warn("unlocked on the node itself")
+	locked[0].signals.kick()
+	return nil
+}
+
+// Join takes a join code that an operator hands over; it may be the first of
+// another gateway.
+func (a *Agent) Join(_ context.Context, code string) error {
+	c, err := wire.ParseJoinCode(code)
+	switch {
+	case err != nil:
+		return &local.Error{Code: local.CodeInvalid, Message: err.Error()}
+	case c.Role != wire.RoleNode:
+		return &local.Error{Code: local.CodeRefused, Message: fmt.Sprintf("join code is for a %s, this is a node: make one with `sallyport join create`", c.Role)}
+	case !plainName(c.TrustDomain):
+		return &local.Error{Code: local.CodeInvalid, Message: "join code: its trust domain is no name"}
+	}
+	if err := a.join.Keep(code); err != nil {
+		return err
+	}
+	select {
+	case a.look <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// Doctor is what the node finds out about itself without asking anybody.
+func (a *Agent) Doctor(context.Context) []local.Check {
+	all := a.all()
+	if len(all) == 0 {
+		return []local.Check{{Check: "identity", Detail: errNoGateway.Error(), Fix: "set SALLYPORT_NODE_JOIN, or run `sallyport local join CODE-FILE`"}}
+	}
+	var checks []local.Check
+	for _, in := range all {
+		for _, c := range in.doctor() {
+			if len(all) > 1 {
+				c.Check = in.td + ": " + c.Check
+			}
+			checks = append(checks, c)
+		}
+	}
+	return append(checks, a.checkBounds())
+}
+
+func (in *instance) doctor() []local.Check {
+	checks := []local.Check{in.checkIdentity(), in.checkCertificate()}
+	checks = append(checks, in.checkUpstreams()...)
+	return append(checks, in.checkLock(), in.checkPolicies(), in.checkSpool())
+}
+
+func (in *instance) checkIdentity() local.Check {
+	c := local.Check{Check: "identity", OK: true, Detail: fmt.Sprintf("node %s of %s, key %s", in.id.ID(), in.td, in.id.Fingerprint())}
+	if err := in.applicant.Ready(); err != nil {
+		c.OK, c.Detail = false, fmt.Sprintf("%v; key %s", err, in.id.Fingerprint())
+		c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `sallyport join create` is taken without a restart"
+	}
+	return c
+}
+
+func (in *instance) checkCertificate() local.Check {
+	c := local.Check{Check: "certificate", OK: true}
+	end := in.id.NotAfter()
+	left := time.Until(end).Round(time.Minute)
+	switch {
+	case end.IsZero():
+		c.OK, c.Detail, c.Fix = false, "there is none yet", "see identity"
+	case left <= 0:
+		c.OK, c.Detail = false, "it ended on "+end.UTC().Format(time.RFC3339)
+		c.Fix = "let the gateway reach this node: it renews an expired certificate with the same key"
+	default:
+		c.Detail = fmt.Sprintf("good for another %s; renewed from %s on", left, in.id.RenewAfter().UTC().Format(time.RFC3339))
+	}
+	return c
+}
+
+func (in *instance) checkUpstreams() []local.Check {
+	var checks []local.Check
+	for _, u := range in.upstreams.status() {
+		c := local.Check{Check: "upstream " + u.Address, OK: u.State == "connected", Detail: u.State + " since " + u.Since.UTC().Format(time.RFC3339)}
+		if c.OK {
+			c.Detail += fmt.Sprintf(" over %s, %s %s", u.Carrier, u.Role, u.ID)
+		} else {
+			c.Detail = strings.TrimSuffix(c.Detail+": "+u.Error, ": ")
+			c.Fix = "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
+		}
+		checks = append(checks, c)
+	}
+	c := local.Check{Check: "upstreams", OK: in.upstreams.up() > 0, Detail: fmt.Sprintf("%d channels", in.upstreams.up())}
+	if !c.OK {
+		c.Fix = "the addresses come from SALLYPORT_NODE_UPSTREAMS, else from the join code and the gateway"
+	}
+	return append(checks, c)
+}
+
+func (in *instance) checkLock() local.Check {
+	if why := in.lock.locked(); why != "" {
+		return local.Check{Check: "lock", Detail: why, Fix: "`sallyport local unlock` obeys the next verified gateway"}
+	}
+	uid, err := in.lock.installation()
+	if err != nil {
+		return local.Check{Check: "lock", Detail: err.Error(), Fix: "make the uid file readable for the agent"}
+	}
+	return local.Check{Check: "lock", OK: true, Detail: "obeys installation " + firstOf(uid, "that comes first")}
+}
+
+func (in *instance) checkPolicies() local.Check {
+	c := local.Check{Check: "policies", OK: true}
+	statuses := in.engine.Statuses()
+	var failed []string
+	for _, p := range statuses {
+		if p.State == wire.PolicyFailed {
+			failed = append(failed, fmt.Sprintf("%s (%s)", p.Name, p.Error))
+		}
+	}
+	c.Detail = fmt.Sprintf("revision %v, %d policies", in.desired.revision(), len(statuses))
+	if len(failed) > 0 {
+		c.OK, c.Detail = false, c.Detail+"; failed: "+strings.Join(failed, "; ")
+		c.Fix = "what was applied before is kept; correct the policy on the gateway, or the host, and it is tried again"
+	}
+	return c
+}
+
+func (in *instance) checkSpool() local.Check {
+	st, err := in.spool.State()
+	if err != nil {
+		return local.Check{Check: "spool", Detail: err.Error(), Fix: "check the data directory"}
+	}
+	c := local.Check{Check: "spool", OK: st.Dropped == 0, Detail: fmt.Sprintf("%d events wait, %d bytes on disk, %d dropped by quota", st.Depth, in.spool.Size(), st.Dropped)}
+	if !c.OK {
+		c.Fix = "the node was cut off for longer than its quota lasts: raise SALLYPORT_NODE_SPOOL_MAX"
+	}
+	return c
+}
+
+// checkBounds says what any gateway may ask of this host.
+func (a *Agent) checkBounds() local.Check {
+	show := func(globs []string) string { return firstOf(strings.Join(globs, ";"), "none") }
+	c := local.Check{Check: "bounds", OK: true, Detail: fmt.Sprintf("mode %s; actions run %s; policies run %s and write %s",
+		a.cfg.Mode, show(a.cfg.AllowCommands), show(a.cfg.AllowPolicyCommands), show(a.cfg.AllowPaths))}
+	if a.cfg.AllowCommands.Any() {
+		c.Detail += "; a gateway may run anything here as the agent's user"
+	}
+	return c
+}
+
+// Instances of the node.
+func (a *Agent) Instances(context.Context) ([]local.Instance, error) {
+	out := []local.Instance{}
+	for _, in := range a.all() {
+		out = append(out, in.status())
+	}
+	return out, nil
+}
+
+var _ interface {
+	local.Role
+	local.EventSender
+	local.Unlocker
+	local.Joiner
+} = (*Agent)(nil)

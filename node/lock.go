@@ -1,0 +1,197 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+const (
+	fileUID   = "uid"
+	fileState = "state.json"
+)
+
+// interlock decides whom an instance obeys. It guards against accident (a
+// gateway with an empty database, or the wrong one), not against a thief of
+// the gateway's key.
+type interlock struct {
+	dir   string
+	raise func(wire.Event)
+
+	mu    sync.Mutex
+	state lockState
+}
+
+// lockState outlives a restart.
+type lockState struct {
+	Locked string    `json:"locked,omitempty"` // why
+	Since  time.Time `json:"since,omitzero"`
+	Drain  string    `json:"drain,omitempty"` // why
+	Until  time.Time `json:"until,omitzero"`  // of the drain; zero: until it is taken back
+	Name   string    `json:"name,omitempty"`  // as the gateway knows the node
+}
+
+func openInterlock(dir string, raise func(wire.Event)) (*interlock, error) {
+	l := &interlock{dir: dir, raise: raise}
+	return l, loadJSON(filepath.Join(dir, fileState), &l.state)
+}
+
+// installation is the UID that the instance obeys; empty: the next that comes.
+// The file is read each time: deleting it is the operator's way to unlock.
+func (l *interlock) installation() (string, error) {
+	b, err := os.ReadFile(filepath.Join(l.dir, fileUID))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return strings.TrimSpace(string(b)), err
+}
+
+// learn keeps the installation named by a grant, unless one is known.
+func (l *interlock) learn(uid string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if uid == "" {
+		return nil
+	}
+	known, err := l.installation()
+	if err != nil || known != "" {
+		return err
+	}
+	return saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n"))
+}
+
+// obey checks the installation of a verified document. A foreign one locks the
+// instance; the known one, or the first after an unlock, frees it.
+func (l *interlock) obey(uid string) error {
+	if uid == "" {
+		return errors.New("the document names no installation")
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	known, err := l.installation()
+	if err != nil {
+		return err
+	}
+	if known != "" && known != uid {
+		reason := fmt.Sprintf("the gateway's installation is %s, this node belongs to %s: unlock it with `sallyport local unlock`, or bring back the gateway's database",
+			wire.Quotable(uid), known)
+		if l.state.Locked != reason {
+			if err := l.save(func(s *lockState) { s.Locked, s.Since = reason, time.Now().UTC() }); err != nil {
+				return err
+			}
+			l.raise(wire.Event{Severity: wire.SeverityMajor, Application: "sallyport", Object: "lock", Key: "lock", Text: "node locked: " + reason})
+		}
+		return &lockedError{reason}
+	}
+	if known == "" {
+		if err := saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n")); err != nil {
+			return err
+		}
+	}
+	return l.free("node unlocked: it obeys installation " + uid)
+}
+
+type lockedError struct{ reason string }
+
+func (e *lockedError) Error() string { return e.reason }
+
+// free ends a lock; mu is held.
+func (l *interlock) free(text string) error {
+	if l.state.Locked == "" {
+		return nil
+	}
+	if err := l.save(func(s *lockState) { s.Locked, s.Since = "", time.Time{} }); err != nil {
+		return err
+	}
+	l.raise(wire.Event{Severity: wire.SeverityNormal, Application: "sallyport", Object: "lock", Key: "lock", Text: text})
+	return nil
+}
+
+// unlock makes the instance obey uid, or, when it is empty, whichever verified
+// gateway comes next.
+func (l *interlock) unlock(uid string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var err error
+	if uid == "" {
+		err = removeFile(filepath.Join(l.dir, fileUID))
+	} else {
+		err = saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n"))
+	}
+	if err != nil {
+		return err
+	}
+	return l.free("node unlocked")
+}
+
+// locked is why the instance is locked; empty when it is not. An operator who
+// deleted the uid file has unlocked it.
+func (l *interlock) locked() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.state.Locked == "" {
+		return ""
+	}
+	if known, err := l.installation(); err == nil && known == "" {
+		if err := l.free("node unlocked: its uid file was deleted"); err == nil {
+			return ""
+		}
+	}
+	return l.state.Locked
+}
+
+// drain takes no more work until then; zero means until it is taken back.
+func (l *interlock) drain(reason string, until time.Time) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.save(func(s *lockState) { s.Drain, s.Until = firstOf(reason, "drained by an operator"), until })
+}
+
+func (l *interlock) resume() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.save(func(s *lockState) { s.Drain, s.Until = "", time.Time{} })
+}
+
+// draining is why the node takes no more work; empty when it does.
+func (l *interlock) draining() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.state.Until.IsZero() && time.Now().After(l.state.Until) {
+		return ""
+	}
+	return l.state.Drain
+}
+
+func (l *interlock) name() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.state.Name
+}
+
+func (l *interlock) setName(name string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if name == "" || name == l.state.Name {
+		return nil
+	}
+	return l.save(func(s *lockState) { s.Name = name })
+}
+
+// save changes the state once it is on disk; mu is held.
+func (l *interlock) save(change func(*lockState)) error {
+	next := l.state
+	change(&next)
+	if err := saveJSON(filepath.Join(l.dir, fileState), next); err != nil {
+		return err
+	}
+	l.state = next
+	return nil
+}

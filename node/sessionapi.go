@@ -1,0 +1,285 @@
+package node
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"time"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// maxEcho bounds the body of POST /v1/echo, in bytes.
+const maxEcho = 64 << 10
+
+// newSessionAPI is what a gateway can ask inside a session, which has proved
+// its role. What changes the host comes in signed documents besides: they hold
+// after the session, and name the node and the installation they are for.
+func (in *instance) newSessionAPI() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, in.hello()) })
+	mux.HandleFunc("PUT "+wire.PathDesired, in.takeDesired)
+	mux.HandleFunc("POST "+wire.PathOutbox, in.outbox)
+	mux.HandleFunc("POST "+wire.PathActions, in.takeAction)
+	mux.HandleFunc("DELETE "+wire.PathActionID+"{id}", in.cancelAction)
+	mux.HandleFunc("POST "+wire.PathCSR, in.takeCSR)
+	mux.HandleFunc("PUT "+wire.PathCertificate, in.takeCertificate)
+	mux.HandleFunc("PUT "+wire.PathRevocations, in.takeRevocations)
+	mux.HandleFunc("GET "+wire.PathRevocations, in.showRevocations)
+	mux.HandleFunc("POST "+wire.PathUnlock, in.takeUnlock)
+	mux.HandleFunc("POST "+wire.PathDrain, in.startDrain)
+	mux.HandleFunc("DELETE "+wire.PathDrain, in.endDrain)
+	mux.HandleFunc("POST "+wire.PathEcho, echo)
+	return mux
+}
+
+func writeJSON(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // the session died: the gateway asks again
+}
+
+// decode reads a body, or answers why it cannot.
+func decode(w http.ResponseWriter, r *http.Request, limit int64, v any) bool {
+	err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, limit+1), limit, v)
+	if err == nil {
+		return true
+	}
+	status := http.StatusBadRequest
+	if errors.Is(err, wire.ErrTooLarge) {
+		status = http.StatusRequestEntityTooLarge
+	}
+	channel.Refuse(w, status, r.URL.Path+": "+err.Error())
+	return false
+}
+
+func (in *instance) takeDesired(w http.ResponseWriter, r *http.Request) {
+	var env wire.Envelope
+	if !decode(w, r, wire.MaxDesired, &env) {
+		return
+	}
+	res, err := in.desired.put(r.Context(), env)
+	in.signals.wake()
+	if err != nil {
+		in.log.Error("desired state not taken", "error", err)
+		channel.Refuse(w, http.StatusInternalServerError, "desired: "+err.Error())
+		return
+	}
+	res.State, _ = in.state()
+	writeJSON(w, res)
+}
+
+// takeAction begins an action or joins its run, and streams its frames.
+func (in *instance) takeAction(w http.ResponseWriter, r *http.Request) {
+	var env wire.Envelope
+	if !decode(w, r, wire.MaxActionBody, &env) {
+		return
+	}
+	after, err := strconv.ParseInt(firstOf(r.URL.Query().Get("after"), "0"), 10, 64)
+	if err != nil || after < 0 {
+		channel.Refuse(w, http.StatusBadRequest, "actions: after is no frame number")
+		return
+	}
+	var act wire.Action
+	if err := in.admitAction(env, &act); err != nil {
+		in.log.Warn("action refused", "action", wire.Quotable(string(act.ID)), "reason", err)
+		streamResult(w, &wire.ActionResult{State: wire.ActionRefused, Reason: err.Error()})
+		return
+	}
+	run, res, err := in.actions.begin(act, r.URL.Query().Get(wire.QueryAttach) == "1")
+	switch {
+	case errors.Is(err, errNoRun):
+		channel.Refuse(w, http.StatusNotFound, err.Error())
+		return
+	case errors.Is(err, errManyRuns):
+		channel.Refuse(w, http.StatusTooManyRequests, err.Error())
+		return
+	case errors.Is(err, errStopped):
+		channel.Refuse(w, http.StatusServiceUnavailable, err.Error())
+		return
+	case err != nil:
+		in.log.Error("action not begun", "error", err)
+		channel.Refuse(w, http.StatusInternalServerError, err.Error())
+		return
+	case res != nil:
+		in.log.Warn("action not run", "action", act.ID, "state", res.State, "reason", res.Reason)
+		streamResult(w, res)
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	w.WriteHeader(http.StatusOK)
+	ctl := http.NewResponseController(w)
+	if err := run.replay(r.Context(), after, w, func() { _ = ctl.Flush() }); err != nil {
+		in.log.Debug("action stream ended", "action", act.ID, "reason", err)
+		return
+	}
+	in.actions.collect(run)
+}
+
+// admitAction decides whether a signed action is for this node, now. A run
+// that has begun may be joined while the node drains.
+func (in *instance) admitAction(env wire.Envelope, act *wire.Action) error {
+	if _, err := in.id.VerifyEnvelope(env, wire.TypeAction, wire.RoleGateway, act); err != nil {
+		return err
+	}
+	if _, err := wire.ParseID(string(act.ID)); err != nil {
+		return fmt.Errorf("action: %w", err)
+	}
+	if act.Node != in.id.ID() {
+		return fmt.Errorf("the action is for node %s", wire.Quotable(string(act.Node)))
+	}
+	if in.readonly {
+		return errors.New("SALLYPORT_NODE_MODE is readonly: the node runs no actions")
+	}
+	if err := in.lock.obey(act.Installation); err != nil {
+		in.signals.wake()
+		return err
+	}
+	if why := in.lock.draining(); why != "" && !in.actions.knows(act.ID) {
+		return fmt.Errorf("the node is being drained: %s", why)
+	}
+	return nil
+}
+
+func streamResult(w http.ResponseWriter, res *wire.ActionResult) {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	line, err := wire.AppendLine(nil, wire.ActionFrame{N: 1, Result: res})
+	if err != nil {
+		channel.Refuse(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	_, _ = w.Write(line) // the session died: the gateway asks again
+}
+
+func (in *instance) cancelAction(w http.ResponseWriter, r *http.Request) {
+	id, err := wire.ParseID(r.PathValue("id"))
+	if err == nil {
+		err = in.actions.stop(id)
+	}
+	if err != nil {
+		channel.Refuse(w, http.StatusNotFound, err.Error())
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// takeCSR begins a renewal: the gateway pulls the request and puts the chain.
+func (in *instance) takeCSR(w http.ResponseWriter, r *http.Request) {
+	var q wire.CSRRequest
+	if !decode(w, r, wire.MaxEnrollBody, &q) {
+		return
+	}
+	der, err := in.id.CSR(q.Rekey)
+	if err != nil {
+		in.log.Error("certificate request not made", "error", err)
+		channel.Refuse(w, http.StatusInternalServerError, "csr: "+err.Error())
+		return
+	}
+	writeJSON(w, wire.CSR{DER: der})
+}
+
+func (in *instance) takeCertificate(w http.ResponseWriter, r *http.Request) {
+	var c wire.Certificate
+	if !decode(w, r, wire.MaxEnrollBody, &c) {
+		return
+	}
+	if err := in.id.Install(c.Chain); err != nil {
+		in.log.Warn("new certificate refused", "error", err)
+		channel.Refuse(w, http.StatusUnprocessableEntity, "certificate: "+err.Error())
+		return
+	}
+	in.log.Info("certificate renewed", "not_after", in.id.NotAfter(), "fingerprint", in.id.Fingerprint())
+	in.signals.wake()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func (in *instance) takeRevocations(w http.ResponseWriter, r *http.Request) {
+	var env wire.Envelope
+	if !decode(w, r, wire.MaxRevocations, &env) {
+		return
+	}
+	_, err := in.id.ApplyRevocations(env)
+	switch {
+	case errors.Is(err, identity.ErrOlder):
+		channel.Refuse(w, http.StatusConflict, err.Error())
+	case err != nil:
+		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
+	default:
+		in.signals.wake()
+		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+func (in *instance) showRevocations(w http.ResponseWriter, _ *http.Request) {
+	_, env := in.id.Revocations()
+	if env == nil {
+		channel.Refuse(w, http.StatusNotFound, "no revocation set is held")
+		return
+	}
+	writeJSON(w, env)
+}
+
+// takeUnlock makes the node obey another installation, on a gateway's signed
+// word that names this node.
+func (in *instance) takeUnlock(w http.ResponseWriter, r *http.Request) {
+	var env wire.Envelope
+	if !decode(w, r, wire.MaxEnrollBody, &env) {
+		return
+	}
+	var u wire.Unlock
+	_, err := in.id.VerifyEnvelope(env, wire.TypeUnlock, wire.RoleGateway, &u)
+	if err == nil && (u.Node != in.id.ID() || u.Installation == "") {
+		err = errors.New("unlock: it is for another node, or names no installation")
+	}
+	if err != nil {
+		channel.Refuse(w, http.StatusForbidden, err.Error())
+		return
+	}
+	if err := in.lock.unlock(u.Installation); err != nil {
+		channel.Refuse(w, http.StatusInternalServerError, "unlock: "+err.Error())
+		return
+	}
+	in.log.Warn("unlocked by a gateway", "installation", u.Installation)
+	in.signals.wake()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// startDrain: what runs goes on, nothing new is taken, until endDrain or the
+// deadline.
+func (in *instance) startDrain(w http.ResponseWriter, r *http.Request) {
+	var d wire.Drain
+	if !decode(w, r, wire.MaxEnrollBody, &d) {
+		return
+	}
+	var until time.Time
+	if d.Deadline > 0 {
+		until = time.Now().Add(d.Deadline)
+	}
+	in.answerChange(w, in.lock.drain(wire.Quotable(d.Reason), until))
+}
+
+func (in *instance) endDrain(w http.ResponseWriter, _ *http.Request) {
+	in.answerChange(w, in.lock.resume())
+}
+
+func (in *instance) answerChange(w http.ResponseWriter, err error) {
+	if err != nil {
+		channel.Refuse(w, http.StatusInternalServerError, err.Error())
+		return
+	}
+	in.signals.wake()
+	w.WriteHeader(http.StatusNoContent)
+}
+
+func echo(w http.ResponseWriter, r *http.Request) {
+	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxEcho))
+	if err != nil {
+		channel.Refuse(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("echo: the limit is %d bytes", maxEcho))
+		return
+	}
+	_, _ = w.Write(b)
+}
