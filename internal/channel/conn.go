@@ -63,8 +63,8 @@ type Conn struct {
 	err    error
 	done   chan struct{}
 	expiry *time.Timer
-	idle   chan struct{}  // closed when streams falls to 0; made on demand
-	tails  sync.WaitGroup // closed streams that still hand over their last bytes
+	idle   chan struct{} // closed when streams falls to 0; made on demand
+	tails  tails         // closed streams that still hand over their last bytes
 }
 
 // newConn makes a Conn; attach gives it its transport.
