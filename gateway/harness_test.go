@@ -289,13 +289,15 @@ func (n *fakeNode) outbox(rw http.ResponseWriter, r *http.Request) {
 	todo := slices.Clone(n.events[min(int(first.Watermark.Seq), len(n.events)):])
 	n.acked = max(n.acked, first.Watermark.Seq)
 	n.mu.Unlock()
-	go func() {
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	sending.Go(func() {
 		for _, e := range todo {
-			if send(wire.OutboxUp{Event: &e}) != nil {
+			if r.Context().Err() != nil || send(wire.OutboxUp{Event: &e}) != nil {
 				return
 			}
 		}
-	}()
+	})
 	for {
 		var d wire.OutboxDown
 		if lines.Next(&d) != nil {
