@@ -2,6 +2,7 @@ package channel
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -124,9 +125,19 @@ func (s *stream) fill() {
 	} else if chunk != nil {
 		chunks.Put(chunk)
 	}
-	s.readErr = err
+	s.readErr = outerError(err)
 	close(s.reading)
 	s.reading = nil
+}
+
+// outerError hides the type of an error of the carrier, not its meaning. The
+// HTTP/2 of a session inside the stream would take an http2.StreamError, which
+// it looks for by type, for one about a stream of its own, and read on for ever.
+func outerError(err error) error {
+	if err == nil || err == io.EOF {
+		return err
+	}
+	return fmt.Errorf("stream: %w", err)
 }
 
 // Write returns when the last piece of p is on its way, at most chunkSize
@@ -180,7 +191,7 @@ func (s *stream) flush(chunk *[]byte, n int) {
 	chunks.Put(chunk)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.wrote = err
+	s.wrote = outerError(err)
 	close(s.writing)
 	s.writing = nil
 }
