@@ -11,12 +11,14 @@ type Backoff struct {
 	First time.Duration // the first attempt, and each one after a lost connection, waits for a random part of it; default 1 s
 	Min   time.Duration // around which the wait after the first failure lies; default 500 ms
 	Max   time.Duration // which no wait exceeds; default 60 s
+	Probe time.Duration // the first wait, roughly, before an attempt to return to QUIC; it doubles up to 15 min; default 30 s
 }
 
 func (b Backoff) withDefaults() Backoff {
 	set(&b.First, time.Second)
 	set(&b.Min, 500*time.Millisecond)
 	set(&b.Max, time.Minute)
+	set(&b.Probe, 30*time.Second)
 	return b
 }
 

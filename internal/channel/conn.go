@@ -45,6 +45,7 @@ type Conn struct {
 	dir     Direction
 	proto   *protocol
 	dialled bool
+	resumed bool
 	local   net.Addr
 	remote  net.Addr
 	since   time.Time
@@ -69,7 +70,7 @@ type Conn struct {
 
 // newConn makes a Conn; attach gives it its transport.
 func newConn(id *identity.Identity, p *protocol, v verified, dialled bool, local, remote net.Addr, lim Limits) *Conn {
-	c := &Conn{id: id, peer: v.peer, dir: v.dir, proto: p, dialled: dialled, local: local, remote: remote,
+	c := &Conn{id: id, peer: v.peer, dir: v.dir, proto: p, dialled: dialled, resumed: v.resumed, local: local, remote: remote,
 		since: time.Now(), limits: lim.forClass(p.class), done: make(chan struct{}), drainReq: make(chan struct{})}
 	c.class.Store(&p.class)
 	return c
@@ -99,6 +100,9 @@ func (c *Conn) ALPN() string { return c.proto.alpn }
 
 // Dialled tells whether we dialled.
 func (c *Conn) Dialled() bool { return c.dialled }
+
+// Resumed tells whether a TLS ticket saved the full handshake.
+func (c *Conn) Resumed() bool { return c.resumed }
 
 // RemoteAddr is the peer's address as we see it.
 func (c *Conn) RemoteAddr() string { return c.remote.String() }

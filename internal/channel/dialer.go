@@ -179,11 +179,11 @@ func (d *Dialer) handshake(ctx context.Context, raw net.Conn, p *protocol, conf 
 
 // handshakeError says what a failed handshake probably means.
 func handshakeError(ctx context.Context, err error) error {
-	var alert tls.AlertError
+	var op *net.OpError
 	switch {
 	case ctx.Err() != nil:
 		return fmt.Errorf("handshake: %w", context.Cause(ctx))
-	case errors.As(err, &alert):
+	case errors.As(err, &op) && op.Op == "remote error": // crypto/tls's name for an alert
 		return fmt.Errorf("the other side refuses us (its log says why): %w", err)
 	}
 	return fmt.Errorf("handshake: %w", err)

@@ -47,6 +47,7 @@ type Listener struct {
 	log        *slog.Logger
 	limits     Limits
 	tls        *serverTLS
+	tcpTLS     *tls.Config
 	tcp        net.Listener
 	udp        *udpPort // nil without QUIC
 	conns      *registry
@@ -67,6 +68,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 		handshakes: newSources(lim.Handshakes, lim.HandshakesPerSource),
 		pending:    newSources(lim.Pending, lim.PendingPerSource)}
 	l.tls = &serverTLS{id: cfg.Identity, allow: l.allow, admit: l.admit}
+	l.tcpTLS = l.tls.config(CarrierH2)
 	if cfg.Listener != nil {
 		l.tcp = cfg.Listener
 		return l, nil
@@ -214,7 +216,7 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if first.head[0] != recordHandshake {
 		return nil, fmt.Errorf("first byte is %#02x, not TLS", first.head[0])
 	}
-	conn := tls.Server(first, l.tls.config(CarrierH2))
+	conn := tls.Server(first, l.tcpTLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
 	}

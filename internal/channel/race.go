@@ -11,8 +11,7 @@ import (
 const (
 	// headStart is what QUIC gets before HTTP/2 is tried beside it.
 	headStart = 300 * time.Millisecond
-	// probeMin and probeMax bound the time between attempts to return to QUIC.
-	probeMin = 30 * time.Second
+	// probeMax bounds the time between attempts to return to QUIC.
 	probeMax = 15 * time.Minute
 )
 
@@ -113,7 +112,7 @@ func (d *Dialer) probe(ctx context.Context, c *Conn, better chan<- *Conn) {
 	if err != nil || !h2 || !h3 || c.Carrier() == CarrierH3 {
 		return
 	}
-	for wait := probeMin; ; wait = min(2*wait, probeMax) {
+	for wait := d.Backoff.withDefaults().Probe; ; wait = min(2*wait, probeMax) {
 		if sleep(ctx, wait/2+rand.N(wait)) != nil {
 			return
 		}

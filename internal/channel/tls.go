@@ -23,6 +23,7 @@ type verified struct {
 	peer    identity.Peer
 	dir     Direction
 	expires time.Time
+	resumed bool
 }
 
 // checkNegotiated refuses a connection without the application protocol that
@@ -58,8 +59,7 @@ func sooner(a, b time.Time) time.Time {
 }
 
 // serverTLS makes the configurations of a listener. Each ALPN has one, which is
-// kept for as long as the trusted roots are the same: it holds the ticket keys,
-// in memory only.
+// kept for as long as the trusted roots are the same.
 type serverTLS struct {
 	id    *identity.Identity
 	allow func(*protocol) error
@@ -70,8 +70,9 @@ type serverTLS struct {
 	roots   *x509.CertPool // of the configs
 }
 
-// config is the configuration of a port's carrier; the ALPN that the dialler
-// offers chooses the one that is used.
+// config is the configuration of a port's carrier, to be made once: it holds
+// the ticket keys, in memory only. The ALPN that the dialler offers chooses the
+// configuration that is used for all else.
 func (s *serverTLS) config(carrier string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
@@ -141,7 +142,7 @@ func (s *serverTLS) verify(p *protocol, cs tls.ConnectionState) (verified, error
 	if err := s.admit(peer, p.alpn); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: p.dialler, expires: sooner(peer.Leaf.NotAfter, s.id.NotAfter())}, nil
+	return verified{peer: peer, dir: p.dialler, expires: sooner(peer.Leaf.NotAfter, s.id.NotAfter()), resumed: cs.DidResume}, nil
 }
 
 // clientTLS makes the configurations of a dialler.
@@ -200,7 +201,7 @@ func (c *clientTLS) verify(p *protocol, dir Direction, cs tls.ConnectionState) (
 	if err := c.expected(peer); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: dir, expires: sooner(peer.Leaf.NotAfter, c.id.NotAfter())}, nil
+	return verified{peer: peer, dir: dir, expires: sooner(peer.Leaf.NotAfter, c.id.NotAfter()), resumed: cs.DidResume}, nil
 }
 
 // expected compares with the UUID that the configuration names.
