@@ -169,8 +169,8 @@ func (l *Link) pick(ctx context.Context) (*Conn, error) {
 			return best, nil
 		}
 		growing := l.grow(ctx, ClassSession)
-		if best != nil { // crowded, and another one is on its way
-			return best, nil
+		if best != nil && (!best.full() || !growing) {
+			return best, nil // crowded; another one may be on its way
 		}
 		if !growing {
 			return admin, nil
@@ -178,6 +178,9 @@ func (l *Link) pick(ctx context.Context) (*Conn, error) {
 		select {
 		case <-change:
 		case <-deadline.C:
+			if best != nil {
+				return best, nil // where the stream waits for a slot
+			}
 			return admin, nil
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
@@ -198,6 +201,9 @@ func (l *Link) bestLocked() *Conn {
 
 // crowded tells whether another connection should be opened.
 func (c *Conn) crowded() bool { return c.Streams()*100 >= c.limits.Streams*growAt }
+
+// full tells whether a further stream would wait for a slot.
+func (c *Conn) full() bool { return c.Streams() >= c.limits.Streams }
 
 // grow asks for another connection of a class, once at a time; it tells
 // whether one is to be expected.

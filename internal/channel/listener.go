@@ -5,11 +5,14 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"sallyport/internal/identity"
 )
@@ -53,6 +56,7 @@ type Listener struct {
 	conns      *registry
 	handshakes *sources
 	pending    *sources
+	logRate    *rate.Limiter
 }
 
 // Listen opens the port. Nobody is answered before Run.
@@ -66,8 +70,9 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	lim := cfg.Limits.withDefaults()
 	l := &Listener{cfg: cfg, log: cfg.Log, limits: lim, conns: newRegistry(cfg.Identity),
 		handshakes: newSources(lim.Handshakes, lim.HandshakesPerSource),
-		pending:    newSources(lim.Pending, lim.PendingPerSource)}
-	l.tls = &serverTLS{id: cfg.Identity, allow: l.allow, admit: l.admit}
+		pending:    newSources(lim.Pending, lim.PendingPerSource),
+		logRate:    rate.NewLimiter(rate.Every(time.Second), 20)}
+	l.tls = &serverTLS{id: cfg.Identity, allow: l.allow, admit: l.admit, refused: l.refused}
 	l.tcpTLS = l.tls.config(CarrierH2)
 	if cfg.Listener != nil {
 		l.tcp = cfg.Listener
@@ -172,12 +177,22 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 			leave()
 			if err != nil {
 				_ = raw.Close()
-				l.log.Debug("connection refused", "remote", raw.RemoteAddr().String(), "err", err)
+				l.refused(raw.RemoteAddr(), err)
 				return
 			}
 			l.run(ctx, c, f)
 		})
 	}
+}
+
+// refused logs a failed handshake: the other side learns only that it failed.
+// Strangers cannot fill the log with it.
+func (l *Listener) refused(remote net.Addr, err error) {
+	level := slog.LevelDebug
+	if !errors.Is(err, io.EOF) && l.logRate.Allow() {
+		level = slog.LevelWarn
+	}
+	l.log.Log(context.Background(), level, "connection refused", "remote", remote.String(), "err", err)
 }
 
 // run owns a verified connection until it has ended.

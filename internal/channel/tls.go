@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -64,6 +65,9 @@ type serverTLS struct {
 	id    *identity.Identity
 	allow func(*protocol) error
 	admit func(identity.Peer, string) error
+	// refused hears of what fails inside of a QUIC handshake, where the
+	// listener does not see it.
+	refused func(remote net.Addr, err error)
 
 	mu      sync.Mutex
 	configs map[*protocol]*tls.Config
@@ -77,22 +81,43 @@ func (s *serverTLS) config(carrier string) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
 		GetConfigForClient: func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
-			if len(hello.SupportedProtos) != 1 {
-				return nil, fmt.Errorf("dialler offers %d application protocols, want exactly one", len(hello.SupportedProtos))
+			c, err := s.configFor(hello, carrier)
+			switch {
+			case carrier != CarrierH3:
+			case err != nil:
+				s.refused(hello.Conn.RemoteAddr(), err)
+			default: // of which quic-go takes a copy anyway
+				c = c.Clone()
+				verify, remote := c.VerifyConnection, hello.Conn.RemoteAddr()
+				c.VerifyConnection = func(cs tls.ConnectionState) error {
+					err := verify(cs)
+					if err != nil {
+						s.refused(remote, err)
+					}
+					return err
+				}
 			}
-			p, ok := protocolOf(hello.SupportedProtos[0], carrier)
-			if !ok {
-				return nil, fmt.Errorf("unknown application protocol %q", wire.Quotable(hello.SupportedProtos[0]))
-			}
-			if err := s.allow(p); err != nil {
-				return nil, err
-			}
-			if p.enroll {
-				return s.enrollConfig(p)
-			}
-			return s.peerConfig(p)
+			return c, err
 		},
 	}
+}
+
+// configFor is the configuration that belongs to what the dialler offers.
+func (s *serverTLS) configFor(hello *tls.ClientHelloInfo, carrier string) (*tls.Config, error) {
+	if len(hello.SupportedProtos) != 1 {
+		return nil, fmt.Errorf("dialler offers %d application protocols, want exactly one", len(hello.SupportedProtos))
+	}
+	p, ok := protocolOf(hello.SupportedProtos[0], carrier)
+	if !ok {
+		return nil, fmt.Errorf("unknown application protocol %q", wire.Quotable(hello.SupportedProtos[0]))
+	}
+	if err := s.allow(p); err != nil {
+		return nil, err
+	}
+	if p.enroll {
+		return s.enrollConfig(p)
+	}
+	return s.peerConfig(p)
 }
 
 // peerConfig is the configuration for certified diallers.

@@ -118,7 +118,7 @@ func (u *udpPort) accept(ctx context.Context, run func(*Conn)) error {
 			}
 			if err != nil {
 				_ = qc.CloseWithError(0, "")
-				u.l.log.Debug("connection refused", "remote", qc.RemoteAddr().String(), "err", err)
+				u.l.refused(qc.RemoteAddr(), err)
 				return
 			}
 			run(c)
