@@ -162,6 +162,7 @@ func (f *fleet) peersHello(id wire.ID, h wire.PeersHello) error {
 	if h.ID != id {
 		return fmt.Errorf("%w: a peers stream of %s names itself %s", errBadLine, id, wire.Quotable(string(h.ID)))
 	}
+	l.draining = false // an RCP that still drains says so again after the hello
 	if !h.Snapshot {
 		if h.Epoch != l.epoch || l.pos == 0 {
 			return fmt.Errorf("%w: it resumes a stream that we never read", errBadLine)

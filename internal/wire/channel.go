@@ -93,11 +93,11 @@ type PeersHello struct {
 // set, besides Pos. A line with Pos alone is a keep-alive.
 type PeersLine struct {
 	Hello    *PeersHello `json:"hello,omitempty"`
-	Peer     *Peer       `json:"peer,omitempty"`   // now there, or changed
-	Gone     *Gone       `json:"gone,omitempty"`   // no longer there
-	Synced   bool        `json:"synced,omitempty"` // the snapshot is complete
-	Draining *Drain      `json:"draining,omitempty"`
-	Pos      int64       `json:"pos,omitempty"` // resume after this line with it
+	Peer     *Peer       `json:"peer,omitempty"`     // now there, or changed
+	Gone     *Gone       `json:"gone,omitempty"`     // no longer there
+	Synced   bool        `json:"synced,omitempty"`   // the snapshot is complete
+	Draining *Drain      `json:"draining,omitempty"` // repeated after each hello while it lasts; taken back by ending the stream
+	Pos      int64       `json:"pos,omitempty"`      // resume after this line with it
 }
 
 // Peer is what an RCP says of a party that hangs on it. Everything here is
