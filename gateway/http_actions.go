@@ -65,7 +65,7 @@ func checkAction(b api.RunAction) error {
 	for _, a := range b.Command {
 		size += len(a) + 1
 	}
-	problem := ""
+	var problem string
 	switch {
 	case (b.Node == "") == (b.Selector == ""):
 		problem = "name a node or give a selector, one of the two"

@@ -133,6 +133,7 @@ func when(t time.Time) *time.Time {
 	return &t
 }
 
+// ByID names an object by its ID, or by a beginning of it.
 type ByID struct {
 	ID string `path:"id" maxLength:"128"`
 }

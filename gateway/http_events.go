@@ -27,6 +27,7 @@ func (r *rest) eventRoutes() {
 	handle(r, op("event.annotate", http.MethodPost, "/events/{id}/annotations", "Add a remark to an event"), mayOperate, r.annotateEvent)
 }
 
+// EventFilter selects events.
 type EventFilter struct {
 	Node     string `query:"node" maxLength:"256" doc:"Name, unique beginning or UUID."`
 	Severity string `query:"severity" enum:"normal,warning,minor,major,critical"`

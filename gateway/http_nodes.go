@@ -34,10 +34,12 @@ func (r *rest) nodeRoutes() {
 	handle(r, op("node.remove", http.MethodDelete, "/nodes/{ref}", "Revoke a node's key and take the node off the list"), mayCertify, r.removeNode)
 }
 
+// ByRef names an object by name or ID.
 type ByRef struct {
 	Ref string `path:"ref" maxLength:"256"`
 }
 
+// NodeFilter selects nodes.
 type NodeFilter struct {
 	Selector string `query:"selector" doc:"Kubernetes label selector over tags."`
 	State    string `query:"state"`

@@ -125,10 +125,10 @@ func TestApplyOverTheSocket(t *testing.T) {
 	if ps, err := c.Policies(ctx); err != nil || len(ps) != 0 {
 		t.Fatalf("a dry run changed something: %v, %v", ps, err)
 	}
-	real := applyText(t, c, twoPolicies, false)
-	i := slices.IndexFunc(real.Nodes, func(n api.PlannedNode) bool { return n.ID == web })
-	if i < 0 || !slices.Equal(real.Nodes[i].Add, []string{"motd", "up"}) || real.Nodes[i].Revision.N == 0 {
-		t.Errorf("apply: %+v", real)
+	done := applyText(t, c, twoPolicies, false)
+	i := slices.IndexFunc(done.Nodes, func(n api.PlannedNode) bool { return n.ID == web })
+	if i < 0 || !slices.Equal(done.Nodes[i].Add, []string{"motd", "up"}) || done.Nodes[i].Revision.N == 0 {
+		t.Errorf("apply: %+v", done)
 	}
 	if again := applyText(t, c, twoPolicies, false); len(again.Nodes) != 0 || again.Objects[0].Change != "unchanged" {
 		t.Errorf("the same again: %+v", again)
@@ -138,7 +138,7 @@ func TestApplyOverTheSocket(t *testing.T) {
 		t.Errorf("status: %+v, %v", st, err)
 	}
 	n, err := c.Node(ctx, "web")
-	if err != nil || n.DesiredRevision != real.Nodes[i].Revision || len(n.Policies) != 2 || !slices.Equal(n.Deployments, []string{"base"}) || n.TagSources[0].Source != "join" {
+	if err != nil || n.DesiredRevision != done.Nodes[i].Revision || len(n.Policies) != 2 || !slices.Equal(n.Deployments, []string{"base"}) || n.TagSources[0].Source != "join" {
 		t.Errorf("node show: %+v, %v", n, err)
 	}
 

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -51,22 +50,5 @@ func (s *Server) drainRCP(ctx context.Context, r *store.RCP, on bool) error {
 
 // retryRCP dials an RCP that is not connected, now.
 func (s *Server) retryRCP(r *store.RCP) { s.links.retry(r) }
-
-// unlockNode makes a node obey this installation from now on. The node keeps
-// what it has applied until it gets a desired state of ours.
-func (s *Server) unlockNode(ctx context.Context, n *store.Node) error {
-	env, err := s.id.Sign(wire.TypeUnlock, wire.Unlock{Node: n.ID, Installation: s.store.Installation().UID, Issued: time.Now().UTC()})
-	if err != nil {
-		return fmt.Errorf("unlock node %s: %w", n.Name, err)
-	}
-	err = s.sessions.Do(ctx, s.party(wire.RoleNode, n.ID), func(ctx context.Context, c *conversation) error {
-		return c.call(ctx, http.MethodPost, wire.PathUnlock, env, nil, 0)
-	})
-	if err != nil {
-		return fmt.Errorf("unlock node %s: %w", n.Name, err)
-	}
-	s.fleet.ask(wantHello|wantPush, n.ID)
-	return nil
-}
 
 var _ reaching = (*Server)(nil)

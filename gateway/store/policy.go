@@ -70,7 +70,7 @@ func (r Queries) Specs(ctx context.Context, digests []string) (map[string]json.R
 		return out, nil
 	}
 	var rows []Policy
-	err := r.q.NewSelect().Model(&rows).Column("digest", "spec").Where("digest IN (?)", bun.In(digests)).Scan(ctx)
+	err := r.q.NewSelect().Model(&rows).Column("digest", "spec").Where("digest IN (?)", bun.List(digests)).Scan(ctx)
 	for _, p := range rows {
 		out[p.Digest] = json.RawMessage(p.Spec)
 	}
