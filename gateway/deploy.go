@@ -27,11 +27,11 @@ func (s *Server) replan(ctx context.Context, tx *store.Tx, ids ...wire.ID) ([]no
 	if err != nil {
 		return nil, fmt.Errorf("read rcps: %w", err)
 	}
-	p, err := newPlanner(ctx, tx, s.store.Installation().Generation, s.addresses(rcps))
+	p, err := newPlanner(ctx, tx, s.store.Installation().Generation, s.addresses(rcps), ids...)
 	if err != nil {
 		return nil, err
 	}
-	return p.plan(ctx, ids...)
+	return p.plan(ctx)
 }
 
 // addresses says how nodes reach us, given the records of RCPs.

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -43,19 +44,11 @@ type plannedDeployment struct {
 	selected map[wire.ID]bool
 }
 
-// newPlanner reads what the plan depends on. rcps is how nodes reach us.
-func newPlanner(ctx context.Context, tx *store.Tx, generation int64, rcps []wire.RCPAddresses) (*planner, error) {
+// newPlanner reads what the plan depends on. rcps is how nodes reach us. With
+// ids it plans for those nodes only, and reads little else: a thousand nodes
+// that join must not cost a thousand looks at all of them.
+func newPlanner(ctx context.Context, tx *store.Tx, generation int64, rcps []wire.RCPAddresses, ids ...wire.ID) (*planner, error) {
 	p := &planner{tx: tx, rcps: rcps, generation: generation, policies: map[string]*store.Policy{}}
-	var err error
-	if p.nodes, err = tx.Nodes(ctx); err != nil {
-		return nil, fmt.Errorf("read nodes: %w", err)
-	}
-	if p.tags, err = tx.AllTags(ctx); err != nil {
-		return nil, fmt.Errorf("read tags: %w", err)
-	}
-	if p.old, err = tx.AllDesired(ctx); err != nil {
-		return nil, fmt.Errorf("read desired states: %w", err)
-	}
 	policies, err := tx.Policies(ctx, store.DefaultTenant)
 	if err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
@@ -67,6 +60,7 @@ func newPlanner(ctx context.Context, tx *store.Tx, generation int64, rcps []wire
 	if err != nil {
 		return nil, fmt.Errorf("read deployments: %w", err)
 	}
+	limited := false
 	for _, d := range deployments {
 		if !d.DeletedAt.IsZero() {
 			continue
@@ -75,12 +69,60 @@ func newPlanner(ctx context.Context, tx *store.Tx, generation int64, rcps []wire
 		if err != nil {
 			return nil, fmt.Errorf("deployment %s: %w", d.Name, err)
 		}
+		limited = limited || d.MaxNodes > 0
 		p.deployments = append(p.deployments, plannedDeployment{Deployment: d, selector: sel})
+	}
+	if len(ids) > 0 && !limited { // one that is limited may move to other nodes
+		err = p.readSome(ctx, ids)
+	} else {
+		err = p.readAll(ctx)
+	}
+	if err != nil {
+		return nil, err
 	}
 	for i := range p.deployments {
 		p.selectNodes(&p.deployments[i])
 	}
 	return p, nil
+}
+
+func (p *planner) readAll(ctx context.Context) (err error) {
+	if p.nodes, err = p.tx.Nodes(ctx); err != nil {
+		return fmt.Errorf("read nodes: %w", err)
+	}
+	if p.tags, err = p.tx.AllTags(ctx); err != nil {
+		return fmt.Errorf("read tags: %w", err)
+	}
+	if p.old, err = p.tx.AllDesired(ctx); err != nil {
+		return fmt.Errorf("read desired states: %w", err)
+	}
+	return nil
+}
+
+func (p *planner) readSome(ctx context.Context, ids []wire.ID) error {
+	p.tags, p.old = map[wire.ID]map[string]string{}, map[wire.ID]*store.Desired{}
+	for _, id := range ids {
+		n, err := p.tx.Node(ctx, id)
+		if errors.Is(err, store.ErrNotFound) {
+			continue // removed meanwhile
+		}
+		if err != nil {
+			return fmt.Errorf("read node: %w", err)
+		}
+		rows, err := p.tx.NodeTags(ctx, id)
+		if err != nil {
+			return fmt.Errorf("read tags: %w", err)
+		}
+		old, err := p.tx.Desired(ctx, id)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return fmt.Errorf("read desired state: %w", err)
+		}
+		p.nodes, p.tags[id] = append(p.nodes, n), store.Effective(rows)
+		if err == nil {
+			p.old[id] = old
+		}
+	}
+	return nil
 }
 
 // managed reports whether a node gets desired states at all.
@@ -138,14 +180,11 @@ func (p *planner) content(n *store.Node) store.DesiredContent {
 	return c
 }
 
-// plan stores the desired states that changed, under new revisions. With ids,
-// only those nodes are looked at, unless a deployment with a maximum moves to
-// others because of them.
-func (p *planner) plan(ctx context.Context, ids ...wire.ID) ([]nodePlan, error) {
+// plan stores the desired states that changed, under new revisions.
+func (p *planner) plan(ctx context.Context) ([]nodePlan, error) {
 	var out []nodePlan
-	limited := slices.ContainsFunc(p.deployments, func(d plannedDeployment) bool { return d.MaxNodes > 0 })
 	for _, n := range p.nodes {
-		if !managed(n) || len(ids) > 0 && !limited && !slices.Contains(ids, n.ID) {
+		if !managed(n) {
 			continue
 		}
 		content := p.content(n)

@@ -450,16 +450,28 @@ func BenchmarkPlan(b *testing.B) {
 		}
 		return nil
 	})
-	plan := func(ctx context.Context, tx *store.Tx) error {
-		p, err := newPlanner(ctx, tx, 1, nil)
-		if err == nil {
-			_, err = p.plan(ctx)
+	all, err := db.Nodes(b.Context())
+	if err != nil {
+		b.Fatal(err)
+	}
+	plan := func(ids ...wire.ID) {
+		run(func(ctx context.Context, tx *store.Tx) error {
+			p, err := newPlanner(ctx, tx, 1, nil, ids...)
+			if err == nil {
+				_, err = p.plan(ctx)
+			}
+			return err
+		})
+	}
+	plan()
+	b.Run(fmt.Sprintf("all of %d", nodes), func(b *testing.B) {
+		for b.Loop() {
+			plan()
 		}
-		return err
-	}
-	run(plan)
-	for b.Loop() {
-		run(plan)
-	}
-	b.ReportMetric(nodes, "nodes")
+	})
+	b.Run("one", func(b *testing.B) {
+		for b.Loop() {
+			plan(all[0].ID)
+		}
+	})
 }
