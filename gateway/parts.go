@@ -21,7 +21,7 @@ func (s *Server) wire() {
 }
 
 // runMore starts what else runs as long as the server does.
-func (s *Server) runMore(g *errgroup.Group, ctx context.Context) {
+func (s *Server) runMore(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.enrolment.run(ctx) })
 	g.Go(func() error { return s.runDeploy(ctx) })
 	g.Go(func() error { return s.serveAPI(ctx) })

@@ -139,7 +139,7 @@ func (s *Server) Run(ctx context.Context) error {
 	} {
 		outer.Go(func() error { return s.runLane(outerCtx, innerCtx, l, f) })
 	}
-	s.runMore(outer, outerCtx)
+	s.runMore(outerCtx, outer)
 	// Tasks hold the outer group open until they end; the drain time bounds that.
 	stopped := context.AfterFunc(outerCtx, func() {
 		timer := time.AfterFunc(drainTime, func() { endWork(errSessionsClosed) })
