@@ -72,6 +72,8 @@ type enrolment struct {
 	talk func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
 	// push asks for every connected node to be visited.
 	push func()
+	// release ends the channel that we have to a party that waited.
+	release func(key wire.KeyHash)
 	// look asks for the party to be looked at now, if it is there.
 	look func(key wire.KeyHash)
 	// public is where nodes dial this gateway, for join codes; empty if they cannot.
@@ -275,7 +277,11 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if err := exchange(ctx, s, http.MethodPut, v, nil); err != nil {
 		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not delivered: "+wire.Quotable(err.Error())))
 	}
-	return e.delivered(ctx, key, d, v.Chain)
+	if err := e.delivered(ctx, key, d, v.Chain); err != nil {
+		return err
+	}
+	e.release(key) // it is not pending any more
+	return nil
 }
 
 // delivered notes that the party has its certificate.

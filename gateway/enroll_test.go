@@ -80,12 +80,13 @@ type desk struct {
 	t  *testing.T
 	ca *memoryCA
 
-	mu      sync.Mutex
-	parties map[wire.KeyHash]*applicant // that wait now
-	told    map[wire.ID][]string        // requests in sessions with certified parties
-	answer  func(p wire.Party, method, path string, in, out any) error
-	changes []wire.ID
-	looked  []wire.KeyHash
+	mu       sync.Mutex
+	parties  map[wire.KeyHash]*applicant // that wait now
+	told     map[wire.ID][]string        // requests in sessions with certified parties
+	answer   func(p wire.Party, method, path string, in, out any) error
+	changes  []wire.ID
+	looked   []wire.KeyHash
+	released []wire.KeyHash
 }
 
 func newDesk(t *testing.T) *desk {
@@ -128,6 +129,11 @@ func newDeskOn(t *testing.T, ca *memoryCA, path string, id *identity.Identity) *
 		})
 	}
 	d.push = func() {}
+	d.release = func(key wire.KeyHash) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.released = append(d.released, key)
+	}
 	d.look = func(key wire.KeyHash) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -274,8 +280,8 @@ func TestTokenGrantsAtOnce(t *testing.T) {
 	if d.audited("join.create") != 1 || d.audited("request.grant") != 1 || d.audited("certificate.issue") != 1 {
 		t.Error("audit rows are missing")
 	}
-	if !slices.Contains(d.changes, n.ID) {
-		t.Error("the fleet was not told")
+	if !slices.Contains(d.changes, n.ID) || !slices.Contains(d.released, n.KeyHash) {
+		t.Error("the fleet was not told, or the pending channel was kept")
 	}
 
 	// The code is used up for everybody else, and stays good for this key.

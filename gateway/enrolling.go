@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"sallyport/gateway/api"
@@ -16,6 +17,9 @@ var (
 	_ revoking  = (*Server)(nil)
 )
 
+// errEnrolled ends the channel of a party that has its certificate.
+var errEnrolled = errors.New("the party is enrolled: it is expected back with its certificate")
+
 // wireEnrolment gives the enrolment its ways to the rest of the gateway.
 func (s *Server) wireEnrolment() {
 	s.enrolment = &enrolment{
@@ -27,6 +31,14 @@ func (s *Server) wireEnrolment() {
 			return s.sessions.Do(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},
 		push: func() { s.fleet.askAll(wantPush, wire.RoleNode) },
+		release: func(key wire.KeyHash) {
+			s.links.mu.Lock()
+			p := s.links.pending[key]
+			s.links.mu.Unlock()
+			if p != nil {
+				p.conn.Close(errEnrolled)
+			}
+		},
 		look: func(key wire.KeyHash) {
 			select {
 			case s.fleet.arrived <- key:

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
 	"sallyport/internal/wire"
 )
@@ -190,11 +191,30 @@ func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, err
 // joinRCP makes a new code for an RCP that has a record.
 func (e *enrolment) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.RCPJoin, error) {
 	j := &store.Join{Role: wire.RoleRCP, Name: r.Name, MaxUses: 1, Replaces: in.Replace}
-	created, err := e.addJoin(ctx, j, time.Duration(in.TTL), nil)
+	created, err := e.addJoin(ctx, j, time.Duration(in.TTL), func(_ context.Context, tx *store.Tx) error {
+		tx.Wake(bus.RCPs) // it is dialled another way while the code is open
+		return nil
+	})
 	if err != nil {
 		return api.RCPJoin{}, err
 	}
 	return api.RCPJoin{RCP: rcpRecordView(r), Join: created}, nil
+}
+
+// joiningRCPs names the RCPs that have an open join code.
+func (e *enrolment) joiningRCPs(ctx context.Context) (map[string]bool, error) {
+	list, err := e.store.Joins(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]bool{}
+	generation := e.store.Installation().Generation
+	for _, j := range list {
+		if j.Role == wire.RoleRCP && joinView(j, generation).State == "open" {
+			out[j.Name] = true
+		}
+	}
+	return out, nil
 }
 
 // rcpRecordView is what the record of an RCP says; presence is known elsewhere.

@@ -25,7 +25,7 @@ func (s *Server) Status(context.Context) local.Status {
 	if addr := s.ChannelAddr(); addr != nil {
 		st.Listen = []string{addr.String()}
 	}
-	for _, t := range s.links.targets() {
+	for _, t := range s.links.targets(nil) {
 		st.DialTargets = append(st.DialTargets, t.addr)
 	}
 	slices.Sort(st.DialTargets)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -42,6 +43,7 @@ type links struct {
 
 	mu      sync.Mutex
 	records map[string]*store.RCP // by name, as last read
+	joining map[string]bool       // by name: a join code is open
 	hops    map[wire.ID][]*hopConn
 	inbound map[wire.ID]*channel.Link // of parties that dial us
 	pending map[wire.KeyHash]*pendingConn
@@ -93,7 +95,7 @@ func (l *links) Run(ctx context.Context) error {
 			if err := l.reload(ctx); err != nil && ctx.Err() == nil {
 				l.s.log.Error("rcp records not read", "error", err)
 			}
-			wanted := l.targets()
+			wanted := l.targets(slices.Collect(maps.Keys(running)))
 			for t, stop := range running {
 				if !slices.Contains(wanted, t) {
 					stop(errLinkRemoved)
@@ -111,7 +113,7 @@ func (l *links) Run(ctx context.Context) error {
 			case <-ctx.Done():
 				return nil
 			case <-wakes:
-			case <-time.After(targetSweep): // leaves expire
+			case <-time.After(targetSweep): // leaves and join codes expire
 			}
 		}
 	})
@@ -124,8 +126,13 @@ func (l *links) reload(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("load rcps: %w", err)
 	}
+	joining, err := l.s.enrolment.joiningRCPs(ctx)
+	if err != nil {
+		return fmt.Errorf("load join codes: %w", err)
+	}
 	l.mu.Lock()
 	old := l.records
+	l.joining = joining
 	l.records = make(map[string]*store.RCP, len(list))
 	for _, r := range list {
 		l.records[r.Name] = r
@@ -174,18 +181,30 @@ func rcpRecord(r *store.RCP) record {
 }
 
 // targets are the addresses to dial now.
-func (l *links) targets() []dialTarget {
+//
+// An RCP that waits for its first certificate, for a new one after its leaf
+// expired, or to be enrolled anew with an open join code is dialled without its
+// UUID: see dial. The dialler of one that is connected stays as it is.
+func (l *links) targets(running []dialTarget) []dialTarget {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var out []dialTarget
 	for _, r := range l.records {
-		if r.Address != "" && r.Via == "" && r.State != api.RCPRevoked {
-			t := dialTarget{r.Name, r.Address, r.PartyID}
-			if r.State == api.RCPPending || !r.NotAfter.IsZero() && time.Now().After(r.NotAfter) {
-				t.id = "" // it waits for its certificate, or for a new one: see dial
-			}
-			out = append(out, t)
+		if r.Address == "" || r.Via != "" || r.State == api.RCPRevoked && !l.joining[r.Name] {
+			continue
 		}
+		t := dialTarget{r.Name, r.Address, r.PartyID}
+		if r.State == api.RCPPending || l.joining[r.Name] || !r.NotAfter.IsZero() && time.Now().After(r.NotAfter) {
+			t.id = ""
+		}
+		if r.PartyID != "" && len(l.hops[r.PartyID]) > 0 {
+			for _, old := range running {
+				if old.name == t.name && old.addr == t.addr {
+					t = old
+				}
+			}
+		}
+		out = append(out, t)
 	}
 	return out
 }

@@ -216,7 +216,9 @@ func (e *enrolment) spread(ctx context.Context, env wire.Envelope) {
 		}
 		wg.Go(func() {
 			p := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
-			if err := e.putRevocations(ctx, p, env); err != nil {
+			switch err := e.putRevocations(ctx, p, env); {
+			case errors.Is(err, ErrNotConnected): // it gets the set when it comes
+			case err != nil:
 				e.log.Warn("an RCP does not have the new revocation set yet", "rcp", r.Name, "error", err)
 			}
 		})

@@ -640,6 +640,7 @@ func TestJoinSource(t *testing.T) {
 	write(t, dir, "a", []byte(a+"\n"))
 	write(t, dir, "b", []byte("\n "+b))
 	write(t, dir, ".hidden", []byte("garbage"))
+	write(t, dir, "empty", []byte("\n"))
 	for name, got := range map[string][]identity.Join{
 		"code":     codes(a, ""),
 		"stdin":    codes("-", a+"\n"),

@@ -76,8 +76,8 @@ func (s *JoinSource) String() string {
 	return s.value
 }
 
-// Codes reads what is there now. A missing file or directory gives no codes
-// and no error: an enrolled party does not need it any more. A malformed code
+// Codes reads what is there now. A missing file or directory, or an empty
+// file, gives no codes and no error: an enrolled party does not need it any more. A malformed code
 // is an error that wraps wire.ErrJoinCode; the good ones are returned with it.
 func (s *JoinSource) Codes() ([]Join, error) {
 	if s == nil {
@@ -143,6 +143,9 @@ func joinFile(path string) ([]Join, error) {
 	b, err := readJoin(f)
 	if err != nil {
 		return nil, fmt.Errorf("join code: %s: %w", path, err)
+	}
+	if strings.TrimSpace(b) == "" {
+		return nil, nil // somebody is about to fill it
 	}
 	return one(path, b)
 }
