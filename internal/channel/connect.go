@@ -56,8 +56,9 @@ func (c *Conn) Connect(ctx context.Context, authority string, h http.Header) (ne
 			defer cut()
 			soon, cancel := context.WithTimeout(life, linger)
 			defer cancel()
+			peerEnded := s.discard(soon)
 			if s.drainWrite(soon) && pw.Close() == nil { // the peer reads the end of the stream
-				s.drainRead(soon)
+				<-peerEnded
 			}
 			cut()
 			_ = pw.CloseWithError(net.ErrClosed)
@@ -108,9 +109,11 @@ func AcceptConnect(w http.ResponseWriter, r *http.Request) (net.Conn, error) {
 	end := func(s *stream) {
 		soon, cancel := context.WithTimeout(r.Context(), linger)
 		defer cancel()
+		s.discard(soon)
 		if !s.drainWrite(soon) {
 			_ = rc.SetWriteDeadline(time.Unix(1, 0))
 		}
+		cancel()
 		_ = rc.SetReadDeadline(time.Unix(1, 0))
 		s.release()
 	}

@@ -265,6 +265,7 @@ func TestRevocationCutsAndIsNotResumed(t *testing.T) {
 
 func TestChannelEndsWithTheLeafThatOpenedIt(t *testing.T) {
 	each(t, func(t *testing.T, v variant) {
+		t.Parallel()
 		p := newPlant(t, v, ok)
 		end := time.Now().Add(2 * time.Second).Truncate(time.Second).Add(time.Second)
 		p.ca.Certify(t, p.down, identitytest.NotAfter(end))

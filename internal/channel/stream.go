@@ -253,6 +253,17 @@ func (s *stream) drainWrite(ctx context.Context) bool {
 	}
 }
 
+// discard reads to the peer's end in the background, so that a peer that wants
+// to be rid of its bytes before it reads ours is not waited for in vain.
+func (s *stream) discard(ctx context.Context) (ended <-chan struct{}) {
+	done := make(chan struct{})
+	s.calls.Go(func() {
+		defer close(done)
+		s.drainRead(ctx)
+	})
+	return done
+}
+
 // drainRead discards until the peer ends too.
 func (s *stream) drainRead(ctx context.Context) {
 	for {
