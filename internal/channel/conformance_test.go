@@ -156,7 +156,7 @@ func each(t *testing.T, f func(t *testing.T, v variant)) {
 	}
 }
 
-func request(t *testing.T, ctx context.Context, rt http.RoundTripper, method, path string, body io.Reader) (*http.Response, error) {
+func request(ctx context.Context, t *testing.T, rt http.RoundTripper, method, path string, body io.Reader) (*http.Response, error) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(ctx, method, "http://peer"+path, body)
 	if err != nil {
@@ -183,7 +183,7 @@ func TestRequestAndAnswer(t *testing.T) {
 			_, _ = fmt.Fprintf(w, "%s %s %s %s", r.Method, r.URL.Path, b, c.Peer().Party.Role)
 		}))
 		up := p.connect(t)
-		res, err := request(t, t.Context(), up, http.MethodPost, "/v1/x", strings.NewReader("hello"))
+		res, err := request(t.Context(), t, up, http.MethodPost, "/v1/x", strings.NewReader("hello"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -455,7 +455,7 @@ func TestResponseHeaderTimeout(t *testing.T) {
 		p := newPlant(t, v, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
 		p.limits = channel.Limits{HeaderTimeout: 100 * time.Millisecond}
 		up := p.connect(t)
-		if _, err := request(t, t.Context(), up, http.MethodGet, "/", nil); !errors.Is(err, channel.ErrHeaderTimeout) {
+		if _, err := request(t.Context(), t, up, http.MethodGet, "/", nil); !errors.Is(err, channel.ErrHeaderTimeout) {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -528,7 +528,7 @@ func TestCloseReachesTheOtherEnd(t *testing.T) {
 		if up.Err() == nil {
 			t.Error("no reason was given")
 		}
-		if _, err := request(t, t.Context(), up, http.MethodGet, "/", nil); err == nil {
+		if _, err := request(t.Context(), t, up, http.MethodGet, "/", nil); err == nil {
 			t.Error("a request on a dead channel was answered")
 		}
 		_ = c.Close()

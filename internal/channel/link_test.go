@@ -137,7 +137,7 @@ func TestLinkWithoutMore(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	res, err := request(t, t.Context(), link, http.MethodGet, "/", nil)
+	res, err := request(t.Context(), t, link, http.MethodGet, "/", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package channel
 
 import (
+	"io"
 	"net"
 )
 
@@ -13,7 +14,7 @@ type peekedConn struct {
 // peek reads the first bytes of c, at least one and at most n.
 func peek(c net.Conn, n int) (*peekedConn, error) {
 	head := make([]byte, n)
-	got, err := c.Read(head)
+	got, err := io.ReadAtLeast(c, head, 1)
 	if err != nil {
 		return nil, err
 	}

@@ -26,7 +26,7 @@ func works(t *testing.T, p *plant) {
 		t.Fatalf("an honest party is harmed: %v", err)
 	}
 	defer c.Close(nil)
-	res, err := request(t, t.Context(), c, http.MethodGet, "/", nil)
+	res, err := request(t.Context(), t, c, http.MethodGet, "/", nil)
 	if err != nil {
 		t.Fatalf("an honest party is harmed: %v", err)
 	}
@@ -237,7 +237,7 @@ func TestRevocationCutsAndIsNotResumed(t *testing.T) {
 				t.Errorf("resumed is %v", c.Resumed())
 			}
 			if v.ordinary {
-				res, err := request(t, t.Context(), c, http.MethodGet, "/", nil)
+				res, err := request(t.Context(), t, c, http.MethodGet, "/", nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -331,14 +331,14 @@ func TestEnrolment(t *testing.T) {
 					t.Errorf("got %q, %v", buf, err)
 				}
 				_ = s.Close()
-				res, err := request(t, t.Context(), up, http.MethodPost, "/x", strings.NewReader(big))
+				res, err := request(t.Context(), t, up, http.MethodPost, "/x", strings.NewReader(big))
 				if err != nil {
 					t.Fatal(err)
 				}
 				if _ = res.Body.Close(); res.StatusCode != http.StatusRequestEntityTooLarge {
 					t.Errorf("a large body gave %d", res.StatusCode)
 				}
-				res, err = request(t, t.Context(), up, http.MethodGet, "/big", nil)
+				res, err = request(t.Context(), t, up, http.MethodGet, "/big", nil)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -2,6 +2,7 @@ package channel
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -59,7 +60,7 @@ func (s *stream) Read(p []byte) (int, error) {
 		if s.readBy.exceeded() && !s.isClosed() {
 			return 0, os.ErrDeadlineExceeded
 		}
-		n, err, wait := s.take(p)
+		n, wait, err := s.take(p)
 		if wait == nil {
 			return n, err
 		}
@@ -73,24 +74,24 @@ func (s *stream) Read(p []byte) (int, error) {
 
 // take returns what is there; else it makes sure that a read is in flight and
 // returns what to wait for.
-func (s *stream) take(p []byte) (int, error, <-chan struct{}) {
+func (s *stream) take(p []byte) (n int, wait <-chan struct{}, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
 	case s.isClosed():
-		return 0, net.ErrClosed, nil
+		return 0, nil, net.ErrClosed
 	case len(s.pending) > 0:
-		n := copy(p, s.pending)
+		n = copy(p, s.pending)
 		if s.pending = s.pending[n:]; len(s.pending) == 0 {
 			s.dropLocked()
 		}
 		return n, nil, nil
 	case s.readErr != nil:
-		return 0, s.readErr, nil
+		return 0, nil, s.readErr
 	case len(p) == 0:
 		return 0, nil, nil
 	}
-	return 0, nil, s.fillLocked()
+	return 0, s.fillLocked(), nil
 }
 
 func (s *stream) dropLocked() {
@@ -134,7 +135,7 @@ func (s *stream) fill() {
 // HTTP/2 of a session inside the stream would take an http2.StreamError, which
 // it looks for by type, for one about a stream of its own, and read on for ever.
 func outerError(err error) error {
-	if err == nil || err == io.EOF {
+	if err == nil || errors.Is(err, io.EOF) {
 		return err
 	}
 	return fmt.Errorf("stream: %w", err)

@@ -44,6 +44,8 @@ func openUDP(addr string, l *Listener) (*udpPort, error) {
 		Conn:              pc,
 		StatelessResetKey: reset,
 		TokenGeneratorKey: token,
+		// Our diallers speak version 1; strangers get no answer.
+		DisableVersionNegotiationPackets: true,
 		// Under load a dialler must first show that its address is its own
 		// (Retry, RFC 9000 section 8.1.2).
 		VerifySourceAddress: func(net.Addr) bool { return l.handshakes.count() > l.limits.Handshakes/4 },

@@ -57,6 +57,9 @@ func newWorld(t *testing.T, ca *identitytest.CA, gateway, other *identity.Identi
 	return w
 }
 
+// waitServed waits for the end of one session at the other party.
+func (w *world) waitServed() { _ = <-w.served }
+
 func (w *world) stream(t *testing.T) net.Conn {
 	t.Helper()
 	s, err := w.up.Connect(t.Context(), wire.ConnectAuthority(w.other.ID()), nil)
@@ -121,7 +124,7 @@ func TestSession(t *testing.T) {
 			t.Error(err)
 		}
 		<-s.Done()
-		<-w.served
+		w.waitServed()
 	}
 }
 
@@ -133,7 +136,7 @@ func TestDialRefusesAnotherParty(t *testing.T) {
 	if _, err := session.Dial(t.Context(), w.stream(t), w.gateway, want); err == nil {
 		t.Error("a session with another node was opened")
 	}
-	<-w.served
+	w.waitServed()
 }
 
 func TestServeRefusesAnybodyButAGateway(t *testing.T) {
@@ -204,7 +207,7 @@ func TestSessionEndsWithItsLeaf(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Error("the session outlives its leaf")
 	}
-	<-w.served
+	w.waitServed()
 }
 
 func TestEnrolment(t *testing.T) {
@@ -228,12 +231,12 @@ func TestEnrolment(t *testing.T) {
 		t.Errorf("peer is %+v", s.Peer())
 	}
 	_ = s.Close()
-	<-w.served
+	w.waitServed()
 
 	if _, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, ca.Pending(t, wire.RoleNode).KeyHash()); !errors.Is(err, identity.ErrWrongParty) {
 		t.Errorf("another key gave %v", err)
 	}
-	<-w.served
+	w.waitServed()
 
 	for name, id := range map[string]*identity.Identity{
 		"rcp":             ca.Party(t, wire.RoleRCP),
