@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -300,7 +301,7 @@ func TestActionQueue(t *testing.T) {
 	if got := ended(short); got != wire.ActionExpired {
 		t.Errorf("time to live over: %s", got)
 	}
-	if _, _, err := a.begin(wire.Action{ID: wire.NewID(), Command: []string{"true"}}, true); err != errNoRun {
+	if _, _, err := a.begin(wire.Action{ID: wire.NewID(), Command: []string{"true"}}, true); !errors.Is(err, errNoRun) {
 		t.Errorf("attach to nothing: %v", err)
 	}
 	cancel()

@@ -217,14 +217,4 @@ func complete(doc *wire.Desired) error {
 	return nil
 }
 
-// rcps are those of the accepted state.
-func (d *desired) rcps() []wire.RCPAddresses {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.doc == nil {
-		return nil
-	}
-	return d.doc.RCPs
-}
-
 func desiredFile(dir string) string { return filepath.Join(dir, fileDesired) }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -111,7 +112,7 @@ func TestOutbox(t *testing.T) {
 		t.Fatal(err)
 	}
 	var up wire.OutboxUp
-	if err := o.lines.Next(&up); err != io.EOF {
+	if err := o.lines.Next(&up); !errors.Is(err, io.EOF) {
 		t.Errorf("end of stream: %v", err)
 	}
 	// After a restart the rest comes with the same places.

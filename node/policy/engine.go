@@ -187,8 +187,8 @@ func (e *Engine) conflicts() map[string]error {
 		}
 		for _, f := range spec.Files {
 			path := f.Path
-			if real, err := realPath(path); err == nil {
-				path = real
+			if resolved, err := realPath(path); err == nil {
+				path = resolved
 			}
 			if !slices.Contains(claimed[path], p.Name) {
 				claimed[path] = append(claimed[path], p.Name)

@@ -31,19 +31,19 @@ func (e *Engine) planFiles(spec wire.FilesSpec) (filesPlan, error) {
 	}
 	seen := map[string]bool{}
 	for _, f := range spec.Files {
-		real, err := e.cfg.Bounds.Resolve(f.Path)
+		resolved, err := e.cfg.Bounds.Resolve(f.Path)
 		if err != nil {
 			return plan, err
 		}
-		if seen[real] {
+		if seen[resolved] {
 			return plan, fmt.Errorf("%s stands there twice, through a symbolic link", f.Path)
 		}
-		seen[real] = true
+		seen[resolved] = true
 		mode, err := f.Perm()
 		if err != nil {
 			return plan, err
 		}
-		plan.wants = append(plan.wants, snapshot{Path: real, Kind: kindFile, Mode: mode, Content: []byte(f.Content)})
+		plan.wants = append(plan.wants, snapshot{Path: resolved, Kind: kindFile, Mode: mode, Content: []byte(f.Content)})
 	}
 	return plan, nil
 }

@@ -40,22 +40,22 @@ func TestResolve(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	real := filepath.Join(dir, "real")
-	if err := os.WriteFile(real, []byte("#!/bin/sh\n"), 0o700); err != nil {
+	target := filepath.Join(dir, "real")
+	if err := os.WriteFile(target, []byte("#!/bin/sh\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.MkdirAll(filepath.Join(dir, "ok"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	link := filepath.Join(dir, "ok", "link")
-	if err := os.Symlink(real, link); err != nil {
+	if err := os.Symlink(target, link); err != nil {
 		t.Fatal(err)
 	}
 	allow := Allow{dir + "/ok/*"}
-	if _, err := allow.Resolve(link, "X"); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), real) {
+	if _, err := allow.Resolve(link, "X"); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), target) {
 		t.Errorf("a link led out of what is allowed: %v", err)
 	}
-	if got, err := (Allow{real}).Resolve(link, "X"); err != nil || got != real {
+	if got, err := (Allow{target}).Resolve(link, "X"); err != nil || got != target {
 		t.Errorf("got %s, %v", got, err)
 	}
 	if _, err := (Allow{"*"}).Resolve("./real", "X"); !errors.Is(err, ErrRefused) {
@@ -66,7 +66,7 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-func run(t *testing.T, ctx context.Context, script string) (Exit, string) {
+func run(ctx context.Context, t *testing.T, script string) (Exit, string) {
 	t.Helper()
 	out := &Buffer{Limit: 1 << 10}
 	exit, err := Run(ctx, Command{Path: "/bin/sh", Args: []string{"sh", "-c", script}, Stdout: out, Stderr: out})
@@ -79,11 +79,11 @@ func run(t *testing.T, ctx context.Context, script string) (Exit, string) {
 func TestRun(t *testing.T) {
 	t.Setenv("SALLYPORT_NODE_JOIN", "secret")
 	t.Setenv("OTHER", "kept")
-	exit, out := run(t, t.Context(), `echo "$OTHER-$SALLYPORT_NODE_JOIN"; pwd; exit 3`)
+	exit, out := run(t.Context(), t, `echo "$OTHER-$SALLYPORT_NODE_JOIN"; pwd; exit 3`)
 	if exit.Code != 3 || out != "kept-\n/\n" {
 		t.Errorf("exit %+v, output %q", exit, out)
 	}
-	if exit, _ := run(t, t.Context(), `kill -9 $$`); exit != (Exit{Code: 137, Signal: 9}) {
+	if exit, _ := run(t.Context(), t, `kill -9 $$`); exit != (Exit{Code: 137, Signal: 9}) {
 		t.Errorf("signal: %+v", exit)
 	}
 	if _, err := Run(t.Context(), Command{Path: "/nonexistent", Args: []string{"x"}}); err == nil {
@@ -130,7 +130,7 @@ func zombie(pid int) bool {
 // TestBackground: a child that keeps running does not hold up its parent.
 func TestBackground(t *testing.T) {
 	start := time.Now()
-	exit, out := run(t, t.Context(), `sleep 3 & echo done`)
+	exit, out := run(t.Context(), t, `sleep 3 & echo done`)
 	if exit.Code != 0 || out != "done\n" || time.Since(start) > 2500*time.Millisecond {
 		t.Errorf("exit %+v, %q after %v", exit, out, time.Since(start))
 	}

@@ -1,6 +1,7 @@
 package spool
 
 import (
+	"errors"
 	"fmt"
 	"sort"
 	"strconv"
@@ -106,7 +107,7 @@ func (s *segment) read(off int64, visit func(end int64, r record) bool) error {
 		rest := buf[:n]
 		for len(rest) > 0 {
 			r, err := parseRecord(rest, s.index)
-			if err == errShort && off+int64(len(rest)) < s.size {
+			if errors.Is(err, errShort) && off+int64(len(rest)) < s.size {
 				break // the record goes on behind this chunk
 			}
 			if err != nil {
