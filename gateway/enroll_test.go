@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"log/slog"
 	"net/http"
@@ -77,7 +76,7 @@ func (c *memoryCA) Revocations() (wire.Envelope, bool) {
 // desk is an enrolment whose parties live in the test.
 type desk struct {
 	*enrolment
-	t  *testing.T
+	t  testing.TB
 	ca *memoryCA
 
 	mu       sync.Mutex
@@ -89,13 +88,13 @@ type desk struct {
 	released []wire.KeyHash
 }
 
-func newDesk(t *testing.T) *desk {
+func newDesk(t testing.TB) *desk {
 	t.Helper()
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
 	return newDeskOn(t, ca, filepath.Join(t.TempDir(), "sallyport.db"), ca.Party(t, wire.RoleGateway))
 }
 
-func newDeskOn(t *testing.T, ca *memoryCA, path string, id *identity.Identity) *desk {
+func newDeskOn(t testing.TB, ca *memoryCA, path string, id *identity.Identity) *desk {
 	t.Helper()
 	db, err := store.Open(t.Context(), store.Config{Path: path, Log: slog.New(slog.DiscardHandler), Bus: new(bus.Local)})
 	if err != nil {
@@ -376,182 +375,6 @@ func TestBadTokens(t *testing.T) {
 	}
 }
 
-func TestManualGrant(t *testing.T) {
-	d := newDesk(t)
-	code := d.join(api.CreateJoin{Name: "db", Manual: true, Tags: map[string]string{"role": "db"}})
-	a := d.party(wire.RoleNode, code, "wish")
-	d.see(a)
-	d.expect(a, enroll.StateWaiting, wire.EnrollManual)
-	q := d.requests(api.RequestPending)[0]
-	if q.Name != "db" || q.KeyHash != a.id.KeyHash() || q.Reason != wire.EnrollManual || q.Tags["env"] != "own" {
-		t.Errorf("request %+v", q)
-	}
-	d.see(a) // it comes again: one request, not two
-	if n := len(d.requests("")); n != 1 {
-		t.Fatalf("%d requests, want 1", n)
-	}
-	if _, err := d.grant(t.Context(), "db", api.Grant{Fingerprint: "SHA256:wrong"}); !api.Is(err, api.CodeConflict) {
-		t.Errorf("another fingerprint: %v", err)
-	}
-	if _, err := d.grant(t.Context(), "nobody", api.Grant{}); !api.Is(err, api.CodeNotFound) {
-		t.Errorf("unknown: %v", err)
-	}
-	ctx := store.WithActor(t.Context(), store.Actor{Who: "alice", Origin: "test"})
-	got, err := d.grant(ctx, "db", api.Grant{Fingerprint: a.id.Fingerprint()})
-	if err != nil || got.State != api.RequestGranted || got.DecidedBy != "alice" {
-		t.Fatalf("%+v %v", got, err)
-	}
-	if !slices.Contains(d.looked, a.id.KeyHash()) {
-		t.Error("the party was not looked at, at once")
-	}
-	d.see(a)
-	if err := a.Ready(); err != nil {
-		t.Error(err)
-	}
-	if tags, err := d.store.NodeTags(t.Context(), a.id.ID()); err != nil || len(tags) != 1 || tags[0].Value != "db" {
-		t.Errorf("tags of the code: %+v %v", tags, err)
-	}
-	if _, err := d.grant(t.Context(), "db", api.Grant{}); !api.Is(err, api.CodeNotFound) {
-		t.Errorf("granted twice: %v", err)
-	}
-}
-
-func TestGrantSurvivesRestart(t *testing.T) {
-	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
-	id := ca.Party(t, wire.RoleGateway)
-	path := filepath.Join(t.TempDir(), "sallyport.db")
-	d := newDeskOn(t, ca, path, id)
-	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "db")
-	d.see(a)
-	d.mu.Lock()
-	clear(d.parties) // it is away when the operator decides
-	d.mu.Unlock()
-	if _, err := d.grant(t.Context(), "db", api.Grant{}); err != nil {
-		t.Fatal(err)
-	}
-	d.see(a)
-	if a.Ready() == nil {
-		t.Fatal("a party that is away got its certificate")
-	}
-	if err := d.store.Close(); err != nil {
-		t.Fatal(err)
-	}
-	d = newDeskOn(t, ca, path, id)
-	d.parties[a.id.KeyHash()] = a
-	d.see(a)
-	if err := a.Ready(); err != nil {
-		t.Errorf("days later: %v", err)
-	}
-	if q := d.requests("")[0]; q.State != api.RequestDelivered {
-		t.Errorf("request %+v", q)
-	}
-}
-
-func TestDenyAndDiscard(t *testing.T) {
-	d := newDesk(t)
-	code := d.join(api.CreateJoin{Manual: true})
-	denied, discarded := d.party(wire.RoleNode, code, "a"), d.party(wire.RoleNode, code, "b")
-	d.see(denied)
-	d.see(discarded)
-	if _, err := d.deny(t.Context(), "a", api.Deny{Reason: "not ours"}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := d.discard(t.Context(), "b"); err != nil {
-		t.Fatal(err)
-	}
-	d.see(denied)
-	d.see(discarded)
-	d.expect(denied, enroll.StateDenied, wire.EnrollByOperator)
-	if s := denied.Status(); s.Reason != "not ours" {
-		t.Errorf("told %q", s.Reason)
-	}
-	d.expect(discarded, enroll.StateWaiting, wire.EnrollManual) // it is told nothing
-	if n := len(d.requests(api.RequestPending)); n != 0 {
-		t.Errorf("%d requests came back", n)
-	}
-	if d.audited("request.deny") != 1 || d.audited("request.discard") != 1 {
-		t.Error("audit rows are missing")
-	}
-	// Another code is another request.
-	other := d.partyOf(denied.id, d.join(api.CreateJoin{}), "a")
-	d.see(other)
-	if err := other.Ready(); err != nil {
-		t.Error(err)
-	}
-}
-
-func TestNameInUseWaits(t *testing.T) {
-	d := newDesk(t)
-	old := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
-		return tx.TagNode(ctx, old.id.ID(), map[string]string{"tier": "gold"}, nil)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	twin := d.party(wire.RoleNode, d.join(api.CreateJoin{Name: "web"}), "")
-	d.see(twin)
-	d.expect(twin, enroll.StateWaiting, wire.EnrollNameInUse)
-	q := d.requests(api.RequestPending)[0]
-	if q.Reason != wire.EnrollNameInUse {
-		t.Errorf("reason %q, want %q", q.Reason, wire.EnrollNameInUse)
-	}
-	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
-		t.Errorf("a request and a node have that name: %v", err)
-	}
-	if _, err := d.grant(t.Context(), q.ID, api.Grant{}); !api.Is(err, api.CodeNameInUse) {
-		t.Errorf("without --replace: %v", err)
-	}
-	if d.id.Revoked(old.id.KeyHash()) {
-		t.Fatal("the old identity ended before it was replaced")
-	}
-	if _, err := d.grant(t.Context(), q.ID, api.Grant{Replace: true}); err != nil {
-		t.Fatal(err)
-	}
-	d.see(twin)
-	if err := twin.Ready(); err != nil {
-		t.Fatal(err)
-	}
-	if !d.id.Revoked(old.id.KeyHash()) {
-		t.Error("the old identity lives on")
-	}
-	tags, err := d.store.NodeTags(t.Context(), twin.id.ID())
-	if err != nil || store.Effective(tags)["tier"] != "gold" {
-		t.Errorf("tags %v %v", tags, err)
-	}
-	if n, err := d.store.NodeByName(t.Context(), "default", "web"); err != nil || n.ID != twin.id.ID() {
-		t.Errorf("web is %v %v", n, err)
-	}
-	// join create --replace does the same without an operator at the end.
-	third := d.enrolled(d.join(api.CreateJoin{Name: "web", Replace: true}), "")
-	if !d.id.Revoked(twin.id.KeyHash()) || d.id.Revoked(third.id.KeyHash()) {
-		t.Error("--replace did not end the identity before")
-	}
-}
-
-func TestTwoRequestsOfOneName(t *testing.T) {
-	d := newDesk(t)
-	code := d.join(api.CreateJoin{Manual: true})
-	a, b := d.party(wire.RoleNode, code, "web"), d.party(wire.RoleNode, code, "web")
-	d.see(a)
-	d.see(b)
-	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
-		t.Errorf("two requests: %v", err)
-	}
-	if _, err := d.deny(t.Context(), "web", api.Deny{}); !api.Is(err, api.CodeAmbiguous) {
-		t.Errorf("deny of two: %v", err)
-	}
-	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: b.id.Fingerprint()}); err != nil {
-		t.Fatal(err)
-	}
-	d.see(a)
-	d.see(b)
-	if a.Ready() == nil || b.Ready() != nil {
-		t.Errorf("granted the wrong one: a %v, b %v", a.Ready(), b.Ready())
-	}
-	d.expect(a, enroll.StateWaiting, wire.EnrollNameInUse) // the other one took the name
-}
-
 func TestStolenUUIDWaits(t *testing.T) {
 	d := newDesk(t)
 	victim := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
@@ -683,197 +506,6 @@ func TestRCPEnrols(t *testing.T) {
 	d.expect(e, enroll.StateDenied, wire.EnrollTokenUnknown)
 }
 
-func TestRevokeAndEnrolAgain(t *testing.T) {
-	for _, remove := range []bool{false, true} {
-		d := newDesk(t)
-		a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-		n, err := d.store.Node(t.Context(), a.id.ID())
-		if err != nil {
-			t.Fatal(err)
-		}
-		number, err := d.revokeNode(t.Context(), n, remove)
-		if err != nil || number != 1 || !d.id.Revoked(a.id.KeyHash()) {
-			t.Fatalf("number %d, %v", number, err)
-		}
-		if !slices.Contains(d.told[a.id.ID()], "PUT /v1/revocations") {
-			t.Error("the node was not told")
-		}
-		_, err = d.store.Node(t.Context(), a.id.ID())
-		if remove != errors.Is(err, store.ErrNotFound) {
-			t.Errorf("remove %v: %v", remove, err)
-		}
-		d.see(a)
-		if s := a.Status(); s.State != enroll.StateEnrolled {
-			t.Fatalf("status %+v", s)
-		}
-		// It learns of it, gets a new code, makes a new key and keeps its UUID.
-		env, _ := d.ca.Revocations()
-		if _, err := a.id.ApplyRevocations(env); err != nil {
-			t.Fatal(err)
-		}
-		uuid, old := a.id.ID(), a.id.KeyHash()
-		b := d.partyOf(a.id, d.join(api.CreateJoin{Name: "web"}), "")
-		d.see(b)
-		if err := b.Ready(); err != nil || b.id.ID() != uuid || b.id.KeyHash() == old {
-			t.Errorf("remove %v: enrols again: %v", remove, err)
-		}
-		if n, err := d.store.Node(t.Context(), uuid); err != nil || n.State == wire.StateRevoked || n.KeyHash != b.id.KeyHash() {
-			t.Errorf("node %+v %v", n, err)
-		}
-	}
-}
-
-func TestRevocationsMergeAtStart(t *testing.T) {
-	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
-	id := ca.Party(t, wire.RoleGateway)
-	dir := t.TempDir()
-	d := newDeskOn(t, ca, filepath.Join(dir, "a.db"), id)
-	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-	n, err := d.store.Node(t.Context(), a.id.ID())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := d.revokeNode(t.Context(), n, false); err != nil {
-		t.Fatal(err)
-	}
-	// A wiped database still revokes what the authority signed.
-	d = newDeskOn(t, ca, filepath.Join(dir, "b.db"), id)
-	keys, err := d.store.RevokedKeys(t.Context())
-	if err != nil || len(keys) != 1 || keys[0].KeyHash != a.id.KeyHash() {
-		t.Fatalf("keys %+v %v", keys, err)
-	}
-	b := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
-	if n, err = d.store.Node(t.Context(), b.id.ID()); err != nil {
-		t.Fatal(err)
-	}
-	if number, err := d.revokeNode(t.Context(), n, false); err != nil || number != 2 {
-		t.Errorf("number %d %v, want 2", number, err)
-	}
-	if !d.id.Revoked(a.id.KeyHash()) || !d.id.Revoked(b.id.KeyHash()) {
-		t.Error("a revocation was lost")
-	}
-	// A party with a newer set than ours: all our copies are old.
-	victim := wire.KeyHash(strings.Repeat("cd", 32))
-	newer := ca.Revoke(t, 9, victim)
-	d.answer = func(_ wire.Party, method, _ string, _, out any) error {
-		if env, ok := out.(*wire.Envelope); ok && method == http.MethodGet {
-			*env = newer
-		}
-		return nil
-	}
-	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: ca.TrustDomain}
-	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 9}); err != nil {
-		t.Fatal(err)
-	}
-	if number, _ := d.id.Revocations(); number != 10 || !d.id.Revoked(victim) || !d.id.Revoked(b.id.KeyHash()) {
-		t.Errorf("number %d, want 10 with all keys", number)
-	}
-	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 3}); err != nil {
-		t.Fatal(err)
-	}
-	if got := d.told[rcp.ID]; got[len(got)-1] != "PUT /v1/revocations" {
-		t.Errorf("a party with an older set was told %v", got)
-	}
-}
-
-func TestRevocationIsSignedLater(t *testing.T) {
-	d := newDesk(t)
-	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-	n, err := d.store.Node(t.Context(), a.id.ID())
-	if err != nil {
-		t.Fatal(err)
-	}
-	d.ca.fail = errors.New("the authority is away")
-	if _, err := d.revokeNode(t.Context(), n, false); err == nil || !strings.Contains(err.Error(), "revoked here") {
-		t.Errorf("got %v", err)
-	}
-	d.see(a) // not in the signed set, and refused all the same
-	d.ca.fail = nil
-	if err := d.publish(t.Context(), nil); err != nil || !d.id.Revoked(a.id.KeyHash()) {
-		t.Errorf("after the authority came back: %v", err)
-	}
-}
-
-func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
-	d := newDesk(t)
-	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-	var chain strings.Builder
-	for _, der := range d.ca.CA.Issue(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))) {
-		chain.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
-	}
-	if err := os.WriteFile(filepath.Join(a.id.Dir(), "chain.pem"), []byte(chain.String()), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	id, err := identity.Open(a.id.Dir(), wire.RoleNode)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !id.Expired() {
-		t.Fatal("not expired")
-	}
-	b := d.partyOf(id, "", "")
-	d.see(b)
-	if err := b.Ready(); err != nil || b.id.KeyHash() != a.id.KeyHash() {
-		t.Errorf("renewal: %v", err)
-	}
-	if n := len(d.requests("")); n != 1 {
-		t.Errorf("%d requests, want the first one alone", n)
-	}
-}
-
-func TestRenewal(t *testing.T) {
-	d := newDesk(t)
-	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
-	party, _ := a.id.Party()
-	var installed error
-	d.answer = func(_ wire.Party, method, path string, in, out any) error {
-		switch path {
-		case wire.PathCSR:
-			der, err := a.id.CSR(false)
-			out.(*wire.CSR).DER = der
-			return err
-		case wire.PathCertificate:
-			installed = a.id.Install(in.(wire.Certificate).Chain)
-			return installed
-		}
-		return nil
-	}
-	hello := &wire.Hello{Party: party, RenewAfter: time.Now().Add(-time.Hour)} // the party's word does not count
-	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || len(d.told[party.ID]) != 0 {
-		t.Errorf("renewed a fresh leaf: %v %v", err, d.told[party.ID])
-	}
-	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
-		k, err := tx.Key(ctx, a.id.KeyHash())
-		if err != nil {
-			return err
-		}
-		k.IssuedAt, k.NotAfter = time.Now().Add(-21*24*time.Hour), time.Now().Add(9*24*time.Hour)
-		return tx.PutKey(ctx, k)
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	before := a.id.NotAfter()
-	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || installed != nil {
-		t.Fatalf("%v %v", err, installed)
-	}
-	if got := d.told[party.ID]; !slices.Equal(got, []string{"POST /v1/csr", "PUT /v1/certificate"}) || a.id.NotAfter().Before(before) {
-		t.Errorf("told %v", got)
-	}
-	if k, err := d.store.Key(t.Context(), a.id.KeyHash()); err != nil || time.Until(k.NotAfter) < 29*24*time.Hour {
-		t.Errorf("key %+v %v", k, err)
-	}
-	if d.audited("certificate.renew") != 1 {
-		t.Error("no audit row")
-	}
-	if err := d.renewNow(t.Context(), party.ID); err != nil || len(d.told[party.ID]) != 4 {
-		t.Errorf("an operator's renewal: %v %v", err, d.told[party.ID])
-	}
-	if err := d.renewNow(t.Context(), wire.NewID()); !errors.Is(err, store.ErrNotFound) {
-		t.Errorf("unknown node: %v", err)
-	}
-}
-
 func TestCreateJoinRefuses(t *testing.T) {
 	d := newDesk(t)
 	for name, in := range map[string]api.CreateJoin{
@@ -936,4 +568,39 @@ func TestAttemptsAreBounded(t *testing.T) {
 	if n := len(d.attempts); n > maxAttempts {
 		t.Errorf("%d attempts are remembered", n)
 	}
+}
+
+// Whatever a waiting party says, nothing but its own name and UUID comes of it.
+func FuzzEnrollRequest(f *testing.F) {
+	d := newDesk(f)
+	id, err := identity.Open(f.TempDir(), wire.RoleNode)
+	if err != nil {
+		f.Fatal(err)
+	}
+	csr, err := id.CSR(false)
+	if err != nil {
+		f.Fatal(err)
+	}
+	seed, err := json.Marshal(wire.EnrollRequest{Role: wire.RoleNode, ID: id.ID(), Name: "web", CSR: csr, Versions: wire.OwnVersions, Tags: map[string]string{"a": "b"}})
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(seed)
+	f.Add([]byte(`{"role":"gateway"}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		a := &applicant{id: id, bend: func(_ *http.Request, w *httptest.ResponseRecorder) bool {
+			_, _ = w.Write(b) // a recorder takes all
+			return true
+		}}
+		d.mu.Lock()
+		d.parties[id.KeyHash()] = a
+		d.mu.Unlock()
+		state, err := d.ask(t.Context(), id.KeyHash(), origin{})
+		if err == nil && state == wire.EnrollGranted {
+			t.Fatalf("granted without a token: %s", b)
+		}
+		if len(d.ca.issued) != 0 {
+			t.Fatalf("a certificate was issued: %s", b)
+		}
+	})
 }

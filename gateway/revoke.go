@@ -19,9 +19,11 @@ import (
 const (
 	// farewell is how long a party that is revoked may take to be told so:
 	// one that knows it can ask its operator for a new code.
-	farewell = 2 * time.Second
-	// spreadTime bounds the delivery of a revocation set to one RCP.
-	spreadTime = 10 * time.Second
+	// Nobody else waits longer for its sake.
+	farewell = 500 * time.Millisecond
+	// spreadTime bounds the delivery of a revocation set to one RCP; one that
+	// is slower gets it with the next visit.
+	spreadTime = 5 * time.Second
 )
 
 // caller sends one request in a session, as conversation.call does.
@@ -108,6 +110,7 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	if env == nil {
 		return nil
 	}
+	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was signed is spread
 	e.bid(ctx, ended, *env)
 	if _, err := e.id.ApplyRevocations(*env); err != nil {
 		return fmt.Errorf("publish revocations: %w", err)

@@ -315,9 +315,9 @@ func TestRefusedKeyIsReplaced(t *testing.T) {
 		}
 
 		// An expired one believes the signed set, and waits for a new code.
-		id := ca.Party(t, wire.RoleNode)
+		id := ca.Party(t, wire.RoleNode, identitytest.NotAfter(time.Now().Add(time.Hour)))
 		p = start(t, id, "")
-		time.Sleep(40 * 24 * time.Hour)
+		time.Sleep(2 * time.Hour)
 		p.get(t)
 		set = ca.Revoke(t, 2, id.KeyHash())
 		p.put(t, wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollRevoked, Reason: "this key is revoked", Revocations: &set})
@@ -360,9 +360,9 @@ func TestNewCodeAloneChangesNothing(t *testing.T) {
 func TestExpiredAsksForRenewalWithTheSameKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)
-		id := ca.Party(t, wire.RoleNode)
+		id := ca.Party(t, wire.RoleNode, identitytest.NotAfter(time.Now().Add(time.Hour)))
 		p := start(t, id, "")
-		time.Sleep(40 * 24 * time.Hour)
+		time.Sleep(2 * time.Hour)
 		if s := p.Status(); s.State != enroll.StateExpired || !p.Needed() || p.Ready() == nil {
 			t.Fatalf("status %+v", s)
 		}
@@ -446,3 +446,28 @@ func TestHandlerServesNothingElse(t *testing.T) {
 type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { clear(b); return len(b), nil }
+
+// No verdict but one with a chain of the pinned root makes a party.
+func FuzzVerdict(f *testing.F) {
+	ca := identitytest.NewCA(f)
+	id := ca.Pending(f, wire.RoleNode)
+	a := enroll.New(enroll.Config{Identity: id, Log: slog.New(slog.DiscardHandler)})
+	for _, v := range []wire.EnrollVerdict{
+		{State: wire.EnrollGranted, Chain: [][]byte{ca.Root.Raw}},
+		{State: wire.EnrollDenied, Code: wire.EnrollTokenUsed},
+		{State: wire.EnrollPending},
+	} {
+		b, err := json.Marshal(v)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		w := httptest.NewRecorder()
+		a.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
+		if _, ok := id.Party(); ok {
+			t.Fatalf("enrolled by %s", b)
+		}
+	})
+}

@@ -1,0 +1,190 @@
+package gateway
+
+import (
+	"context"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/enroll"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/wire"
+)
+
+func TestManualGrant(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Name: "db", Manual: true, Tags: map[string]string{"role": "db"}})
+	a := d.party(wire.RoleNode, code, "wish")
+	d.see(a)
+	d.expect(a, enroll.StateWaiting, wire.EnrollManual)
+	q := d.requests(api.RequestPending)[0]
+	if q.Name != "db" || q.KeyHash != a.id.KeyHash() || q.Reason != wire.EnrollManual || q.Tags["env"] != "own" {
+		t.Errorf("request %+v", q)
+	}
+	d.see(a) // it comes again: one request, not two
+	if n := len(d.requests("")); n != 1 {
+		t.Fatalf("%d requests, want 1", n)
+	}
+	if _, err := d.grant(t.Context(), "db", api.Grant{Fingerprint: "SHA256:wrong"}); !api.Is(err, api.CodeConflict) {
+		t.Errorf("another fingerprint: %v", err)
+	}
+	if _, err := d.grant(t.Context(), "nobody", api.Grant{}); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("unknown: %v", err)
+	}
+	ctx := store.WithActor(t.Context(), store.Actor{Who: "alice", Origin: "test"})
+	got, err := d.grant(ctx, "db", api.Grant{Fingerprint: a.id.Fingerprint()})
+	if err != nil || got.State != api.RequestGranted || got.DecidedBy != "alice" {
+		t.Fatalf("%+v %v", got, err)
+	}
+	if !slices.Contains(d.looked, a.id.KeyHash()) {
+		t.Error("the party was not looked at, at once")
+	}
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Error(err)
+	}
+	if tags, err := d.store.NodeTags(t.Context(), a.id.ID()); err != nil || len(tags) != 1 || tags[0].Value != "db" {
+		t.Errorf("tags of the code: %+v %v", tags, err)
+	}
+	if _, err := d.grant(t.Context(), "db", api.Grant{}); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("granted twice: %v", err)
+	}
+}
+
+func TestGrantSurvivesRestart(t *testing.T) {
+	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
+	id := ca.Party(t, wire.RoleGateway)
+	path := filepath.Join(t.TempDir(), "sallyport.db")
+	d := newDeskOn(t, ca, path, id)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "db")
+	d.see(a)
+	d.mu.Lock()
+	clear(d.parties) // it is away when the operator decides
+	d.mu.Unlock()
+	if _, err := d.grant(t.Context(), "db", api.Grant{}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(a)
+	if a.Ready() == nil {
+		t.Fatal("a party that is away got its certificate")
+	}
+	if err := d.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	d = newDeskOn(t, ca, path, id)
+	d.parties[a.id.KeyHash()] = a
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Errorf("days later: %v", err)
+	}
+	if q := d.requests("")[0]; q.State != api.RequestDelivered {
+		t.Errorf("request %+v", q)
+	}
+}
+
+func TestDenyAndDiscard(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	denied, discarded := d.party(wire.RoleNode, code, "a"), d.party(wire.RoleNode, code, "b")
+	d.see(denied)
+	d.see(discarded)
+	if _, err := d.deny(t.Context(), "a", api.Deny{Reason: "not ours"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.discard(t.Context(), "b"); err != nil {
+		t.Fatal(err)
+	}
+	d.see(denied)
+	d.see(discarded)
+	d.expect(denied, enroll.StateDenied, wire.EnrollByOperator)
+	if s := denied.Status(); s.Reason != "not ours" {
+		t.Errorf("told %q", s.Reason)
+	}
+	d.expect(discarded, enroll.StateWaiting, wire.EnrollManual) // it is told nothing
+	if n := len(d.requests(api.RequestPending)); n != 0 {
+		t.Errorf("%d requests came back", n)
+	}
+	if d.audited("request.deny") != 1 || d.audited("request.discard") != 1 {
+		t.Error("audit rows are missing")
+	}
+	// Another code is another request.
+	other := d.partyOf(denied.id, d.join(api.CreateJoin{}), "a")
+	d.see(other)
+	if err := other.Ready(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNameInUseWaits(t *testing.T) {
+	d := newDesk(t)
+	old := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.TagNode(ctx, old.id.ID(), map[string]string{"tier": "gold"}, nil)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	twin := d.party(wire.RoleNode, d.join(api.CreateJoin{Name: "web"}), "")
+	d.see(twin)
+	d.expect(twin, enroll.StateWaiting, wire.EnrollNameInUse)
+	q := d.requests(api.RequestPending)[0]
+	if q.Reason != wire.EnrollNameInUse {
+		t.Errorf("reason %q, want %q", q.Reason, wire.EnrollNameInUse)
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("a request and a node have that name: %v", err)
+	}
+	if _, err := d.grant(t.Context(), q.ID, api.Grant{}); !api.Is(err, api.CodeNameInUse) {
+		t.Errorf("without --replace: %v", err)
+	}
+	if d.id.Revoked(old.id.KeyHash()) {
+		t.Fatal("the old identity ended before it was replaced")
+	}
+	if _, err := d.grant(t.Context(), q.ID, api.Grant{Replace: true}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(twin)
+	if err := twin.Ready(); err != nil {
+		t.Fatal(err)
+	}
+	if !d.id.Revoked(old.id.KeyHash()) {
+		t.Error("the old identity lives on")
+	}
+	tags, err := d.store.NodeTags(t.Context(), twin.id.ID())
+	if err != nil || store.Effective(tags)["tier"] != "gold" {
+		t.Errorf("tags %v %v", tags, err)
+	}
+	if n, err := d.store.NodeByName(t.Context(), "default", "web"); err != nil || n.ID != twin.id.ID() {
+		t.Errorf("web is %v %v", n, err)
+	}
+	// join create --replace does the same without an operator at the end.
+	third := d.enrolled(d.join(api.CreateJoin{Name: "web", Replace: true}), "")
+	if !d.id.Revoked(twin.id.KeyHash()) || d.id.Revoked(third.id.KeyHash()) {
+		t.Error("--replace did not end the identity before")
+	}
+}
+
+func TestTwoRequestsOfOneName(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	a, b := d.party(wire.RoleNode, code, "web"), d.party(wire.RoleNode, code, "web")
+	d.see(a)
+	d.see(b)
+	if _, err := d.grant(t.Context(), "web", api.Grant{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("two requests: %v", err)
+	}
+	if _, err := d.deny(t.Context(), "web", api.Deny{}); !api.Is(err, api.CodeAmbiguous) {
+		t.Errorf("deny of two: %v", err)
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: b.id.Fingerprint()}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(a)
+	d.see(b)
+	if a.Ready() == nil || b.Ready() != nil {
+		t.Errorf("granted the wrong one: a %v, b %v", a.Ready(), b.Ready())
+	}
+	d.expect(a, enroll.StateWaiting, wire.EnrollNameInUse) // the other one took the name
+}

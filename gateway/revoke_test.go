@@ -1,0 +1,212 @@
+package gateway
+
+import (
+	"context"
+	"encoding/pem"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/enroll"
+	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/wire"
+)
+
+func TestRevokeAndEnrolAgain(t *testing.T) {
+	for _, remove := range []bool{false, true} {
+		d := newDesk(t)
+		a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+		n, err := d.store.Node(t.Context(), a.id.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		number, err := d.revokeNode(t.Context(), n, remove)
+		if err != nil || number != 1 || !d.id.Revoked(a.id.KeyHash()) {
+			t.Fatalf("number %d, %v", number, err)
+		}
+		if !slices.Contains(d.told[a.id.ID()], "PUT /v1/revocations") {
+			t.Error("the node was not told")
+		}
+		_, err = d.store.Node(t.Context(), a.id.ID())
+		if remove != errors.Is(err, store.ErrNotFound) {
+			t.Errorf("remove %v: %v", remove, err)
+		}
+		d.see(a)
+		if s := a.Status(); s.State != enroll.StateEnrolled {
+			t.Fatalf("status %+v", s)
+		}
+		// It learns of it, gets a new code, makes a new key and keeps its UUID.
+		env, _ := d.ca.Revocations()
+		if _, err := a.id.ApplyRevocations(env); err != nil {
+			t.Fatal(err)
+		}
+		uuid, old := a.id.ID(), a.id.KeyHash()
+		b := d.partyOf(a.id, d.join(api.CreateJoin{Name: "web"}), "")
+		d.see(b)
+		if err := b.Ready(); err != nil || b.id.ID() != uuid || b.id.KeyHash() == old {
+			t.Errorf("remove %v: enrols again: %v", remove, err)
+		}
+		if n, err := d.store.Node(t.Context(), uuid); err != nil || n.State == wire.StateRevoked || n.KeyHash != b.id.KeyHash() {
+			t.Errorf("node %+v %v", n, err)
+		}
+	}
+}
+
+func TestRevocationsMergeAtStart(t *testing.T) {
+	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
+	id := ca.Party(t, wire.RoleGateway)
+	dir := t.TempDir()
+	d := newDeskOn(t, ca, filepath.Join(dir, "a.db"), id)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.revokeNode(t.Context(), n, false); err != nil {
+		t.Fatal(err)
+	}
+	// A wiped database still revokes what the authority signed.
+	d = newDeskOn(t, ca, filepath.Join(dir, "b.db"), id)
+	keys, err := d.store.RevokedKeys(t.Context())
+	if err != nil || len(keys) != 1 || keys[0].KeyHash != a.id.KeyHash() {
+		t.Fatalf("keys %+v %v", keys, err)
+	}
+	b := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
+	if n, err = d.store.Node(t.Context(), b.id.ID()); err != nil {
+		t.Fatal(err)
+	}
+	if number, err := d.revokeNode(t.Context(), n, false); err != nil || number != 2 {
+		t.Errorf("number %d %v, want 2", number, err)
+	}
+	if !d.id.Revoked(a.id.KeyHash()) || !d.id.Revoked(b.id.KeyHash()) {
+		t.Error("a revocation was lost")
+	}
+	// A party with a newer set than ours: all our copies are old.
+	victim := wire.KeyHash(strings.Repeat("cd", 32))
+	newer := ca.Revoke(t, 9, victim)
+	d.answer = func(_ wire.Party, method, _ string, _, out any) error {
+		if env, ok := out.(*wire.Envelope); ok && method == http.MethodGet {
+			*env = newer
+		}
+		return nil
+	}
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: ca.TrustDomain}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 9}); err != nil {
+		t.Fatal(err)
+	}
+	if number, _ := d.id.Revocations(); number != 10 || !d.id.Revoked(victim) || !d.id.Revoked(b.id.KeyHash()) {
+		t.Errorf("number %d, want 10 with all keys", number)
+	}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 3}); err != nil {
+		t.Fatal(err)
+	}
+	if got := d.told[rcp.ID]; got[len(got)-1] != "PUT /v1/revocations" {
+		t.Errorf("a party with an older set was told %v", got)
+	}
+}
+
+func TestRevocationIsSignedLater(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.ca.fail = errors.New("the authority is away")
+	if _, err := d.revokeNode(t.Context(), n, false); err == nil || !strings.Contains(err.Error(), "revoked here") {
+		t.Errorf("got %v", err)
+	}
+	d.see(a) // not in the signed set, and refused all the same
+	d.ca.fail = nil
+	if err := d.publish(t.Context(), nil); err != nil || !d.id.Revoked(a.id.KeyHash()) {
+		t.Errorf("after the authority came back: %v", err)
+	}
+}
+
+func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	var chain strings.Builder
+	for _, der := range d.ca.CA.Issue(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))) {
+		chain.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	}
+	if err := os.WriteFile(filepath.Join(a.id.Dir(), "chain.pem"), []byte(chain.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	id, err := identity.Open(a.id.Dir(), wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !id.Expired() {
+		t.Fatal("not expired")
+	}
+	b := d.partyOf(id, "", "")
+	d.see(b)
+	if err := b.Ready(); err != nil || b.id.KeyHash() != a.id.KeyHash() {
+		t.Errorf("renewal: %v", err)
+	}
+	if n := len(d.requests("")); n != 1 {
+		t.Errorf("%d requests, want the first one alone", n)
+	}
+}
+
+func TestRenewal(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	var installed error
+	d.answer = func(_ wire.Party, method, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			der, err := a.id.CSR(false)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			installed = a.id.Install(in.(wire.Certificate).Chain)
+			return installed
+		}
+		return nil
+	}
+	hello := &wire.Hello{Party: party, RenewAfter: time.Now().Add(-time.Hour)} // the party's word does not count
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || len(d.told[party.ID]) != 0 {
+		t.Errorf("renewed a fresh leaf: %v %v", err, d.told[party.ID])
+	}
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		k, err := tx.Key(ctx, a.id.KeyHash())
+		if err != nil {
+			return err
+		}
+		k.IssuedAt, k.NotAfter = time.Now().Add(-21*24*time.Hour), time.Now().Add(9*24*time.Hour)
+		return tx.PutKey(ctx, k)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := a.id.NotAfter()
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || installed != nil {
+		t.Fatalf("%v %v", err, installed)
+	}
+	if got := d.told[party.ID]; !slices.Equal(got, []string{"POST /v1/csr", "PUT /v1/certificate"}) || a.id.NotAfter().Before(before) {
+		t.Errorf("told %v", got)
+	}
+	if k, err := d.store.Key(t.Context(), a.id.KeyHash()); err != nil || time.Until(k.NotAfter) < 29*24*time.Hour {
+		t.Errorf("key %+v %v", k, err)
+	}
+	if d.audited("certificate.renew") != 1 {
+		t.Error("no audit row")
+	}
+	if err := d.renewNow(t.Context(), party.ID); err != nil || len(d.told[party.ID]) != 4 {
+		t.Errorf("an operator's renewal: %v %v", err, d.told[party.ID])
+	}
+	if err := d.renewNow(t.Context(), wire.NewID()); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("unknown node: %v", err)
+	}
+}
