@@ -36,11 +36,16 @@ func (s *Server) replan(ctx context.Context, tx *store.Tx, ids ...wire.ID) ([]no
 
 // addresses says how nodes reach us, given the records of RCPs.
 func (s *Server) addresses(rcps []*store.RCP) []wire.RCPAddresses {
-	public := ""
-	if s.cfg.ChannelListen != "" {
-		public = s.cfg.ChannelPublic
+	return waysIn(rcps, enrolledRCP, s.id.ID(), s.channelPublic())
+}
+
+// channelPublic is where RCPs and nodes dial this gateway; empty if it does
+// not listen.
+func (s *Server) channelPublic() string {
+	if s.cfg.ChannelListen == "" {
+		return ""
 	}
-	return nodeAddresses(rcps, s.id.ID(), public)
+	return s.cfg.ChannelPublic
 }
 
 // pushPlans wakes the nodes whose desired state changed; those that are not

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 
 	"sallyport/gateway/store"
 	"sallyport/internal/selector"
@@ -301,19 +300,4 @@ func plural(n int, word string) string {
 		return "1 " + word
 	}
 	return fmt.Sprintf("%d %ss", n, word)
-}
-
-// nodeAddresses says how nodes reach the parties that they may dial: every
-// enrolled RCP that has a public address, and the gateway itself if it listens.
-func nodeAddresses(rcps []*store.RCP, gateway wire.ID, channelPublic string) []wire.RCPAddresses {
-	out := []wire.RCPAddresses{}
-	for _, r := range rcps {
-		if r.PartyID != "" && len(r.Public) > 0 && !r.Draining && r.State != string(wire.StateRevoked) {
-			out = append(out, wire.RCPAddresses{ID: r.PartyID, Name: r.Name, Addresses: r.Public})
-		}
-	}
-	if channelPublic != "" {
-		out = append(out, wire.RCPAddresses{ID: gateway, Name: "gateway", Addresses: strings.Split(channelPublic, ";")})
-	}
-	return out
 }

@@ -268,7 +268,7 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if err != nil {
 		return err
 	}
-	v.RCPs = nodeAddresses(rcps, e.id.ID(), e.public)
+	v.RCPs = waysIn(rcps, enrolledRCP, e.id.ID(), e.public)
 	v.Installation = e.store.Installation().UID
 	v.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {

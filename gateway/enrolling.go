@@ -23,7 +23,7 @@ var errEnrolled = errors.New("the party is enrolled: it is expected back with it
 // wireEnrolment gives the enrolment its ways to the rest of the gateway.
 func (s *Server) wireEnrolment() {
 	s.enrolment = &enrolment{
-		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.cfg.ChannelPublic,
+		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.channelPublic(),
 		attempts: make(map[wire.KeyHash]*attempt),
 		open:     s.openEnrolment,
 		changed:  s.partyChanged,

@@ -7,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
-	"slices"
+	"strings"
 	"time"
 
 	"sallyport/gateway/api"
@@ -115,44 +115,87 @@ func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duratio
 	return api.CreatedJoin{Join: joinView(j, j.Generation), Code: code, Addresses: addresses}, nil
 }
 
-// joinAddresses are the upstreams that stand in a code: of the RCPs that it
-// names, or of all, and of this gateway if nodes may dial it.
+// joinAddresses are the upstreams that stand in a code: of the parties that it
+// names, or every way in.
 func (e *enrolment) joinAddresses(ctx context.Context, q store.Queries, names []string) ([]string, error) {
-	for _, name := range names {
-		if _, err := q.RCP(ctx, name); errors.Is(err, store.ErrNotFound) {
-			return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rcp %q", wire.Quotable(name)))
-		} else if err != nil {
-			return nil, err
-		}
-	}
-	list, err := e.addressesIn(ctx, q)
-	if err != nil {
-		return nil, err
-	}
-	out := []string{}
-	for _, r := range list {
-		if len(names) == 0 || slices.Contains(names, r.Name) {
-			out = append(out, r.Addresses...)
-		}
-	}
-	return out, nil
-}
-
-// addressesIn are the ways in for nodes: the public addresses of the RCPs, and
-// of the gateway itself.
-func (e *enrolment) addressesIn(ctx context.Context, q store.Queries) ([]wire.RCPAddresses, error) {
 	rcps, err := q.RCPs(ctx)
 	if err != nil {
 		return nil, err
 	}
-	var out []wire.RCPAddresses
+	known := map[string][]string{}
+	if e.public != "" {
+		known[wayInGateway] = strings.Split(e.public, ";")
+	}
 	for _, r := range rcps {
-		if len(r.Public) > 0 && r.State != api.RCPRevoked {
+		known[r.Name] = r.Public
+	}
+	out := []string{}
+	for _, name := range names {
+		addrs, ok := known[name]
+		if !ok {
+			return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rcp %q", wire.Quotable(name)))
+		}
+		out = append(out, addrs...)
+	}
+	if len(names) > 0 {
+		return out, nil
+	}
+	for _, way := range waysIn(rcps, usableRCP, e.id.ID(), e.public) {
+		out = append(out, way.Addresses...)
+	}
+	return out, nil
+}
+
+// wayInGateway names the gateway itself among the RCPs of a join code.
+const wayInGateway = "gateway"
+
+// waysIn says where nodes may dial: the public addresses of the RCPs that fit,
+// and those of a gateway that listens only where there is no RCP. A network
+// whose nodes have an RCP lets none of them reach the gateway: telling them its
+// address would have every firewall report attempts. A join code that names
+// the gateway (--rcp gateway) is for nodes that may.
+func waysIn(rcps []*store.RCP, fits func(*store.RCP) bool, gateway wire.ID, public string) []wire.RCPAddresses {
+	out := []wire.RCPAddresses{}
+	for _, r := range rcps {
+		if len(r.Public) > 0 && fits(r) {
 			out = append(out, wire.RCPAddresses{ID: r.PartyID, Name: r.Name, Addresses: r.Public})
 		}
 	}
-	if e.public != "" {
-		out = append(out, wire.RCPAddresses{ID: e.id.ID(), Name: "gateway", Addresses: []string{e.public}})
+	if len(out) == 0 && public != "" {
+		out = append(out, wire.RCPAddresses{ID: gateway, Name: wayInGateway, Addresses: strings.Split(public, ";")})
+	}
+	return out
+}
+
+// usableRCP fits an RCP that nodes will be able to use: it may still enrol.
+func usableRCP(r *store.RCP) bool { return r.State != api.RCPRevoked && !r.Draining }
+
+// enrolledRCP fits one that they can use now.
+func enrolledRCP(r *store.RCP) bool { return usableRCP(r) && r.PartyID != "" }
+
+// rcpJoin adds to an RCP's join code what else must be set for its channel: the
+// gateway dials an address, an RCP behind another is dialled by that one or
+// dials it, and what has no address dials.
+func (e *enrolment) rcpJoin(ctx context.Context, r *store.RCP, created api.CreatedJoin) (api.RCPJoin, error) {
+	out := api.RCPJoin{RCP: rcpRecordView(r), Join: created, Upstreams: []string{}, Downstreams: []string{}}
+	if r.Via == "" {
+		if r.Address == "" && e.public != "" {
+			out.Upstreams = strings.Split(e.public, ";")
+		}
+		return out, nil
+	}
+	via, err := e.store.RCP(ctx, r.Via)
+	if err != nil {
+		return out, err
+	}
+	switch {
+	case r.Address == "":
+		out.Upstreams = append(out.Upstreams, via.Public...)
+	case via.PartyID != "":
+		out.Upstreams = append(out.Upstreams, string(via.PartyID))
+		fallthrough
+	default:
+		out.Downstreams = append(out.Downstreams, r.Address)
 	}
 	return out, nil
 }
@@ -185,7 +228,7 @@ func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, err
 	if err != nil {
 		return api.RCPJoin{}, err
 	}
-	return api.RCPJoin{RCP: rcpRecordView(r), Join: created}, nil
+	return e.rcpJoin(ctx, r, created)
 }
 
 // joinRCP makes a new code for an RCP that has a record.
@@ -198,7 +241,7 @@ func (e *enrolment) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (
 	if err != nil {
 		return api.RCPJoin{}, err
 	}
-	return api.RCPJoin{RCP: rcpRecordView(r), Join: created}, nil
+	return e.rcpJoin(ctx, r, created)
 }
 
 // joiningRCPs names the RCPs that have an open join code.

@@ -79,7 +79,7 @@ func (a *app) joinCreateCommand() *cobra.Command {
 	f.IntVar(&in.Uses, "uses", 1, "number of nodes that may use the code")
 	ttl.Duration = defaultJoinTTL
 	f.Var(&ttl, "ttl", "life of the code")
-	f.StringArrayVar(&in.RCPs, "rcp", nil, "RCP whose addresses stand in the code; all without it")
+	f.StringArrayVar(&in.RCPs, "rcp", nil, "RCP whose addresses stand in the code (gateway: those of the gateway itself); all RCPs without it")
 	f.BoolVar(&in.Manual, "manual", false, "without a token: an operator grants by hand")
 	f.BoolVar(&in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
 	_ = cmd.RegisterFlagCompletionFunc("rcp", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))

@@ -122,10 +122,21 @@ func (a *app) printRCPJoin(r api.RCPJoin) error {
 	if port := portOf(r.RCP.Address); port != "" && port != "9090" {
 		lines = append(lines, "SALLYPORT_RCP_LISTEN=:"+port)
 	}
-	if r.RCP.Address == "" && len(r.Join.Addresses) > 0 {
-		lines = append(lines, "SALLYPORT_RCP_UPSTREAMS="+strings.Join(r.Join.Addresses, ";"))
+	if len(r.Upstreams) > 0 {
+		lines = append(lines, "SALLYPORT_RCP_UPSTREAMS="+strings.Join(r.Upstreams, ";"))
 	}
 	a.noteJoin("the RCP's host", "/etc/sallyport/rcp.join", "sallyport-rcp", r.Join, lines)
+	switch {
+	case len(r.Downstreams) > 0:
+		a.out.Note("# On the host of RCP %s, which dials it: add %s to SALLYPORT_RCP_DOWNSTREAMS.", r.RCP.Via, strings.Join(r.Downstreams, ";"))
+		if len(r.Upstreams) == 0 {
+			a.out.Note("# And name the UUID of RCP %s in SALLYPORT_RCP_UPSTREAMS of the new one, once that is enrolled (`sallyport rcp join %s` shows it).", r.RCP.Via, r.RCP.Name)
+		}
+	case r.RCP.Address == "" && len(r.Upstreams) == 0 && r.RCP.Via != "":
+		a.out.Note("# It has to dial RCP %s, which has no public address: set SALLYPORT_RCP_UPSTREAMS to where it listens.", r.RCP.Via)
+	case r.RCP.Address == "" && len(r.Upstreams) == 0:
+		a.out.Note("# It has to dial this gateway, which does not listen: set SALLYPORT_GATEWAY_CHANNEL_LISTEN and SALLYPORT_GATEWAY_CHANNEL_PUBLIC here, and SALLYPORT_RCP_UPSTREAMS to the latter there.")
+	}
 	return a.out.Raw([]byte(r.Join.Code + "\n"))
 }
 

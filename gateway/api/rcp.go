@@ -64,4 +64,12 @@ type JoinRCP struct {
 type RCPJoin struct {
 	RCP  RCP         `json:"rcp"`
 	Join CreatedJoin `json:"join"`
+
+	// Upstreams is what SALLYPORT_RCP_UPSTREAMS must be on the RCP's host: whom
+	// it dials, or the UUID that may dial it. Empty: the gateway dials it. The
+	// join code never says so, because it must not make a dialler of an RCP.
+	Upstreams []string `json:"upstreams"`
+	// Downstreams is what SALLYPORT_RCP_DOWNSTREAMS of the RCP named by Via must
+	// hold besides what it has; empty: nothing.
+	Downstreams []string `json:"downstreams"`
 }
