@@ -11,12 +11,13 @@ import (
 
 	"sallyport/config"
 	"sallyport/internal/cli"
+	"sallyport/node"
 	"sallyport/rcp"
 )
 
 // runnable are the roles in the order in which they start: what others depend
 // on comes first.
-var runnable = []string{"gateway", "rcp"}
+var runnable = []string{"gateway", "rcp", "node"}
 
 func (a *app) runCommand() *cobra.Command {
 	return &cobra.Command{
@@ -39,7 +40,7 @@ func (a *app) runCommand() *cobra.Command {
 
 // roles reads the configuration of each role before the first one starts.
 func (a *app) roles(names []string) ([]cli.Role, error) {
-	builders := map[string]func() (cli.Role, error){"gateway": a.gatewayRole, "rcp": a.rcpRole}
+	builders := map[string]func() (cli.Role, error){"gateway": a.gatewayRole, "rcp": a.rcpRole, "node": a.nodeRole}
 	for _, name := range names {
 		switch {
 		case builders[name] != nil:
@@ -74,5 +75,19 @@ func (a *app) rcpRole() (cli.Role, error) {
 			return nil, err
 		}
 		return r.Run, nil
+	})
+}
+
+func (a *app) nodeRole() (cli.Role, error) {
+	c, err := config.LoadNode(a.streams.Env)
+	if err != nil {
+		return cli.Role{}, err
+	}
+	return cli.NewRole("node", c.Common, a.streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		n, err := node.New(node.Config{Node: c, Version: cli.BuildVersion(), Stdin: a.streams.In}, log, reg)
+		if err != nil {
+			return nil, err
+		}
+		return n.Run, nil
 	})
 }

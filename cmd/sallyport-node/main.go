@@ -1,0 +1,49 @@
+// Command sallyport-node is the agent and nothing else: a monitored host
+// carries no database server, no certificate authority and no operator's tool.
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"sallyport/config"
+	"sallyport/internal/cli"
+	"sallyport/internal/wire"
+	"sallyport/node"
+)
+
+func main() {
+	streams := cli.Standard()
+	os.Exit(cli.Main(newRoot(streams), streams, os.Args[1:]))
+}
+
+func newRoot(streams cli.IO) *cobra.Command {
+	out := cli.NewOutput(streams)
+	root := cli.SlimRoot("sallyport-node", "The agent: keeps desired state applied, runs allowed actions, keeps events safe", streams, func(ctx context.Context) error {
+		c, err := config.LoadNode(streams.Env)
+		if err != nil {
+			return err
+		}
+		role, err := cli.NewRole(string(wire.RoleNode), c.Common, streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+			n, err := node.New(node.Config{Node: c, Version: cli.BuildVersion(), Stdin: streams.In}, log, reg)
+			if err != nil {
+				return nil, err
+			}
+			return n.Run, nil
+		})
+		if err != nil {
+			return err
+		}
+		return cli.RunRoles(ctx, role)
+	})
+	out.AddFlag(root.PersistentFlags())
+	root.AddCommand(
+		cli.LocalCommand(out, streams, wire.RoleNode),
+		cli.ConfigCommand(out, streams, string(wire.RoleNode)),
+		cli.VersionCommand(out))
+	return root
+}
