@@ -3,9 +3,13 @@ package channel
 import (
 	"context"
 	"sync"
+	"time"
 
 	"sallyport/internal/identity"
 )
+
+// grantGrace is how long the exchange that brought a certificate may take to end.
+const grantGrace = 5 * time.Second
 
 // registry holds the live connections of one owner, and cuts those whose peer
 // is revoked.
@@ -50,12 +54,19 @@ func (r *registry) all() []*Conn {
 	return conns
 }
 
-// watch checks all connections at every change of the identity, until ctx is done.
+// watch checks all connections at every change of the identity, until ctx is
+// done. A party that was granted its certificate gives up the enrolment
+// connections on which it waited: its upstream comes again as to any other.
 func (r *registry) watch(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	for {
 		changed := r.id.Changed()
 		for _, c := range r.all() {
 			r.check(c)
+			if c.Enrolling() && c.dir == PeerUpstream && !c.dialled && !c.Draining() && !waiting(r.id) {
+				wg.Go(func() { c.retire(ctx, grantGrace) })
+			}
 		}
 		select {
 		case <-changed:

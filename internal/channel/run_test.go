@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -228,6 +229,28 @@ func TestGrantedPartyDialsAgain(t *testing.T) {
 		synctest.Wait()
 		if l.PendingCount() != 0 {
 			t.Errorf("%d still wait", l.PendingCount())
+		}
+	})
+}
+
+// The same when the pending party is the one that listens.
+func TestGrantedListenerIsDialledAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		rcp := ca.Pending(t, wire.RoleRCP)
+		var granted atomic.Bool
+		_, _, d := bubble(t, ca.Party(t, wire.RoleGateway), rcp, true)
+		d.Enroll = func() bool { return !granted.Load() }
+		s, _ := run(t, d, serveOrWait)
+		first := s.wait(t, "waiting", channel.State.Connected).Conn
+		if !first.Enrolling() || !first.Peer().Pending {
+			t.Errorf("peer is %s", first.Peer())
+		}
+		granted.Store(true)
+		ca.Certify(t, rcp)
+		second := s.wait(t, "certified", func(st channel.State) bool { return st.Connected() && st.Conn != first }).Conn
+		if second.Enrolling() || second.Peer().Party.ID != rcp.ID() {
+			t.Errorf("peer is %s", second.Peer())
 		}
 	})
 }

@@ -58,7 +58,10 @@ func newWorld(t *testing.T, ca *identitytest.CA, gateway, other *identity.Identi
 }
 
 // waitServed waits for the end of one session at the other party.
-func (w *world) waitServed() { _ = <-w.served }
+func (w *world) waitServed(t *testing.T) {
+	t.Helper()
+	t.Logf("served until: %v", <-w.served)
+}
 
 func (w *world) stream(t *testing.T) net.Conn {
 	t.Helper()
@@ -124,7 +127,7 @@ func TestSession(t *testing.T) {
 			t.Error(err)
 		}
 		<-s.Done()
-		w.waitServed()
+		w.waitServed(t)
 	}
 }
 
@@ -136,7 +139,7 @@ func TestDialRefusesAnotherParty(t *testing.T) {
 	if _, err := session.Dial(t.Context(), w.stream(t), w.gateway, want); err == nil {
 		t.Error("a session with another node was opened")
 	}
-	w.waitServed()
+	w.waitServed(t)
 }
 
 func TestServeRefusesAnybodyButAGateway(t *testing.T) {
@@ -207,7 +210,7 @@ func TestSessionEndsWithItsLeaf(t *testing.T) {
 	case <-time.After(10 * time.Second):
 		t.Error("the session outlives its leaf")
 	}
-	w.waitServed()
+	w.waitServed(t)
 }
 
 func TestEnrolment(t *testing.T) {
@@ -231,12 +234,12 @@ func TestEnrolment(t *testing.T) {
 		t.Errorf("peer is %+v", s.Peer())
 	}
 	_ = s.Close()
-	w.waitServed()
+	w.waitServed(t)
 
 	if _, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, ca.Pending(t, wire.RoleNode).KeyHash()); !errors.Is(err, identity.ErrWrongParty) {
 		t.Errorf("another key gave %v", err)
 	}
-	w.waitServed()
+	w.waitServed(t)
 
 	for name, id := range map[string]*identity.Identity{
 		"rcp":             ca.Party(t, wire.RoleRCP),
