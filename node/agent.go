@@ -90,8 +90,16 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		return errors.Join(fmt.Errorf("node: %w", err), a.abandon())
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	for _, in := range a.all() {
-		g.Go(func() error { return in.Run(ctx) })
+	all := a.all()
+	for _, in := range all {
+		g.Go(func() error {
+			err := in.Run(ctx)
+			if err != nil && ctx.Err() == nil && len(all) > 1 {
+				a.log.Error("instance ended; the others go on", "instance", in.td, "error", err)
+				return nil
+			}
+			return err
+		})
 	}
 	for _, p := range ports {
 		g.Go(func() error { return p.run(ctx) })
@@ -219,7 +227,12 @@ func (a *Agent) lookForGateways(ctx context.Context, g *errgroup.Group) error {
 				a.log.Error("instance not started", "instance", td, "error", err)
 				continue
 			}
-			g.Go(func() error { return in.Run(ctx) })
+			g.Go(func() error {
+				if err := in.Run(ctx); err != nil && ctx.Err() == nil {
+					a.log.Error("instance ended; the others go on", "instance", td, "error", err)
+				}
+				return nil
+			})
 		}
 	}
 }
