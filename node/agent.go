@@ -285,7 +285,8 @@ func (a *Agent) listenChannels() (port, error) {
 	}
 	in := all[0]
 	ln, err := channel.Listen(channel.ListenConfig{
-		Addr: string(a.cfg.Listen), Identity: in.id, AllowUpstream: true, AllowEnroll: true, Admit: admitUpstream, Log: in.log,
+		Addr: string(a.cfg.Listen), Identity: in.id, AllowUpstream: true, AllowEnroll: true, Admit: admitUpstream,
+		Carriers: carriers(a.cfg.Carrier), Log: in.log,
 	})
 	if err != nil {
 		return port{}, fmt.Errorf("listen on %s: %w (SALLYPORT_NODE_LISTEN)", a.cfg.Listen, err)
@@ -337,3 +338,11 @@ func (a *Agent) Ready() error {
 }
 
 var errNoGateway = errors.New("not enrolled: set SALLYPORT_NODE_JOIN to a join code or its file (the gateway prints one: `sallyport join create`)")
+
+// carriers is what a listening node answers; nil: all.
+func carriers(c config.Carrier) []string {
+	if c == "" || c == channel.CarrierAuto {
+		return nil
+	}
+	return []string{string(c)}
+}
