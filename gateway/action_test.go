@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/gateway/api"
@@ -247,4 +248,40 @@ func TestFollowEndsWithItsCaller(t *testing.T) {
 	n.exit(n.started(t, "two"), 0)
 	w.done(a)
 	w.done(b)
+}
+
+func TestPatienceWithANodeThatIsGone(t *testing.T) {
+	t0 := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
+	for _, c := range []struct {
+		name  string
+		state string
+		ttl   time.Duration
+		p     presence
+		want  time.Time
+	}{
+		{"perhaps never arrived", wire.ActionSent, 0, presence{State: wire.StateUnreachable, Since: t0.Add(time.Hour)}, t0.Add(startLate)},
+		{"perhaps never arrived, and may be late", wire.ActionSent, time.Hour, presence{State: wire.StateDown}, t0.Add(time.Hour + startLate)},
+		{"was running, node is down", wire.ActionRunning, 0, presence{State: wire.StateDown, Since: t0.Add(time.Hour)}, t0.Add(time.Hour + lostAfterDown)},
+		{"was running, rcp is cut off", wire.ActionRunning, 0, presence{State: wire.StateUnreachable, Since: t0.Add(time.Hour)}, t0.Add(time.Hour + lostAfterUnreachable)},
+		{"was running, nobody noticed yet", wire.ActionRunning, 0, presence{State: wire.StateRunning, Since: t0.Add(-time.Hour), LastSeen: t0.Add(time.Minute)}, t0.Add(time.Minute + lostAfterUnreachable)},
+	} {
+		a := &store.Action{State: c.state, TTL: c.ttl, CreatedAt: t0, SentAt: t0}
+		if got := patience(a, c.p); !got.Equal(c.want) {
+			t.Errorf("%s: until %v, want %v", c.name, got, c.want)
+		}
+	}
+}
+
+func TestMuteNodeIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := &conversation{party: wire.Party{Role: wire.RoleNode, ID: wire.NewID()}, rt: muteSession{}}
+		began := time.Now()
+		_, _, err := c.Hello(t.Context())
+		if !errors.Is(err, errMute) || time.Since(began) != sessionAnswer {
+			t.Fatalf("%v after %v", err, time.Since(began))
+		}
+		if !c.dead() {
+			t.Fatal("its session is used again")
+		}
+	})
 }

@@ -75,7 +75,7 @@ func (s *Server) drainOutbox(ctx context.Context, c *conversation) (left int64, 
 		return 0, err
 	}
 	req.Header.Set("Content-Type", "application/x-ndjson")
-	answer := time.AfterFunc(sessionAnswer, func() { cancel(fmt.Errorf("outbox: no answer within %s", sessionAnswer)) })
+	answer := time.AfterFunc(sessionAnswer, func() { cancel(c.mute()) })
 	res, err := c.RoundTrip(req)
 	if err != nil {
 		answer.Stop()

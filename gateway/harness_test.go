@@ -711,3 +711,11 @@ func (nopSession) RoundTrip(*http.Request) (*http.Response, error) {
 }
 func (nopSession) Close() error          { return nil }
 func (nopSession) Done() <-chan struct{} { return nil }
+
+// muteSession is an open session with a party that never answers.
+type muteSession struct{ nopSession }
+
+func (muteSession) RoundTrip(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}

@@ -67,7 +67,7 @@ func (s *Server) writePresence(ctx context.Context, withSeen bool) error {
 			return err
 		}
 		for _, c := range changes[:n] {
-			s.log.Info("state changed", "role", c.Role, "id", c.ID, "name", c.Name, "from", c.From, "to", c.To, "reason", c.Reason)
+			s.log.Info("state changed", "party", c.Role, "id", c.ID, "name", c.Name, "from", c.From, "to", c.To, "reason", c.Reason)
 		}
 		changes = changes[n:]
 	}

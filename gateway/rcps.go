@@ -233,7 +233,7 @@ func (l *links) recordOf(id wire.ID) *store.RCP {
 // has a certificate of ours already (named in the environment, or added anew
 // after the database was lost). Whoever proves the role rcp there is pinned.
 func (l *links) dial(ctx context.Context, t dialTarget) {
-	log := l.s.log.With("rcp", t.name, "address", t.addr)
+	log := l.s.log.With("rcp", t.name) // the dialler adds the address
 	attempt := 0
 	d := &channel.Dialer{
 		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Backoff: channel.Backoff{Max: redialMax}, Log: log,

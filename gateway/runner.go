@@ -185,12 +185,8 @@ func (r *runner) step(ctx context.Context, a *store.Action) (next time.Time) {
 		if a.State == wire.ActionQueued {
 			return a.ExpiresAt
 		}
-		patience := lostAfterDown
-		if p.State != wire.StateDown {
-			patience = lostAfterUnreachable
-		}
-		if left := p.Since.Add(patience); now.Before(left) && now.Before(maxTime(a.SentAt, p.LastSeen).Add(2*lostAfterUnreachable)) {
-			return minTime(left, now.Add(lostAfterDown))
+		if until := patience(a, p); now.Before(until) {
+			return minTime(until, now.Add(lostAfterDown))
 		}
 		err = r.end(ctx, a, wire.ActionLost, api.ActionCodeUnknown, fmt.Sprintf("the result is unknown: the node is %s (%s)", p.State, p.Reason))
 	default:
@@ -215,11 +211,24 @@ func (r *runner) step(ctx context.Context, a *store.Action) (next time.Time) {
 	return next
 }
 
-func maxTime(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
+// patience is until when a node that is gone may come back with the result of
+// an action that was sent to it.
+func patience(a *store.Action, p presence) time.Time {
+	switch {
+	case a.State == wire.ActionSent: // and perhaps never arrived: it may not begin late
+		return a.CreatedAt.Add(a.TTL + startLate)
+	case p.State == wire.StateDown:
+		return p.Since.Add(lostAfterDown)
 	}
-	return b
+	// Presence may not have noticed yet, or the way is cut and the node is well.
+	since := p.LastSeen
+	if p.State == wire.StateUnreachable {
+		since = p.Since
+	}
+	if a.SentAt.After(since) {
+		since = a.SentAt
+	}
+	return since.Add(lostAfterUnreachable)
 }
 
 // minTime is the earlier of two, where zero is never.
@@ -280,7 +289,7 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 			return err
 		}
 	}
-	answer := time.AfterFunc(sessionAnswer, func() { cancel(fmt.Errorf("no answer within %s", sessionAnswer)) })
+	answer := time.AfterFunc(sessionAnswer, func() { cancel(c.mute()) })
 	res, err := c.send(ctx, http.MethodPost, wire.PathActions+"?"+q.Encode(), body)
 	answer.Stop()
 	if err != nil {

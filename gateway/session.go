@@ -91,6 +91,16 @@ func (c *conversation) dead() bool {
 	}
 }
 
+// errMute says that a party does not answer although its session is open.
+var errMute = errors.New("the party does not answer")
+
+// mute gives a session up whose other end does not answer: the path may be
+// dead without anybody having noticed yet.
+func (c *conversation) mute() error {
+	c.broken.Store(true)
+	return fmt.Errorf("%w within %s", errMute, sessionAnswer)
+}
+
 // statusError is an answer with a status that is not 2xx.
 type statusError struct {
 	Status int
@@ -108,8 +118,10 @@ func (e *statusError) Error() string {
 // limit bytes into out, unless that is nil. It returns when the whole answer
 // was there, within sessionAnswer.
 func (c *conversation) call(ctx context.Context, method, path string, in, out any, limit int64) error {
-	ctx, cancel := context.WithTimeout(ctx, sessionAnswer)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	answer := time.AfterFunc(sessionAnswer, func() { cancel(c.mute()) })
+	defer answer.Stop()
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)
@@ -127,7 +139,7 @@ func (c *conversation) call(ctx context.Context, method, path string, in, out an
 	}
 	res, err := c.RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", method, path, err)
+		return fmt.Errorf("%s %s: %w", method, path, because(ctx, err))
 	}
 	defer func() { _ = res.Body.Close() }()
 	if err := refusal(res); err != nil {
@@ -137,7 +149,7 @@ func (c *conversation) call(ctx context.Context, method, path string, in, out an
 		return nil
 	}
 	if err := wire.DecodeJSON(res.Body, limit, out); err != nil {
-		return fmt.Errorf("%s %s: %w", method, path, err)
+		return fmt.Errorf("%s %s: %w", method, path, because(ctx, err))
 	}
 	return nil
 }

@@ -41,7 +41,7 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 		s.metrics.visits.WithLabelValues("hello", "failed").Inc()
 		if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			s.fleet.unproven(t.id, err)
-			s.log.Debug("visit failed", "role", t.role, "id", t.id, "name", t.name, "error", err)
+			s.log.Debug("visit failed", "party", t.role, "id", t.id, "name", t.name, "error", err)
 		}
 		return 0, 0
 	}
@@ -54,7 +54,7 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 	}
 	for _, met := range s.hooks.met {
 		if err := met(ctx, t.id, &hello); err != nil && ctx.Err() == nil {
-			s.log.Warn("work after a hello failed; it is tried again with the next", "role", t.role, "id", t.id, "name", t.name, "error", err)
+			s.log.Warn("work after a hello failed; it is tried again with the next", "party", t.role, "id", t.id, "name", t.name, "error", err)
 			again, delay = wantPush, s.fleet.t.retryMax
 		}
 	}
