@@ -209,8 +209,26 @@ func (c *Conn) Drain(ctx context.Context, d wire.Drain) error {
 	ctx, cancel := context.WithTimeout(ctx, d.Deadline)
 	defer cancel()
 	err := c.waitIdle(ctx)
+	if err == nil {
+		c.settle(ctx)
+	}
 	c.Close(ErrDraining)
 	return err
+}
+
+// settle gives the answers of handlers that have just returned the time to
+// reach the wire: neither carrier tells when they have.
+func (c *Conn) settle(ctx context.Context) {
+	if c.dir != PeerUpstream {
+		return
+	}
+	t := time.NewTimer(500 * time.Millisecond)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-c.done:
+	case <-ctx.Done():
+	}
 }
 
 // retire closes a replaced connection when its streams have ended, at the
@@ -219,7 +237,9 @@ func (c *Conn) retire(ctx context.Context, grace time.Duration) {
 	c.requestDrain()
 	ctx, cancel := context.WithTimeout(ctx, grace)
 	defer cancel()
-	_ = c.waitIdle(ctx)
+	if c.waitIdle(ctx) == nil {
+		c.settle(ctx)
+	}
 	c.Close(ErrReplaced)
 }
 
