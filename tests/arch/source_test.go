@@ -141,12 +141,12 @@ func parse(t *testing.T, root string) []source {
 	return all
 }
 
-// deps lists all packages that the program in dir links.
+// deps lists all packages that the program in dir links. It changes no go.mod.
 func deps(t *testing.T, root, dir string) []string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "./"+dir)
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-mod=readonly", "-deps", "./"+dir)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "GOFLAGS=-mod=mod", "GOWORK=off", "GOPROXY=off")
+	cmd.Env = append(os.Environ(), "GOWORK=off")
 	var stderr strings.Builder
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
