@@ -28,8 +28,11 @@ type h3 struct {
 func quicConfig(lim Limits) *quic.Config {
 	return &quic.Config{
 		// quic-go gives up after twice this time (and sooner without any answer).
-		HandshakeIdleTimeout:           lim.HandshakeTimeout / 2,
-		MaxIdleTimeout:                 2 * lim.KeepAlive,
+		HandshakeIdleTimeout: lim.HandshakeTimeout / 2,
+		// The idle time runs from the first packet that was sent into the
+		// silence (RFC 9000 section 10.1), and quic-go sends one after half of
+		// it: a peer is dead after one and a half times this value.
+		MaxIdleTimeout:                 2 * lim.KeepAlive * 2 / 3,
 		KeepAlivePeriod:                lim.KeepAlive,
 		InitialStreamReceiveWindow:     uint64(lim.StreamWindow),
 		MaxStreamReceiveWindow:         uint64(lim.StreamWindow),
