@@ -286,6 +286,19 @@ func (n *fakeNode) outbox(rw http.ResponseWriter, r *http.Request) {
 		return
 	}
 	n.mu.Lock()
+	if first.Watermark.Seq >= st.Next { // we were turned back: what is not acknowledged goes into a new spool
+		n.spool += "+"
+		n.events = slices.Clone(n.events[n.acked:])
+		for i := range n.events {
+			n.events[i].Seq = int64(i + 1)
+		}
+		n.acked, first.Watermark.Seq = 0, 0
+		st = n.stateLocked()
+		if send(wire.OutboxUp{State: &st}) != nil {
+			n.mu.Unlock()
+			return
+		}
+	}
 	todo := slices.Clone(n.events[min(int(first.Watermark.Seq), len(n.events)):])
 	n.acked = max(n.acked, first.Watermark.Seq)
 	n.mu.Unlock()

@@ -106,8 +106,9 @@ type member struct {
 	digest   string
 	skew     time.Duration
 	skewed   bool
-	notice   string // something an operator must know although the state is good
-	failures int    // sessions in a row that failed, by any way
+	notice   string  // something an operator must know although the state is good
+	failures int     // sessions in a row that failed, by any way
+	lastLink wire.ID // by which the last session was opened
 	lastErr  string
 
 	prove  time.Time // when the next session is due

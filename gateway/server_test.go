@@ -373,3 +373,67 @@ func TestWrongClockIsAnEvent(t *testing.T) {
 		t.Fatalf("events: %+v", e)
 	}
 }
+
+func TestSnapshotRevertedNodeStartsANewSpool(t *testing.T) {
+	w, r, n := running(t)
+	id := n.id.ID()
+	n.emit(5)
+	r.hint(n, "", wire.HintOutbox)
+	eventually(t, "events arrive", func() bool { n.mu.Lock(); defer n.mu.Unlock(); return n.acked == 5 })
+	n.mu.Lock() // back to when two events were acknowledged, and on from there
+	n.events, n.acked = n.events[:2], 2
+	n.mu.Unlock()
+	n.emit(2)
+	r.hint(n, "x", wire.HintOutbox)
+	eventually(t, "what happened since arrives too", func() bool { return len(w.events(id)) == 7 })
+	spools := map[string]int{}
+	for _, e := range w.events(id) {
+		spools[e.Spool]++
+	}
+	if len(spools) != 2 || spools["spool-web"] != 5 || spools["spool-web+"] != 2 {
+		t.Fatalf("events by spool: %v", spools)
+	}
+}
+
+func TestNodeWithoutARowIsLockedAndItsEventsAreKept(t *testing.T) {
+	w := newWorld(t) // the database was wiped
+	r, n := w.rcp("dmz"), w.node("lonely")
+	n.emit(3)
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateLocked)
+	if s := w.s.fleet.strangers(); len(s) != 1 || s[0].Name != "lonely" || !strings.Contains(s[0].Reason, "unknown") {
+		t.Fatalf("strangers: %+v", s)
+	}
+	reported := func() (own int) {
+		for _, e := range w.events(n.id.ID()) {
+			if e.Spool == "spool-lonely" {
+				own++
+			}
+		}
+		return own
+	}
+	eventually(t, "its events are kept", func() bool { return reported() == 3 })
+	if nodes, err := w.db.Nodes(context.Background()); err != nil || len(nodes) != 0 {
+		t.Fatalf("it was adopted: %v, %v", nodes, err)
+	}
+}
+
+func TestProofGoesByAnotherRCP(t *testing.T) {
+	w := newWorld(t)
+	one, two, n := w.rcp("one"), w.rcp("two"), w.enrolled(w.node("web"))
+	one.hold(n)
+	two.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	eventually(t, "both are connected", func() bool { return len(w.s.fleet.Presence(n.id.ID()).RCPs) == 2 })
+	for range 4 {
+		again, _ := w.s.visit(context.Background(), task{id: n.id.ID(), role: wire.RoleNode, name: "web", known: true, wants: wantProve})
+		if again != 0 {
+			t.Fatal("the visit failed")
+		}
+	}
+	if a, b := one.connects(n.id.ID()), two.connects(n.id.ID()); a < 2 || b < 2 {
+		t.Fatalf("%d streams by one, %d by two", a, b)
+	}
+}

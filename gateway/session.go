@@ -267,16 +267,10 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 	return c, false, nil
 }
 
-// fresh opens a session of its own, by another way than the warm one if there
-// is another, runs fn in it and closes it, or keeps it warm if none is.
+// fresh opens a session of its own, by another first hop than the last one if
+// there is another, runs fn in it and closes it, or keeps it warm if none is.
 func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx context.Context, c *conversation) error) error {
-	s.mu.Lock()
-	var avoid wire.ID
-	if c := s.warm[party.ID]; c != nil {
-		avoid = c.via.link
-	}
-	s.mu.Unlock()
-	c, err := s.open(ctx, party, avoid)
+	c, err := s.open(ctx, party, s.fleet.lastLink(party.ID))
 	if err != nil {
 		return err
 	}

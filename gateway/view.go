@@ -152,10 +152,21 @@ func (f *fleet) tried(id wire.ID, r route, err error) {
 	case w == nil:
 	case err == nil:
 		w.failures, w.lastErr = 0, ""
+		m.lastLink = r.link
 	default:
 		w.failures++
 		w.failedAt, w.lastErr = time.Now(), clip(err.Error())
 	}
+}
+
+// lastLink is the first hop by which the last session with a party was opened.
+func (f *fleet) lastLink(id wire.ID) wire.ID {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if m := f.members[id]; m != nil {
+		return m.lastLink
+	}
+	return ""
 }
 
 // pendingAt is where a pending party can be reached.
