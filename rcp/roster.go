@@ -48,6 +48,7 @@ var (
 	errForged       = errors.New("the peer's signals name another party or another channel")
 	errTooMany      = errors.New("the party has too many channels; the oldest goes")
 	errReplaced     = errors.New("replaced by a newer channel of the same party")
+	errRestarted    = errors.New("the party has started anew: nobody is at the other end")
 	errPendingTotal = errors.New("too many parties wait for a certificate (SALLYPORT_RCP_PENDING_MAX)")
 	errPendingFrom  = errors.New("too many parties wait for a certificate behind one source address (SALLYPORT_RCP_PENDING_PER_SOURCE)")
 )
@@ -285,6 +286,9 @@ func (r *roster) signal(a *attached, s wire.Signal) error {
 }
 
 // supersede marks every channel for which a newer one has spoken; mu is held.
+// One of the same boot may still have something running on it, and ends gently.
+// One of another boot belongs to a process that is gone: over QUIC its silence
+// would be noticed only after 30 s, and sessions through it would hang as long.
 func (r *roster) supersede(all []*attached) {
 	for _, old := range all {
 		if old.replaced || !old.signalled {
@@ -293,7 +297,11 @@ func (r *roster) supersede(all []*attached) {
 		for _, a := range all {
 			if a != old && a.signalled && !a.replaced && a.newer(old) {
 				old.replaced = true
-				r.retire(old)
+				if a.signal.Boot == old.signal.Boot {
+					r.retire(old)
+				} else {
+					old.conn.Close(errRestarted)
+				}
 				break
 			}
 		}
