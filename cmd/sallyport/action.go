@@ -22,7 +22,7 @@ func (a *app) actionCommand() *cobra.Command {
 	var q api.ActionQuery
 	list := &cobra.Command{Use: "list [--node N] [--state S] [--limit N]", Short: "List actions, newest first", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Action, error) { return c.Actions(ctx, q) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Action, error) { return c.Actions(ctx, q) })
 			if err != nil {
 				return err
 			}
@@ -38,7 +38,7 @@ func (a *app) actionCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.Action, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " ID", Short: short, Args: cli.Exactly(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Action, error) { return f(c, ctx, args[0]) })
+				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Action, error) { return f(c, ctx, args[0]) })
 				if err != nil {
 					return err
 				}

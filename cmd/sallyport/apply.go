@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -171,7 +172,7 @@ const pollEvery = 100 * time.Millisecond
 // still to answer. Nodes that are offline get it when they come back, and are
 // not waited for.
 func (a *app) waitDeployments(ctx context.Context, c *api.Client, names []string, limit time.Duration) ([]api.DeploymentStatus, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, context.DeadlineExceeded)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
@@ -180,19 +181,19 @@ func (a *app) waitDeployments(ctx context.Context, c *api.Client, names []string
 	var last []api.DeploymentStatus
 	for {
 		var sum api.DeploymentCounts
-		now := make([]api.DeploymentStatus, 0, len(names))
+		fresh := make([]api.DeploymentStatus, 0, len(names))
 		for _, name := range names {
 			s, err := c.DeploymentStatus(ctx, name)
 			if err != nil {
 				return last, waitError(ctx, sum, limit, err)
 			}
-			now = append(now, s)
+			fresh = append(fresh, s)
 			sum.Applied += s.Counts.Applied
 			sum.Pending += s.Counts.Pending
 			sum.Failed += s.Counts.Failed
 			sum.Offline += s.Counts.Offline
 		}
-		last = now
+		last = fresh
 		bar.Set(sum.Applied+sum.Failed, max(1, sum.Applied+sum.Failed+sum.Pending))
 		if sum.Pending == 0 {
 			if sum.Failed > 0 {
@@ -209,7 +210,7 @@ func (a *app) waitDeployments(ctx context.Context, c *api.Client, names []string
 }
 
 func waitError(ctx context.Context, sum api.DeploymentCounts, limit time.Duration, err error) error {
-	if context.Cause(ctx) == context.DeadlineExceeded { //nolint:errorlint // the cause is exactly this value: see WithTimeoutCause above
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		return cli.Fail(cli.ExitTimeout, "after %s: %d nodes applied, %d pending, %d failed, %d offline", limit, sum.Applied, sum.Pending, sum.Failed, sum.Offline)
 	}
 	return err

@@ -136,7 +136,7 @@ func problemCode(c api.Code) int {
 }
 
 // call runs f with a client; most verbs are no more than that.
-func call[T any](a *app, ctx context.Context, f func(context.Context, *api.Client) (T, error)) (T, error) { //nolint:revive // app is the receiver that a generic method cannot have
+func call[T any](ctx context.Context, a *app, f func(context.Context, *api.Client) (T, error)) (T, error) {
 	c, err := a.client()
 	if err != nil {
 		var zero T
@@ -155,7 +155,7 @@ func (a *app) completeNames(most int, list func(context.Context, *api.Client) ([
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
 		defer cancel()
-		names, err := call(a, ctx, list)
+		names, err := call(ctx, a, list)
 		if err != nil {
 			return nil, cobra.ShellCompDirectiveNoFileComp
 		}

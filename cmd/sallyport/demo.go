@@ -91,8 +91,8 @@ func demoDir() (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("demo: %w", err)
 	}
-	// Nodes in namespaces and local users read the sockets below.
-	if err := os.Chmod(dir, 0o711); err != nil { //nolint:gosec // traversable, not listable: the sockets below are for local users
+	// Traversable, not listable: the sockets below are for local users.
+	if err := os.Chmod(dir, 0o711); err != nil {
 		return "", err
 	}
 	return filepath.Abs(dir)

@@ -223,7 +223,7 @@ policies: [conf-%[1]s, log-%[1]s]
 
 func (d *demo) applyPolicies(ctx context.Context) error {
 	script := filepath.Join(d.dir, "check_log.sh")
-	if err := os.WriteFile(script, []byte(checkScript), 0o700); err != nil { //nolint:gosec // a program has to be executable
+	if err := os.WriteFile(script, []byte(checkScript), 0o700); err != nil {
 		return err
 	}
 	for _, n := range demoNodes {

@@ -17,7 +17,7 @@ func (a *app) eventCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.EventDetail, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " ID", Short: short, Args: cli.Exactly(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				e, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.EventDetail, error) { return f(c, ctx, args[0]) })
+				e, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.EventDetail, error) { return f(c, ctx, args[0]) })
 				if err != nil {
 					return err
 				}
@@ -26,7 +26,7 @@ func (a *app) eventCommand() *cobra.Command {
 	}
 	annotate := &cobra.Command{Use: "annotate ID TEXT", Short: "Add a remark to an event", Args: cli.Exactly(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			e, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.EventDetail, error) {
+			e, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.EventDetail, error) {
 				return c.AnnotateEvent(ctx, args[0], api.Annotate{Text: args[1]})
 			})
 			if err != nil {
@@ -86,7 +86,7 @@ func (a *app) eventListCommand() *cobra.Command {
 			if since.Duration > 0 {
 				q.Since = now().Add(-since.Std())
 			}
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Event, error) { return c.Events(ctx, q) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Event, error) { return c.Events(ctx, q) })
 			if err != nil {
 				return err
 			}

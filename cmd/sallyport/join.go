@@ -20,7 +20,7 @@ const defaultJoinTTL = wire.Duration(24 * time.Hour)
 func (a *app) joinCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List join codes, without their secrets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Join, error) { return c.Joins(ctx) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Join, error) { return c.Joins(ctx) })
 			if err != nil {
 				return err
 			}
@@ -29,7 +29,7 @@ func (a *app) joinCommand() *cobra.Command {
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Make a join code useless", Args: cli.Exactly(1),
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Joins, func(j api.Join) string { return j.ID })),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			j, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Join, error) { return c.RevokeJoin(ctx, args[0]) })
+			j, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Join, error) { return c.RevokeJoin(ctx, args[0]) })
 			if err != nil {
 				return err
 			}
@@ -65,7 +65,7 @@ func (a *app) joinCreateCommand() *cobra.Command {
 				}
 			}
 			in.TTL = ttl.Duration
-			j, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
+			j, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
 			if err != nil {
 				return err
 			}
@@ -116,7 +116,7 @@ func (a *app) requestCommand() *cobra.Command {
 	var state string
 	list := &cobra.Command{Use: "list [--state S]", Short: "List certificate requests, newest first", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Request, error) {
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Request, error) {
 				return c.Requests(ctx, api.RequestQuery{State: state})
 			})
 			if err != nil {

@@ -26,7 +26,7 @@ func (a *app) nodeCommand() *cobra.Command {
 	removal := func(use, short string, f func(*api.Client, context.Context, string) (api.Removal, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " NAME", Short: short, Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Removal, error) { return f(c, ctx, args[0]) })
+				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Removal, error) { return f(c, ctx, args[0]) })
 				if err != nil {
 					return err
 				}
@@ -35,7 +35,7 @@ func (a *app) nodeCommand() *cobra.Command {
 	}
 	renew := &cobra.Command{Use: "renew NAME", Short: "Renew a node's certificate now", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.RenewNode(ctx, args[0]) })
+			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.RenewNode(ctx, args[0]) })
 			if err != nil {
 				return err
 			}
@@ -62,7 +62,7 @@ func (a *app) nodeListCommand() *cobra.Command {
 			if cmd.Flags().Changed("selector") && strings.TrimSpace(q.Selector) == "" {
 				return errEmptySelector()
 			}
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Node, error) { return c.Nodes(ctx, q) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Node, error) { return c.Nodes(ctx, q) })
 			if err != nil {
 				return err
 			}
@@ -97,7 +97,7 @@ func revisions(n api.Node) string {
 func (a *app) nodeShowCommand() *cobra.Command {
 	return &cobra.Command{Use: "show NAME", Short: "Show one node: state, tags and their sources, policies, ways", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.Node(ctx, args[0]) })
+			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.Node(ctx, args[0]) })
 			if err != nil {
 				return err
 			}
@@ -164,7 +164,7 @@ func (a *app) nodeTagCommand() *cobra.Command {
 				}
 				change.Set[k] = v
 			}
-			n, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
+			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
 				return c.TagNode(ctx, args[0], change)
 			})
 			if err != nil {
@@ -179,7 +179,7 @@ func (a *app) nodeTraceCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "trace NAME", Short: "Show the way to a node, hop by hop, with a verdict", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			tr, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Trace, error) { return c.TraceNode(ctx, args[0]) })
+			tr, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Trace, error) { return c.TraceNode(ctx, args[0]) })
 			if err != nil {
 				return err
 			}

@@ -18,7 +18,7 @@ func (a *app) policyCommand() *cobra.Command {
 	names := a.completeNames(1, namesOf((*api.Client).Policies, func(p api.Policy) string { return p.Name }))
 	list := &cobra.Command{Use: "list", Short: "List policies", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Policy, error) { return c.Policies(ctx) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Policy, error) { return c.Policies(ctx) })
 			if err != nil {
 				return err
 			}
@@ -26,7 +26,7 @@ func (a *app) policyCommand() *cobra.Command {
 		}}
 	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a policy that no deployment names", Args: cli.Exactly(1), ValidArgsFunction: names,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			_, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (struct{}, error) {
+			_, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (struct{}, error) {
 				return struct{}{}, c.DeletePolicy(ctx, args[0])
 			})
 			if err != nil {
@@ -52,7 +52,7 @@ func policyTable(all ...api.Policy) cli.Table {
 }
 
 func (a *app) policy(cmd *cobra.Command, name string) (api.PolicyDetail, error) {
-	return call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.PolicyDetail, error) { return c.Policy(ctx, name) })
+	return call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.PolicyDetail, error) { return c.Policy(ctx, name) })
 }
 
 func (a *app) policyShowCommand() *cobra.Command {
@@ -201,7 +201,7 @@ func (a *app) policyRollbackCommand() *cobra.Command {
 	var in api.Rollback
 	cmd := &cobra.Command{Use: "rollback NAME [--to N]", Short: "Make an older version the current one again", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Applied, error) {
+			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Applied, error) {
 				return c.RollbackPolicy(ctx, args[0], in)
 			})
 			if err != nil {
@@ -217,7 +217,7 @@ func (a *app) deploymentCommand() *cobra.Command {
 	names := a.completeNames(1, namesOf((*api.Client).Deployments, func(d api.Deployment) string { return d.Name }))
 	list := &cobra.Command{Use: "list", Short: "List deployments", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Deployment, error) { return c.Deployments(ctx) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Deployment, error) { return c.Deployments(ctx) })
 			if err != nil {
 				return err
 			}

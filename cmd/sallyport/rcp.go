@@ -17,7 +17,7 @@ func (a *app) rcpCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.RCP, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " NAME", Short: short, Args: cli.Exactly(1), ValidArgsFunction: names,
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCP, error) { return f(c, ctx, args[0]) })
+				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCP, error) { return f(c, ctx, args[0]) })
 				if err != nil {
 					return err
 				}
@@ -28,7 +28,7 @@ func (a *app) rcpCommand() *cobra.Command {
 	set := a.rcpSetCommand()
 	remove := &cobra.Command{Use: "remove NAME", Short: "Revoke an RCP and take it off the list", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Removal, error) { return c.RemoveRCP(ctx, args[0]) })
+			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Removal, error) { return c.RemoveRCP(ctx, args[0]) })
 			if err != nil {
 				return err
 			}
@@ -67,7 +67,7 @@ func (a *app) rcpAddCommand() *cobra.Command {
 			if err := checkAddrs(append([]string{in.Address}, in.Public...)); err != nil {
 				return err
 			}
-			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.AddRCP(ctx, in) })
+			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.AddRCP(ctx, in) })
 			if err != nil {
 				return err
 			}
@@ -100,7 +100,7 @@ func (a *app) rcpJoinCommand() *cobra.Command {
 		Use: "join NAME [--replace]", Short: "Print a new join code for an RCP", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in.TTL = ttl.Duration
-			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
+			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
 			if err != nil {
 				return err
 			}
@@ -186,7 +186,7 @@ func (a *app) rcpSetCommand() *cobra.Command {
 			if err := checkAddrs(append([]string{address}, public...)); err != nil {
 				return err
 			}
-			r, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.RCP, error) { return c.SetRCP(ctx, args[0], in) })
+			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCP, error) { return c.SetRCP(ctx, args[0], in) })
 			if err != nil {
 				return err
 			}
@@ -203,7 +203,7 @@ func (a *app) rcpSetCommand() *cobra.Command {
 func (a *app) rcpListCommand() *cobra.Command {
 	return &cobra.Command{Use: "list", Short: "List RCPs", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.RCP, error) { return c.RCPs(ctx) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.RCP, error) { return c.RCPs(ctx) })
 			if err != nil {
 				return err
 			}

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"net"
 	"os"
+	"os/exec"
+	"regexp"
 	"testing"
 	"time"
 
@@ -21,17 +24,21 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(e *testscript.Env) error {
-			// Sockets have short paths: TMPDIR of a test may be too deep.
-			dir, err := os.MkdirTemp("", "sp")
+			dir, err := demoDir() // a short path, for sockets
 			if err != nil {
 				return err
 			}
 			e.Defer(func() { _ = os.RemoveAll(dir) })
+			addr, err := loopback{}.address(rcpParty)
+			if err != nil {
+				return err
+			}
 			e.Setenv("SALLYPORT_DATA", dir)
 			e.Setenv("HOME", e.WorkDir)
+			e.Setenv("RCP", addr)
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "answers": answers, "jsonkeys": jsonKeys},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "answers": answers, "jsonkeys": jsonKeys, "until": until},
 	})
 }
 
@@ -66,6 +73,31 @@ func answers(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		if time.Now().After(deadline) {
 			ts.Fatalf("after %v: %v", limit, err)
+		}
+	}
+}
+
+// until TEXT PROGRAM ARG... runs a program until it exits with 0 and its output
+// matches the regular expression.
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: until TEXT PROGRAM ARG...")
+	}
+	want := regexp.MustCompile(args[0])
+	const limit = 20 * time.Second
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(limit); ; <-tick.C {
+		program, err := exec.LookPath(args[1])
+		ts.Check(err)
+		cmd := exec.CommandContext(context.Background(), program, args[2:]...)
+		cmd.Env = environment("SALLYPORT_DATA=" + ts.Getenv("SALLYPORT_DATA"))
+		out, err := cmd.CombinedOutput()
+		if err == nil && want.Match(out) {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("after %v: %v\n%s", limit, err, out)
 		}
 	}
 }

@@ -13,7 +13,7 @@ import (
 func (a *app) tokenCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List API tokens, without their secrets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.Token, error) { return c.Tokens(ctx) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Token, error) { return c.Tokens(ctx) })
 			if err != nil {
 				return err
 			}
@@ -22,7 +22,7 @@ func (a *app) tokenCommand() *cobra.Command {
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Make an API token useless", Args: cli.Exactly(1),
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Tokens, func(t api.Token) string { return t.ID })),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.Token, error) { return c.RevokeToken(ctx, args[0]) })
+			t, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Token, error) { return c.RevokeToken(ctx, args[0]) })
 			if err != nil {
 				return err
 			}
@@ -45,7 +45,7 @@ func (a *app) tokenCreateCommand() *cobra.Command {
 				return cli.Usage("--role and --ttl: say what the token may do, and for how long")
 			}
 			in.Role, in.TTL = api.Role(role), ttl.Duration
-			t, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) (api.CreatedToken, error) { return c.CreateToken(ctx, in) })
+			t, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CreatedToken, error) { return c.CreateToken(ctx, in) })
 			if err != nil {
 				return err
 			}
@@ -79,7 +79,7 @@ func (a *app) auditCommand() *cobra.Command {
 			if since.Duration > 0 {
 				q.Since = now().Add(-since.Std())
 			}
-			all, err := call(a, cmd.Context(), func(ctx context.Context, c *api.Client) ([]api.AuditEntry, error) { return c.Audit(ctx, q) })
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.AuditEntry, error) { return c.Audit(ctx, q) })
 			if err != nil {
 				return err
 			}

@@ -126,7 +126,7 @@ func TestExecuteReportsOnce(t *testing.T) {
 	if code := Execute(t.Context(), root, s, []string{"version"}); code != 0 || !strings.HasPrefix(out.String(), "prog ") {
 		t.Errorf("version: %d, %q", code, out)
 	}
-	if code := Execute(t.Context(), root, s, []string{"versoin"}); code != ExitUsage || strings.Count(errs.String(), "versoin") != 1 {
+	if code := Execute(t.Context(), root, s, []string{"vesrion"}); code != ExitUsage || strings.Count(errs.String(), "vesrion") != 1 {
 		t.Errorf("typing slip: %d, %q", code, errs)
 	}
 	errs.Reset()

@@ -20,10 +20,11 @@ type Role struct {
 	Run  func(ctx context.Context) error // returns when all that it started has ended
 }
 
-// NewRole reads nothing and opens nothing: it gives a role its logger and its
+// NewRole reads nothing and opens nothing: it gives a role its logger (several
+// roles may share one process, and "role" is what messages say of peers) and its
 // own registry of metrics, and build makes the value whose Run blocks.
 func NewRole(name string, c config.Common, streams IO, build func(*slog.Logger, *prometheus.Registry) (func(context.Context) error, error)) (Role, error) {
-	log := NewLogger(streams.Err, c).With("role", name)
+	log := NewLogger(streams.Err, c).With("component", name)
 	run, err := build(log, admin.NewRegistry(BuildVersion()))
 	return Role{Name: name, Run: run}, err
 }
