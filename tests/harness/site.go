@@ -326,3 +326,9 @@ func (r Result) Err() error {
 	}
 	return nil
 }
+
+// Run runs `sallyport` to its end with the given variables of ours.
+func (s *Site) Run(env map[string]string, args ...string) Result {
+	s.t.Helper()
+	return runCommand(s.t, nil, environment(env), "", s.Program("sallyport"), args...)
+}
