@@ -280,6 +280,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	if w == nil {
 		return fmt.Errorf("%w: %s is reported on more than %d ways", errBadLine, p.ID, maxWays)
 	}
+	renewed := fresh || !w.since.Equal(p.Since) // another channel than the one by which something may have failed
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
 	w.since, w.draining = p.Since, p.Draining
 	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
@@ -287,6 +288,10 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
 	}
 	f.arrive(m, w, fresh, now)
+	if held := m.held; renewed && held != 0 { // the limit on hints still holds
+		m.held = 0
+		f.want(m, held, true)
+	}
 	f.hint(m, w, p.Digest, p.Hints)
 	return nil
 }
