@@ -78,9 +78,12 @@ func TestKillAll(t *testing.T) {
 		role.Kill()
 	}
 	node.Start()
-	harness.Eventually(t, 10*time.Second, "the node keeps its state without any gateway", func() error {
-		return fileHolds(path, "last known good")
+	harness.Eventually(t, 10*time.Second, "the node answers without any gateway", func() error {
+		return node.Local("status").Err()
 	})
+	if err := fileHolds(path, "last known good"); err != nil {
+		t.Errorf("the node did not keep its state: %v", err)
+	}
 	node.Local("event", "send", "--severity", "minor", "sent into the dark").Exits(0)
 	relay.Start()
 	gateway.Start()

@@ -3,9 +3,11 @@ package harness
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 )
@@ -35,6 +37,9 @@ func build(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := touchSources(root); err != nil {
+		return "", err
+	}
 	dir := filepath.Join(cache, "sallyport-tests", kind)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
@@ -54,6 +59,24 @@ func build(ctx context.Context) (string, error) {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
 	return dir, nil
+}
+
+// touchSources makes every source file an input of the test: go test caches
+// results by the files that a test looked at, and cannot know that the
+// programs are made of these.
+func touchSources(root string) error {
+	return filepath.WalkDir(root, func(name string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && name != root && (strings.HasPrefix(d.Name(), ".") || d.Name() == "bin") {
+			return filepath.SkipDir
+		}
+		if ext := filepath.Ext(name); ext == ".go" || ext == ".sql" || ext == ".mod" {
+			_, err = os.Stat(name)
+		}
+		return err
+	})
 }
 
 // Repository returns the root of this module.
