@@ -227,13 +227,13 @@ func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.En
 	}
 	switch {
 	case d.state == wire.EnrollDenied:
-		e.log.Warn("certificate request refused", "code", d.code, "reason", d.reason, "role", req.Role, "id", req.ID,
+		e.log.Warn("certificate request refused", "code", d.code, "reason", d.reason, "party", req.Role, "id", req.ID,
 			"name", wire.Quotable(req.Name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
 	case d.state == wire.EnrollPending && d.fresh:
-		e.log.Info("certificate request waits for an operator", "code", d.code, "role", req.Role, "id", req.ID,
+		e.log.Info("certificate request waits for an operator", "code", d.code, "party", req.Role, "id", req.ID,
 			"name", wire.Quotable(d.name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
 	case d.state == wire.EnrollGranted && !d.known:
-		e.log.Info("certificate request granted", "role", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID())
+		e.log.Info("certificate request granted", "party", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID())
 		e.settle(ctx, d.party, d.victims)
 	}
 	return d, nil

@@ -46,6 +46,9 @@ func (r *rest) rcpView(p *store.RCP) api.RCP {
 	if seen.State != "" && p.State != api.RCPRevoked {
 		v.State, v.StateReason, v.StateSince, v.Carrier = rcpState(seen.State), seen.Reason, utc(seen.Since), seen.Carrier
 	}
+	if v.State == api.RCPConnected && !seen.Connected { // it gets a moment before it counts as failed
+		v.State, v.StateReason = api.RCPConnecting, "its channel has ended; it is dialled, or expected, again"
+	}
 	if p.Draining && v.State == api.RCPConnected {
 		v.State = api.RCPDraining
 	}

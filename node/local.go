@@ -26,8 +26,8 @@ func (a *Agent) Status(context.Context) local.Status {
 		s.Upstreams = append(s.Upstreams, v.Upstreams...)
 		s.Outbox.Depth += v.Outbox.Depth
 		s.Outbox.Dropped += v.Outbox.Dropped
-		if s.Outbox.Oldest.IsZero() || !v.Outbox.Oldest.IsZero() && v.Outbox.Oldest.Before(s.Outbox.Oldest) {
-			s.Outbox.Oldest = v.Outbox.Oldest
+		if o := v.Outbox.Oldest; o != nil && (s.Outbox.Oldest == nil || o.Before(*s.Outbox.Oldest)) {
+			s.Outbox.Oldest = o
 		}
 		for addr := range in.upstreams.targets() {
 			s.DialTargets = append(s.DialTargets, addr)
@@ -47,10 +47,14 @@ func (in *instance) status() local.Instance {
 	if policies == nil {
 		policies = []wire.PolicyStatus{}
 	}
+	outbox := local.Outbox{Depth: h.Outbox.Depth, Dropped: h.Outbox.Dropped}
+	if !h.Outbox.Oldest.IsZero() {
+		outbox.Oldest = &h.Outbox.Oldest
+	}
 	return local.Instance{
 		TrustDomain: in.td, ID: in.id.ID(), Name: in.name(), Fingerprint: in.id.Fingerprint(), State: string(h.State), Reason: h.Reason,
 		Installation: h.Installation, AppliedRevision: h.Applied.String(), Policies: policies, Upstreams: h.Upstreams,
-		Outbox: local.Outbox{Depth: h.Outbox.Depth, Oldest: h.Outbox.Oldest, Dropped: h.Outbox.Dropped}, NotAfter: h.NotAfter,
+		Outbox: outbox, NotAfter: h.NotAfter,
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 // honest gateway has one, and another for a moment when it resumes.
 const maxPeersStreams = 4
 
-var errNotAdmitted = errors.New("not admitted")
+var errNotAdmitted = errors.New("wrong side of this RCP")
 
 // admit decides who may be what on one of our ports, after the handshake has
 // proved who it is. Gateways may ask. An RCP may ask only when our

@@ -31,7 +31,7 @@ type RCP struct {
 // States of an RCP.
 const (
 	RCPPending    = "pending"    // not enrolled yet
-	RCPConnecting = "connecting" // enrolled; not connected since the gateway started
+	RCPConnecting = "connecting" // enrolled; not connected since the gateway started, or cut off a moment ago
 	RCPConnected  = "connected"
 	RCPFailed     = "failed" // was connected, or should be
 	RCPDraining   = "draining"

@@ -159,7 +159,11 @@ func (l *localRole) describe(s local.Status) {
 		line("peers", fmt.Sprintf("%d %s", s.Peers[role], role))
 	}
 	if s.Role == wire.RoleNode {
-		line("outbox", fmt.Sprintf("%d waiting, %d dropped%s", s.Outbox.Depth, s.Outbox.Dropped, prefixed(", oldest ", Time(s.Outbox.Oldest))))
+		oldest := ""
+		if s.Outbox.Oldest != nil {
+			oldest = ", oldest " + Time(*s.Outbox.Oldest)
+		}
+		line("outbox", fmt.Sprintf("%d waiting, %d dropped%s", s.Outbox.Depth, s.Outbox.Dropped, oldest))
 	}
 }
 

@@ -88,9 +88,9 @@ type Instance struct {
 
 // Outbox counts events that the gateway does not have yet.
 type Outbox struct {
-	Depth   int64     `json:"depth"`
-	Oldest  time.Time `json:"oldest,omitzero"`
-	Dropped int64     `json:"dropped"`
+	Depth   int64      `json:"depth"`
+	Oldest  *time.Time `json:"oldest"` // null when nothing waits
+	Dropped int64      `json:"dropped"`
 }
 
 // Check is one finding of `local doctor`. Fix says what to do when it is not OK.
