@@ -118,7 +118,7 @@ func (d *Dialer) Dial(ctx context.Context) (*Conn, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, d.lim.HandshakeTimeout)
 	defer cancel()
-	c, err := d.dialRace(ctx)
+	c, err := d.dialRace(ctx, d.enrolling()) // one answer for all carriers of an attempt
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", d.Addr, err)
 	}
@@ -129,8 +129,8 @@ func (d *Dialer) Dial(ctx context.Context) (*Conn, error) {
 }
 
 // dialH2 makes one attempt over TCP.
-func (d *Dialer) dialH2(ctx context.Context) (*Conn, error) {
-	p, err := protocolFor(d.Peer, CarrierH2, d.Class, d.enrolling())
+func (d *Dialer) dialH2(ctx context.Context, enroll bool) (*Conn, error) {
+	p, err := protocolFor(d.Peer, CarrierH2, d.Class, enroll)
 	if err != nil {
 		return nil, err
 	}

@@ -92,17 +92,20 @@ func (d *Dialer) carriers() (h2, h3 bool, err error) {
 }
 
 // dialRace makes one attempt over each carrier, QUIC first.
-func (d *Dialer) dialRace(ctx context.Context) (*Conn, error) {
+func (d *Dialer) dialRace(ctx context.Context, enroll bool) (*Conn, error) {
 	h2, h3, err := d.carriers()
 	switch {
 	case err != nil:
 		return nil, err
 	case !h3:
-		return d.dialH2(ctx)
+		return d.dialH2(ctx, enroll)
 	case !h2:
-		return d.dialH3(ctx)
+		return d.dialH3(ctx, enroll)
 	}
-	return firstOf(ctx, []attempt{{dial: d.dialH3}, {after: headStart, dial: d.dialH2}})
+	return firstOf(ctx, []attempt{
+		{dial: func(ctx context.Context) (*Conn, error) { return d.dialH3(ctx, enroll) }},
+		{after: headStart, dial: func(ctx context.Context) (*Conn, error) { return d.dialH2(ctx, enroll) }},
+	})
 }
 
 // probe tries to return to QUIC while c is on HTTP/2, at growing intervals, and
@@ -117,7 +120,7 @@ func (d *Dialer) probe(ctx context.Context, c *Conn, better chan<- *Conn) {
 			return
 		}
 		dialCtx, cancel := context.WithTimeout(ctx, d.lim.HandshakeTimeout)
-		found, err := d.dialH3(dialCtx)
+		found, err := d.dialH3(dialCtx, c.Enrolling())
 		cancel()
 		if err != nil {
 			continue

@@ -148,7 +148,7 @@ func (u *udpPort) newConn(qc *quic.Conn) (*Conn, error) {
 
 // dialH3 makes one attempt over QUIC. A host with several addresses is tried
 // at its first IPv4 and its first IPv6 address at once.
-func (d *Dialer) dialH3(ctx context.Context) (*Conn, error) {
+func (d *Dialer) dialH3(ctx context.Context, enroll bool) (*Conn, error) {
 	host, port, err := net.SplitHostPort(d.Addr)
 	if err != nil {
 		return nil, err
@@ -166,14 +166,14 @@ func (d *Dialer) dialH3(ctx context.Context) (*Conn, error) {
 		i := slices.IndexFunc(ips, func(ip netip.Addr) bool { return family(ip.Unmap()) })
 		if i >= 0 {
 			to := netip.AddrPortFrom(ips[i].Unmap(), uint16(number))
-			attempts = append(attempts, attempt{dial: func(ctx context.Context) (*Conn, error) { return d.dialUDP(ctx, to) }})
+			attempts = append(attempts, attempt{dial: func(ctx context.Context) (*Conn, error) { return d.dialUDP(ctx, to, enroll) }})
 		}
 	}
 	return firstOf(ctx, attempts)
 }
 
-func (d *Dialer) dialUDP(ctx context.Context, to netip.AddrPort) (*Conn, error) {
-	p, err := protocolFor(d.Peer, CarrierH3, d.Class, d.enrolling())
+func (d *Dialer) dialUDP(ctx context.Context, to netip.AddrPort, enroll bool) (*Conn, error) {
+	p, err := protocolFor(d.Peer, CarrierH3, d.Class, enroll)
 	if err != nil {
 		return nil, err
 	}
