@@ -144,6 +144,9 @@ func (e *Engine) memoryFile() string  { return filepath.Join(e.cfg.Dir, "checks.
 func (e *Engine) Apply(ctx context.Context, policies []wire.Policy, specs map[string]json.RawMessage) []wire.PolicyStatus {
 	e.applying.Lock()
 	defer e.applying.Unlock()
+	if err := e.finish(ctx); err != nil {
+		e.cfg.Log.Error("files of a failed policy", "error", err) // no other files policy is applied before
+	}
 	e.mu.Lock()
 	e.want, e.specs = slices.Clone(policies), specs
 	clear(e.retry)

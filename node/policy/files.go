@@ -62,6 +62,9 @@ func (p filesPlan) paths() []string {
 // no longer names are restored. commit is called once all is in place and
 // before the journal goes: it records whose the paths are.
 func (e *Engine) applyFiles(ctx context.Context, name string, plan filesPlan, previous []string, commit func() error) error {
+	if err := e.finish(ctx); err != nil {
+		return err
+	}
 	var found, undo, todo []snapshot
 	for _, want := range plan.wants {
 		have, err := read(want.Path)
@@ -105,7 +108,7 @@ func (e *Engine) applyFiles(ctx context.Context, name string, plan filesPlan, pr
 	}
 	if err != nil {
 		if rerr := e.rollback(context.WithoutCancel(ctx)); rerr != nil {
-			err = errors.Join(err, fmt.Errorf("put back what was there: %w", rerr))
+			return errors.Join(err, fmt.Errorf("put back what was there: %w", rerr)) // finish tries again
 		}
 		e.forgetUnowned(name, plan.paths(), previous)
 		return err
@@ -160,6 +163,9 @@ func (e *Engine) command(ctx context.Context, what string, command []string) err
 // removeFiles puts back what a policy replaced, as far as no other policy owns
 // it now, and reloads.
 func (e *Engine) removeFiles(ctx context.Context, name string, paths []string, reload []string) error {
+	if err := e.finish(ctx); err != nil {
+		return err
+	}
 	changed := false
 	for _, path := range paths {
 		if e.ownedByOther(path, name) {

@@ -111,10 +111,15 @@ func (e *Engine) clearJournal() error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return syncDir(e.cfg.Dir) // one that came back would undo what was committed
 }
 
-// rollback puts back what the journal names, and lets the service see it.
+// rollback puts back what the journal names, and lets the service see it. A
+// path that no policy owns gets what stood there before the first one: after a
+// crash behind the commit it is a path that the policy gave up.
 func (e *Engine) rollback(ctx context.Context) error {
 	var j journal
 	err := loadJSON(e.journalFile(), &j)
@@ -125,14 +130,37 @@ func (e *Engine) rollback(ctx context.Context) error {
 		return err
 	}
 	for i := len(j.Undo) - 1; i >= 0; i-- {
-		if _, err := write(j.Undo[i]); err != nil {
+		undo := j.Undo[i]
+		if original, ok := e.originals.get(undo.Path); ok && !e.ownedByOther(undo.Path, "") {
+			undo = original
+		}
+		if _, err := write(undo); err != nil {
 			return err
 		}
 	}
 	if err := e.command(ctx, "reload", j.Reload); err != nil {
 		e.cfg.Log.Warn("reload after putting back files", "policy", j.Policy, "error", err)
 	}
-	return e.clearJournal()
+	if err := e.clearJournal(); err != nil {
+		return err
+	}
+	for _, undo := range j.Undo {
+		if !e.ownedByOther(undo.Path, "") {
+			if err := e.originals.restored(undo.Path); err != nil {
+				e.cfg.Log.Warn("forget a saved file", "path", undo.Path, "error", err)
+			}
+		}
+	}
+	return nil
+}
+
+// finish puts back what an attempt left that could not be rolled back then: the
+// journal is the only one that knows it, and there is one journal.
+func (e *Engine) finish(ctx context.Context) error {
+	if err := e.rollback(context.WithoutCancel(ctx)); err != nil {
+		return fmt.Errorf("put back what an earlier attempt left: %w", err)
+	}
+	return nil
 }
 
 func saveJSON(file string, v any) error {
