@@ -285,3 +285,37 @@ func TestMuteNodeIsGivenUp(t *testing.T) {
 		}
 	})
 }
+
+func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
+	w, r, n := running(t)
+	hang := make(chan struct{})
+	r.mu.Lock()
+	r.hang = hang
+	before := r.asked[wire.ConnectAuthority(n.id.ID())]
+	r.mu.Unlock()
+	w.s.sessions.cut(n.id.ID())
+	a := w.act(n, time.Hour, "true")
+	eventually(t, "a session is being opened", func() bool { return r.connects(n.id.ID()) > before })
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		now, err := tx.Action(ctx, a.ID)
+		if err != nil {
+			return err
+		}
+		return tx.CancelAction(ctx, now, api.ActionCodeCancelled)
+	})
+	close(hang)
+	eventually(t, "the runner is done with it", func() bool {
+		w.s.actions.mu.Lock()
+		defer w.s.actions.mu.Unlock()
+		_, waits := w.s.actions.timers[a.ID]
+		return !waits && !w.s.actions.active[a.ID]
+	})
+	if a = w.done(a); a.State != wire.ActionCancelled || !a.SentAt.IsZero() {
+		t.Errorf("ended as %+v", a)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if len(n.runs) != 0 {
+		t.Error("the node was asked to run what an operator had cancelled")
+	}
+}

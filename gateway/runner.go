@@ -250,7 +250,7 @@ func (r *runner) deliver(ctx context.Context, a *store.Action, attach bool) erro
 	err = r.s.sessions.Do(ctx, r.s.party(wire.RoleNode, a.NodeID), func(ctx context.Context, c *conversation) error {
 		if a.State == wire.ActionQueued {
 			a.State, a.SentAt = wire.ActionSent, time.Now().UTC()
-			if err := r.save(ctx, a); err != nil { // on disk before it is sent
+			if err := r.save(ctx, a); err != nil || !a.Open() { // on disk before it is sent; cancelled while the session opened
 				return err
 			}
 		}
