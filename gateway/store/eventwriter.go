@@ -77,7 +77,9 @@ func (w *eventWriter) close() error {
 
 // timeText is how bun writes times for SQLite: UTC, whole microseconds, sorted
 // as text.
-func timeText(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05.999999-07:00") }
+func timeText(t time.Time) string {
+	return sqldb.CleanTime(t).Format("2006-01-02 15:04:05.999999-07:00")
+}
 
 // add queues an event for the next flush.
 func (w *eventWriter) add(e *Event) {

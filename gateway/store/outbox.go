@@ -142,7 +142,7 @@ func validEvent(e *wire.Event) error {
 	if e.Seq < 1 {
 		return errors.New("seq is not positive")
 	}
-	if y := e.Time.Year(); y < 1970 || y > 9999 {
+	if y := e.Time.UTC().Year(); y < 1970 || y > 9999 {
 		return fmt.Errorf("time in the year %d", y)
 	}
 	return e.Validate()

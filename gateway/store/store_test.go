@@ -380,3 +380,37 @@ func TestRaisedGenerationLeadsEveryRevision(t *testing.T) {
 		t.Errorf("generation %d after a restart", g)
 	}
 }
+
+func TestTimesOfPeersThatNoYearHolds(t *testing.T) {
+	db := temp(t)
+	id := addNode(t, db, "web-1")
+	for _, text := range []string{"9999-12-31T23:59:59-23:00", "0000-01-01T00:00:00+23:00"} {
+		bad, err := time.Parse(time.RFC3339, text) // as JSON takes it
+		if err != nil {
+			t.Fatal(err)
+		}
+		hello := &wire.Hello{
+			Party: wire.Party{ID: id, Role: wire.RoleNode}, Versions: wire.OwnVersions, NotAfter: bad, RenewAfter: bad,
+			Policies: []wire.PolicyStatus{{Name: "p", State: wire.PolicyFailed, Since: bad}},
+		}
+		update(t, db, func(tx *Tx) error {
+			_, err := tx.RecordHello(ctx, hello, 0)
+			return err
+		})
+		nodes, err := db.Nodes(ctx)
+		if err != nil || len(nodes) != 1 {
+			t.Fatalf("one node's hello made the list of nodes unreadable: %v", err)
+		}
+		if _, err := nodes[0].NotAfter.UTC().MarshalJSON(); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+		if _, err := db.PolicyStatus(ctx, id); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+		up := event(1, "", "normal")
+		up.Event.Time = bad
+		if _, err := db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{up}); !errors.Is(err, ErrInvalid) {
+			t.Errorf("event at %s: %v", text, err)
+		}
+	}
+}

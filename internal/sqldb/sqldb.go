@@ -112,12 +112,28 @@ func (db *DB) open(ctx context.Context, path string, cfg Config) error {
 	return r.PingContext(ctx)
 }
 
-// dialect keeps NUL characters out of SQL texts, which they would cut off in
-// SQLite and which PostgreSQL does not take: strings that came from a peer may
-// hold them.
+// dialect keeps out of SQL texts what a peer may have sent and no database
+// takes: NUL characters, which would cut the text off in SQLite and which
+// PostgreSQL refuses, and times that cannot be read back.
 type dialect struct{ *sqlitedialect.Dialect }
 
 func (d dialect) AppendString(b []byte, s string) []byte { return d.Dialect.AppendString(b, Clean(s)) }
+
+func (d dialect) AppendTime(b []byte, t time.Time) []byte {
+	return d.Dialect.AppendTime(b, CleanTime(t))
+}
+
+// CleanTime returns t in UTC, or the zero time where the year in UTC has not
+// four digits: no query and no JSON could read it back, and the whole table
+// would be unreadable for the sake of one row. JSON takes such times from a
+// peer, because they have four digits in another time zone.
+func CleanTime(t time.Time) time.Time {
+	t = t.UTC()
+	if y := t.Year(); y < 1 || y > 9999 {
+		return time.Time{}
+	}
+	return t
+}
 
 // Clean replaces NUL characters, for strings that are bound rather than
 // written into the SQL text.
