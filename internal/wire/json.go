@@ -18,7 +18,7 @@ const (
 	MaxHello       = 1 << 20  // GET /v1/hello with its policy statuses
 	MaxDesired     = 8 << 20  // PUT /v1/desired, envelope included
 	MaxActionBody  = 256 << 10
-	MaxFrameLine   = 128 << 10 // one line of an outbox or action stream
+	MaxFrameLine   = 256 << 10 // one line of an outbox or action stream: an event may need six bytes of JSON for one of text
 	MaxEventText   = 32 << 10  // text of one event; the other fields are at most MaxEventField
 	MaxEventField  = 1 << 10
 	MaxRevocations = 16 << 20

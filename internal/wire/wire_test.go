@@ -1,9 +1,11 @@
 package wire_test
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"io"
+	"math"
 	"net/url"
 	"strings"
 	"testing"
@@ -229,4 +231,28 @@ func FuzzLineReader(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestWorstEvent: whatever a local user may put into an event, its line is one
+// that a gateway reads. A line above the limit would come again and again, and
+// hold up every event behind it.
+func TestWorstEvent(t *testing.T) {
+	for _, char := range []string{"\x01", "<", "\u2028", "\xff"} {
+		field := func(n int) string { return strings.Repeat(char, n/len(char)) }
+		e := wire.Event{
+			ID: wire.NewEventID(), Seq: math.MaxInt64, Time: time.Now(), Severity: wire.SeverityCritical, Text: field(wire.MaxEventText),
+			Application: field(wire.MaxEventField), Object: field(wire.MaxEventField), Key: field(wire.MaxEventField), Instance: field(wire.MaxEventField),
+		}
+		if err := e.Validate(); err != nil {
+			t.Fatal(err)
+		}
+		line, err := wire.AppendLine(nil, wire.OutboxUp{Event: &e})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var up wire.OutboxUp
+		if err := wire.NewLineReader(bytes.NewReader(line), wire.MaxFrameLine).Next(&up); err != nil {
+			t.Errorf("event full of %q: line of %d bytes: %v", char, len(line), err)
+		}
+	}
 }
