@@ -83,7 +83,7 @@ type demo struct {
 
 // patience is far above what a scene takes on a slow machine: most take less
 // than a second.
-const patience = 15 * time.Second
+const patience = 30 * time.Second
 
 func newDemo(program, dir string, where place, say func(string, ...any)) *demo {
 	return &demo{program: program, dir: dir, place: where, say: say, patience: patience}

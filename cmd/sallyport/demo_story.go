@@ -244,7 +244,7 @@ func (d *demo) applyPolicies(ctx context.Context) error {
 	}
 	lines := strings.Split(strings.TrimSpace(dry), "\n")
 	d.say("     %s", lines[len(lines)-1])
-	_, err = d.must(ctx, gatewayParty, "apply", "-f", file, "--wait", "10s")
+	_, err = d.must(ctx, gatewayParty, "apply", "-f", file, "--wait", "30s")
 	return err
 }
 
