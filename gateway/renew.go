@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"time"
 
+	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
@@ -68,6 +69,9 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
 		if e.id.Revoked(key) {
 			return identity.ErrRevoked
 		}
+		if err := e.keep(ctx, party, name, tenant, key); err != nil {
+			return err
+		}
 		chain, err := e.ca.Issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
 		if err != nil {
 			return err
@@ -85,6 +89,58 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
 	}
 	e.log.Info("certificate renewed", "party", party.String(), "name", name)
 	return nil
+}
+
+// maxKeys bounds the keys of one party that are good at a time. Parties renew
+// with the key that they have, so that one or two are all there are.
+const maxKeys = 8
+
+// errKey says that a party may not be certified with a key.
+var errKey = errors.New("the key cannot be certified")
+
+// keep writes a key down before a leaf for it leaves our hands: a party that
+// takes the leaf and says that it failed must not have a key that a revocation
+// of the party does not name.
+func (e *enrolment) keep(ctx context.Context, party wire.Party, name, tenant string, key wire.KeyHash) error {
+	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		if err := notRevoked(ctx, tx.Queries, party); err != nil { // since it was asked
+			return err
+		}
+		k, err := tx.Key(ctx, key)
+		switch {
+		case err == nil && !k.RevokedAt.IsZero():
+			return identity.ErrRevoked
+		case err == nil && (k.Role != party.Role || k.PartyID != party.ID):
+			return fmt.Errorf("%w: %s belongs to %s %s", errKey, key.Fingerprint(), k.Role, k.PartyID)
+		case err == nil:
+			return nil
+		case !errors.Is(err, store.ErrNotFound):
+			return err
+		}
+		switch n, err := tx.CountKeys(ctx, party.ID); {
+		case err != nil:
+			return err
+		case n >= maxKeys:
+			return fmt.Errorf("%w: %s came with %d others before", errKey, key.Fingerprint(), n)
+		}
+		return tx.PutKey(ctx, &store.Key{KeyHash: key, Role: party.Role, PartyID: party.ID, Name: name, Tenant: tenant, IssuedAt: tx.Now(), NotAfter: tx.Now()})
+	})
+}
+
+// notRevoked refuses a party whose record is gone or revoked.
+func notRevoked(ctx context.Context, q store.Queries, party wire.Party) error {
+	if party.Role == wire.RoleRCP {
+		r, err := q.RCPByID(ctx, party.ID)
+		if err == nil && r.State == api.RCPRevoked {
+			err = identity.ErrRevoked
+		}
+		return err
+	}
+	n, err := q.Node(ctx, party.ID)
+	if err == nil && n.State == wire.StateRevoked {
+		err = identity.ErrRevoked
+	}
+	return err
 }
 
 func (e *enrolment) nameOf(ctx context.Context, party wire.Party) (name, tenant string, err error) {

@@ -210,3 +210,69 @@ func TestRenewal(t *testing.T) {
 		t.Errorf("unknown node: %v", err)
 	}
 }
+
+func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
+	d := newDesk(t)
+	a, other := d.enrolled(d.join(api.CreateJoin{Name: "web"}), ""), d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
+	party, _ := a.id.Party()
+	victim, _ := other.id.Party()
+	csrOf := func(id *identity.Identity) []byte {
+		der, err := id.CSR(false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return der
+	}
+	var der []byte
+	var taken [][]byte
+	d.answer = func(_ wire.Party, _, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			out.(*wire.CSR).DER = der
+		case wire.PathCertificate: // it takes the leaf, and says that it did not
+			taken = in.(wire.Certificate).Chain
+			return errors.New("disk full")
+		}
+		return nil
+	}
+	var keys []wire.KeyHash
+	for range maxKeys + 3 {
+		fresh, err := identity.Open(t.TempDir(), wire.RoleNode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		der, taken = csrOf(fresh), nil
+		if err := d.renewNow(t.Context(), party.ID); err == nil {
+			t.Fatal("a renewal that the party says failed counts as done")
+		}
+		if taken != nil {
+			keys = append(keys, fresh.KeyHash())
+		}
+	}
+	if len(keys) != maxKeys-1 {
+		t.Errorf("the party got leaves for %d keys", len(keys))
+	}
+	// Nor does it get one for a key that another's revocation must name.
+	der, taken = csrOf(other.id), nil
+	if err := d.renewNow(t.Context(), party.ID); !errors.Is(err, errKey) || taken != nil {
+		t.Errorf("a leaf for another party's key: %v", err)
+	}
+	if k, err := d.store.Key(t.Context(), other.id.KeyHash()); err != nil || k.PartyID != victim.ID {
+		t.Errorf("another party's key: %+v %v", k, err)
+	}
+	n, err := d.store.Node(t.Context(), party.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.revokeNode(t.Context(), n, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range append(keys, a.id.KeyHash()) {
+		if !d.id.Revoked(key) {
+			t.Errorf("the revoked node holds a good leaf for %s", key.Fingerprint())
+		}
+	}
+	if d.id.Revoked(other.id.KeyHash()) {
+		t.Error("another party's key was revoked too")
+	}
+}

@@ -102,6 +102,11 @@ func (r Queries) Key(ctx context.Context, key wire.KeyHash) (*Key, error) {
 	return k, notFound(err)
 }
 
+// CountKeys counts the keys of a party that are not revoked.
+func (r Queries) CountKeys(ctx context.Context, party wire.ID) (int64, error) {
+	return r.q.NewSelect().Model((*Key)(nil)).Where("party_id = ?", party).Where("revoked_at IS NULL").Count(ctx)
+}
+
 // RevokedKeys lists the keys that are not to be trusted, oldest first.
 func (r Queries) RevokedKeys(ctx context.Context) ([]*Key, error) {
 	var out []*Key
