@@ -341,7 +341,7 @@ func TestWarmSessionsAreBounded(t *testing.T) {
 		}
 		s.warm[c.party.ID] = c
 		s.evictLocked()
-		s.mu.Unlock()
+		s.unlock()
 	}
 	if len(s.warm) != maxWarm {
 		t.Fatalf("%d sessions are warm", len(s.warm))
@@ -353,6 +353,48 @@ func TestWarmSessionsAreBounded(t *testing.T) {
 	if used != 10 {
 		t.Fatalf("%d of 10 sessions in use were left", used)
 	}
+}
+
+// stuckSession is one whose stream takes nothing more.
+type stuckSession struct {
+	nopSession
+	closing, free chan struct{}
+}
+
+func (s stuckSession) Close() error {
+	close(s.closing)
+	<-s.free
+	return nil
+}
+
+func TestSessionThatIsSlowToCloseDelaysNoOther(t *testing.T) {
+	f := newBench(t).f
+	m, err := newMetrics(nil, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSessions(f, m, nil, nil)
+	stuck := stuckSession{closing: make(chan struct{}), free: make(chan struct{})}
+	bad := &conversation{party: wire.Party{ID: wire.NewID()}, rt: stuck}
+	good := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}}
+	s.warm[bad.party.ID], s.warm[good.party.ID] = bad, good
+	cut := make(chan struct{})
+	go func() { defer close(cut); s.cut(bad.party.ID) }()
+	<-stuck.closing
+	got := make(chan error, 1)
+	go func() {
+		got <- s.Do(t.Context(), good.party, func(context.Context, *conversation) error { return nil })
+	}()
+	select {
+	case err := <-got:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("a session waits for another one's end")
+	}
+	close(stuck.free)
+	<-cut
 }
 
 func TestWrongClockIsAnEvent(t *testing.T) {

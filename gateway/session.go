@@ -50,6 +50,7 @@ type sessions struct {
 	closed  bool
 	warm    map[wire.ID]*conversation
 	opening map[wire.ID]chan struct{} // closed when the attempt is over
+	over    []*conversation           // to be closed by unlock
 }
 
 func newSessions(f *fleet, m *metrics,
@@ -236,7 +237,7 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 		if other == nil {
 			break
 		}
-		s.mu.Unlock()
+		s.unlock()
 		select { // somebody is opening it
 		case <-other:
 		case <-ctx.Done():
@@ -245,19 +246,19 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 	}
 	over := make(chan struct{})
 	s.opening[party.ID] = over
-	s.mu.Unlock()
+	s.unlock()
 
 	c, err = s.open(ctx, party, "")
 
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.unlock()
 	delete(s.opening, party.ID)
 	close(over)
 	if err != nil {
 		return nil, false, err
 	}
 	if s.closed {
-		_ = c.rt.Close()
+		s.over = append(s.over, c)
 		return nil, false, errSessionsClosed
 	}
 	c.users++
@@ -276,9 +277,9 @@ func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx cont
 	}
 	err = fn(ctx, c)
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.unlock()
 	if err != nil || s.closed || s.warm[party.ID] != nil {
-		_ = c.rt.Close()
+		s.over = append(s.over, c)
 		return err
 	}
 	c.used = time.Now()
@@ -290,7 +291,7 @@ func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx cont
 // put gives a session back.
 func (s *sessions) put(c *conversation) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.unlock()
 	c.users--
 	c.used = time.Now()
 	if c.dead() || s.closed {
@@ -298,13 +299,28 @@ func (s *sessions) put(c *conversation) {
 	}
 }
 
-// removeLocked closes a session, and forgets it if it is the warm one.
+// removeLocked forgets a session if it is the warm one, and leaves it to
+// unlock to close it.
 func (s *sessions) removeLocked(c *conversation) {
 	if s.warm[c.party.ID] == c {
 		delete(s.warm, c.party.ID)
 		s.metrics.warm.Set(float64(len(s.warm)))
 	}
-	_ = c.rt.Close()
+	s.over = append(s.over, c)
+}
+
+// unlock gives mu up and then closes what was removed: to close a session
+// writes to its stream, which takes seconds where an RCP lets nothing through,
+// and no other session waits for that.
+func (s *sessions) unlock() {
+	over := s.over
+	s.over = nil
+	s.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, c := range over {
+		wg.Go(func() { _ = c.rt.Close() }) // it is over either way
+	}
+	wg.Wait()
 }
 
 // evictLocked holds the bound on warm sessions; those in use stay.
@@ -327,7 +343,7 @@ func (s *sessions) evictLocked() {
 // revoked.
 func (s *sessions) cut(id wire.ID) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
+	defer s.unlock()
 	if c := s.warm[id]; c != nil {
 		s.removeLocked(c)
 	}
@@ -341,7 +357,7 @@ func (s *sessions) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			s.mu.Lock()
-			defer s.mu.Unlock()
+			defer s.unlock()
 			s.closed = true
 			for _, c := range s.warm {
 				s.removeLocked(c)
@@ -354,7 +370,7 @@ func (s *sessions) Run(ctx context.Context) error {
 					s.removeLocked(c)
 				}
 			}
-			s.mu.Unlock()
+			s.unlock()
 		}
 	}
 }
