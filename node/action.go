@@ -252,20 +252,27 @@ func (a *actions) create(act wire.Action) (*run, error) {
 func (a *actions) attend(ctx context.Context, r *run, path string, arrived time.Time) {
 	wait := time.NewTimer(max(r.action.TTL-time.Since(arrived), time.Second))
 	defer wait.Stop()
+	notRun := func() {
+		state := wire.ActionLost
+		if errors.Is(context.Cause(ctx), errCancelled) {
+			state = wire.ActionCancelled
+		}
+		r.end(wire.ActionResult{State: state, Reason: "not run: " + context.Cause(ctx).Error()})
+	}
 	select {
 	case a.slots <- struct{}{}:
 		defer func() { <-a.slots }()
+		if ctx.Err() != nil { // both came true, and select takes either
+			notRun()
+			return
+		}
 		a.log.Info("action starts", "action", r.action.ID, "program", path)
 		r.execute(ctx, path)
 		a.log.Info("action ended", "action", r.action.ID, "state", r.result.State, "exit_code", r.result.ExitCode)
 	case <-wait.C:
 		r.end(wire.ActionResult{State: wire.ActionExpired, Reason: fmt.Sprintf("not run: no free slot within %v", r.action.TTL)})
 	case <-ctx.Done():
-		state := wire.ActionLost
-		if errors.Is(context.Cause(ctx), errCancelled) {
-			state = wire.ActionCancelled
-		}
-		r.end(wire.ActionResult{State: state, Reason: "not run: " + context.Cause(ctx).Error()})
+		notRun()
 	}
 }
 

@@ -262,6 +262,27 @@ func TestActionCrash(t *testing.T) {
 	}
 }
 
+// TestActionCancelledInTime: an action that was cancelled before its turn came
+// does not start, also when a slot is free at that moment.
+func TestActionCancelledInTime(t *testing.T) {
+	a, err := openActions(t.TempDir(), proc.Allow{"*"}, slog.New(slog.DiscardHandler), func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errCancelled)
+	for range 50 { // select takes either at random
+		r, err := a.create(wire.Action{ID: wire.NewID(), Command: []string{"/bin/true"}, TTL: time.Minute})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.attend(ctx, r, "/bin/true", time.Now())
+		if r.result.State != wire.ActionCancelled || !r.result.Started.IsZero() {
+			t.Fatalf("it was started: %+v", r.result)
+		}
+	}
+}
+
 func TestActionQueue(t *testing.T) {
 	a, err := openActions(t.TempDir(), proc.Allow{"*"}, slog.New(slog.DiscardHandler), func() {})
 	if err != nil {
