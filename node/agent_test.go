@@ -658,6 +658,18 @@ func TestTwoGateways(t *testing.T) {
 	if err != nil || len(receipt.Stored) != 1 || receipt.Stored[0].Seq != 2 {
 		t.Errorf("receipt %+v, %v", receipt, err)
 	}
+	// One whose disk fails keeps no event from the other.
+	first, second := ag.a.all()[0], ag.a.all()[1]
+	if err := first.spool.Close(); err != nil {
+		t.Fatal(err)
+	}
+	receipt, err = ag.a.SendEvent(t.Context(), local.EventRequest{Severity: wire.SeverityMinor, Text: "at least one"})
+	if err == nil || !strings.Contains(err.Error(), first.td) {
+		t.Errorf("an event that one instance refuses: %v", err)
+	}
+	if len(receipt.Stored) != 1 || receipt.Stored[0].Instance != second.td {
+		t.Errorf("receipt %+v, want it stored for %s", receipt, second.td)
+	}
 }
 
 // TestListen: a node that is dialled.

@@ -69,16 +69,22 @@ func (a *Agent) SendEvent(_ context.Context, q local.EventRequest) (local.EventR
 		return local.EventReceipt{}, err
 	}
 	var receipt local.EventReceipt
-	for _, in := range targets {
+	var failed []string
+	for _, in := range targets { // one that cannot keep it must not keep it from the others
 		stored, err := in.spool.Append(e)
 		if err != nil {
-			return receipt, &local.Error{Code: local.CodeUnavailable, Message: fmt.Sprintf("%s: %v", in.td, err)}
+			failed = append(failed, fmt.Sprintf("%s: %v", in.td, err))
+			continue
 		}
 		st, err := in.spool.State()
 		if err != nil {
-			return receipt, &local.Error{Code: local.CodeUnavailable, Message: fmt.Sprintf("%s: %v", in.td, err)}
+			failed = append(failed, fmt.Sprintf("%s: %v", in.td, err))
+			continue
 		}
 		receipt.Stored = append(receipt.Stored, local.StoredEvent{Instance: in.td, ID: stored[0].ID, Spool: st.Spool, Seq: stored[0].Seq})
+	}
+	if len(failed) > 0 {
+		return receipt, &local.Error{Code: local.CodeUnavailable, Message: strings.Join(failed, "; ")}
 	}
 	return receipt, nil
 }
