@@ -265,6 +265,12 @@ func (r *roster) signal(a *attached, s wire.Signal) error {
 	if err := checkHints(s.Boot, s.Digest, s.Hints); err != nil {
 		return fmt.Errorf("%w: %w", errForged, err)
 	}
+	var stale []*attached
+	defer func() { // unlocked: closing may have to wait for a peer that reads nothing
+		for _, o := range stale {
+			o.conn.Close(errRestarted)
+		}
+	}()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if a.signalled && (s.Boot != a.signal.Boot || s.Generation != a.signal.Generation) {
@@ -277,7 +283,7 @@ func (r *roster) signal(a *attached, s wire.Signal) error {
 		return nil // it has left meanwhile
 	}
 	if first {
-		r.supersede(r.live[tg])
+		stale = r.supersede(r.live[tg])
 	}
 	if a.replaced {
 		return nil
@@ -289,7 +295,8 @@ func (r *roster) signal(a *attached, s wire.Signal) error {
 // One of the same boot may still have something running on it, and ends gently.
 // One of another boot belongs to a process that is gone: over QUIC its silence
 // would be noticed only after 30 s, and sessions through it would hang as long.
-func (r *roster) supersede(all []*attached) {
+// The caller closes those of another boot, which are returned.
+func (r *roster) supersede(all []*attached) (stale []*attached) {
 	for _, old := range all {
 		if old.replaced || !old.signalled {
 			continue
@@ -300,12 +307,13 @@ func (r *roster) supersede(all []*attached) {
 				if a.signal.Boot == old.signal.Boot {
 					r.retire(old)
 				} else {
-					old.conn.Close(errRestarted)
+					stale = append(stale, old)
 				}
 				break
 			}
 		}
 	}
+	return stale
 }
 
 // channels lists the live channels of a party, best first.

@@ -18,9 +18,10 @@ import (
 // fakeLink is a channel that answers with canned bodies and notes what it is
 // asked.
 type fakeLink struct {
-	peer   identity.Peer
-	remote string
-	answer func(*http.Request) (*http.Response, error)
+	peer    identity.Peer
+	remote  string
+	answer  func(*http.Request) (*http.Response, error)
+	closing func() // what closing it takes: I/O, perhaps
 
 	mu    sync.Mutex
 	asked []string
@@ -71,6 +72,9 @@ func (f *fakeLink) Err() error {
 }
 
 func (f *fakeLink) Close(cause error) {
+	if f.closing != nil {
+		f.closing()
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.err == nil {
@@ -154,6 +158,13 @@ func TestNewestChannelWins(t *testing.T) {
 		t.Errorf("a replaced channel still speaks for the node: %+v", got)
 	}
 	dead := newFake(nodePeer(id), "10.0.0.1:3")
+	dead.closing = func() { // a peer that reads nothing must hold up nobody else
+		if !r.mu.TryLock() {
+			t.Error("a channel is closed, which may block, with the roster locked")
+			return
+		}
+		r.mu.Unlock()
+	}
 	c := mustJoin(t, r, dead)
 	say(c, "boot1", 6, "c")
 	if got := published(r, id); got.Digest != "c" || got.Generation != 6 || len(gone.all) != 2 || gone.all[1] != a {
