@@ -42,7 +42,8 @@ func (s *Server) runAction(ctx context.Context, actions []*store.Action) error {
 		}
 	}
 	if len(absent) > 0 {
-		err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		// The actions are on disk: whoever asked for them may go away now.
+		err := s.store.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *store.Tx) error {
 			for _, a := range absent {
 				if err := tx.SaveAction(ctx, a); err != nil && !errors.Is(err, store.ErrChanged) {
 					return fmt.Errorf("action %s: %w", a.ID, err)
@@ -50,7 +51,10 @@ func (s *Server) runAction(ctx context.Context, actions []*store.Action) error {
 			}
 			return nil
 		})
-		if err != nil {
+		if err != nil { // the runner looks at all of them, and tries again
+			for _, a := range actions {
+				s.actions.begin(a)
+			}
 			return err
 		}
 	}

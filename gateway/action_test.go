@@ -319,3 +319,26 @@ func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
 		t.Error("the node was asked to run what an operator had cancelled")
 	}
 }
+
+func TestActionsOfACallerThatWentAwayAreStarted(t *testing.T) {
+	w, _, n := running(t)
+	absent := w.enrolled(w.node("absent"))
+	var actions []*store.Action
+	for _, to := range []*fakeNode{absent, n} {
+		actions = append(actions, &store.Action{ID: wire.NewID(), Batch: "b", Tenant: store.DefaultTenant, NodeID: to.id.ID(), NodeName: to.name, Command: []string{"true"}})
+	}
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.AddActions(ctx, actions) })
+	gone, cancel := context.WithCancel(context.Background())
+	cancel()
+	copies := []*store.Action{new(*actions[0]), new(*actions[1])}
+	if err := w.s.runAction(gone, copies); err != nil {
+		t.Error(err)
+	}
+	n.exit(n.started(t, "true"), 0)
+	if a := w.done(actions[1]); a.State != wire.ActionSucceeded {
+		t.Errorf("ended as %+v", a)
+	}
+	if a := w.done(actions[0]); a.Code != api.ActionCodeNotConnected {
+		t.Errorf("ended as %+v", a)
+	}
+}
