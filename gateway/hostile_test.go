@@ -229,6 +229,10 @@ func TestBoundsOnWhatAnRCPMayClaim(t *testing.T) {
 	if refused != 10 {
 		t.Fatalf("%d ways were refused, want 10", refused)
 	}
+	// The truth about the node still gets in.
+	honest := b.rcp("honest")
+	b.up(honest)
+	b.snapshot(honest, "h1", nodePeer(n))
 	var path []wire.ID
 	for range wire.MaxHops {
 		path = append(path, wire.NewID())

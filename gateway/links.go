@@ -318,7 +318,13 @@ func (f *fleet) way(m *member, link wire.ID, path []wire.ID) *way {
 	if w := m.ways[key]; w != nil {
 		return w
 	}
-	if len(m.ways) >= maxWays {
+	same := 0 // of this first hop alone: one that makes ways up must not use up those of others
+	for _, w := range m.ways {
+		if w.link == link {
+			same++
+		}
+	}
+	if same >= maxWays {
 		return nil
 	}
 	w := &way{link: link, path: slices.Clone(path)}
