@@ -107,8 +107,12 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	if err != nil {
 		return fmt.Errorf("publish revocations: %w", err)
 	}
-	if env == nil {
-		return nil
+	if env == nil { // perhaps the last one was signed, and could not be taken over
+		held, ok := e.ca.Revocations()
+		if mine, _ := e.id.Revocations(); !ok || numberOf(held) <= mine {
+			return nil
+		}
+		env = &held
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was signed is spread
 	e.bid(ctx, ended, *env)

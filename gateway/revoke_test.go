@@ -276,3 +276,25 @@ func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 		t.Error("another party's key was revoked too")
 	}
 }
+
+func TestSignedSetThatWasNotTakenOverIsTakenOverLater(t *testing.T) {
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		_, err := tx.RevokeKeys(ctx, party.ID, "test")
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if env, _, err := d.sign(t.Context()); err != nil || env == nil { // and then the disk was full
+		t.Fatal(env, err)
+	}
+	if err := d.publish(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if !d.id.Revoked(a.id.KeyHash()) {
+		t.Error("the gateway trusts a key that its own authority revoked")
+	}
+}
