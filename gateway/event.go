@@ -105,7 +105,12 @@ func (s *Server) drainOutbox(ctx context.Context, c *conversation) (left int64, 
 	}()
 	defer func() { cancel(nil); _ = res.Body.Close(); <-read }()
 
-	p := &pull{s: s, node: c.party.ID, down: body}
+	p := &pull{s: s, node: c.party.ID, down: body, stuck: func() {
+		err := c.mute()
+		cancel(err)
+		_ = body.CloseWithError(err) // ends the write that waits
+		_ = c.rt.Close()             // nothing else ends what waits for the stream below
+	}}
 	return p.run(ctx, lines, answer, cancel)
 }
 
@@ -114,6 +119,7 @@ type pull struct {
 	s     *Server
 	node  wire.ID
 	down  *io.PipeWriter
+	stuck func() // gives the session up: its other end reads nothing
 	spool string
 	last  wire.OutboxState
 	mark  int64 // on disk
@@ -135,6 +141,7 @@ func (p *pull) send(d wire.OutboxDown) error {
 	if err != nil {
 		return err
 	}
+	defer time.AfterFunc(sessionAnswer, p.stuck).Stop()
 	if _, err := p.down.Write(b); err != nil {
 		return fmt.Errorf("write to outbox: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -296,6 +297,22 @@ func TestMaliciousNodeOutbox(t *testing.T) {
 		t.Fatal("what was not stored was acknowledged")
 	}
 	w.state(id, wire.StateRunning)
+}
+
+func TestNodeThatReadsNothingHoldsNoOutboxForEver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		body, down := io.Pipe() // nobody reads body
+		defer func() { _ = body.Close() }()
+		c := &conversation{rt: nopSession{}}
+		p := &pull{down: down, stuck: func() { _ = down.CloseWithError(c.mute()) }}
+		if err := p.send(wire.OutboxDown{}); err == nil || time.Since(began) != sessionAnswer {
+			t.Fatalf("%v after %v", err, time.Since(began))
+		}
+		if !c.dead() {
+			t.Fatal("its session is used again")
+		}
+	})
 }
 
 func TestPendingPartiesOfOneRCPDelayNoOthers(t *testing.T) {
