@@ -269,6 +269,9 @@ func (f *fleet) judgeNow(m *member, now time.Time) {
 	if m.held != 0 {
 		earlier(m.heldAt)
 	}
+	if m.retry != 0 {
+		earlier(m.retryAt)
+	}
 	f.setDue(m, next)
 }
 
@@ -320,6 +323,11 @@ func (f *fleet) tick(now time.Time) time.Time {
 			held := m.held
 			m.held = 0
 			f.want(m, held, true)
+		}
+		if m.retry != 0 && !m.retryAt.After(now) {
+			retry := m.retry
+			m.retry = 0
+			f.want(m, retry, true)
 		}
 		if !m.prove.IsZero() && !m.prove.After(now) {
 			m.prove = time.Time{} // set again by the visit
@@ -458,9 +466,12 @@ func (f *fleet) done(l lane, t task, again want, delay time.Duration) {
 		f.enqueue(m, l)
 	}
 	if again != 0 {
-		m.held |= again
-		m.heldAt = time.Now().Add(delay)
-		f.judgeNow(m, time.Now())
+		now := time.Now()
+		if at := now.Add(delay); m.retry == 0 || at.Before(m.retryAt) {
+			m.retryAt = at
+		}
+		m.retry |= again
+		f.judgeNow(m, now)
 	}
 }
 

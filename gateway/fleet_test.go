@@ -458,3 +458,38 @@ func TestRevokedNodeIsNeverVisited(t *testing.T) {
 		}
 	})
 }
+
+// Work that failed is tried again later; what a node hints meanwhile does not
+// wait for it.
+func TestHintsDoNotWaitForARetry(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		r, n := b.rcp("dmz"), b.node("web", wire.StateRunning)
+		b.up(r)
+		b.snapshot(r, "e1", nodePeer(n))
+		b.pass(time.Minute)
+		b.f.ask(wantPush, n)
+		failed, ok := b.f.take(laneVisit)
+		if !ok || failed.id != n {
+			t.Fatal("no visit")
+		}
+		b.f.done(laneVisit, failed, wantPush, time.Minute)
+		b.f.mu.Lock()
+		b.f.want(b.f.members[n], wantOutbox, true)
+		b.f.mu.Unlock()
+		if hinted, ok := b.f.take(laneOutbox); !ok || hinted.id != n {
+			t.Error("the hint waits for the retry")
+		} else {
+			b.f.done(laneOutbox, hinted, 0, 0)
+		}
+		before := b.visits[n]
+		b.pass(50 * time.Second)
+		if b.visits[n] != before {
+			t.Error("tried again too early")
+		}
+		b.pass(20 * time.Second)
+		if b.visits[n] != before+1 {
+			t.Errorf("%d visits, want one retry", b.visits[n]-before)
+		}
+	})
+}

@@ -288,8 +288,8 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
 	}
 	f.arrive(m, w, fresh, now)
-	if held := m.held; renewed && held != 0 { // the limit on hints still holds
-		m.held = 0
+	if held := m.held | m.retry; renewed && held != 0 { // the limit on hints still holds
+		m.held, m.retry = 0, 0
 		f.want(m, held, true)
 	}
 	f.hint(m, w, p.Digest, p.Hints)

@@ -116,6 +116,10 @@ type member struct {
 	held   want // wants that wait for the limiter
 	heldAt time.Time
 
+	// What failed waits apart from hints: those are not to wait for it.
+	retry   want
+	retryAt time.Time
+
 	wants [laneCount]want
 	lanes laneBits // queued or busy, per lane
 
