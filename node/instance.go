@@ -56,8 +56,8 @@ type instance struct {
 
 // openInstance reads an instance's directory, or makes it, and repairs what a
 // crash left. Nothing runs before Run.
-func openInstance(cfg Config, td string, join *identity.JoinSource, claims *policy.Claims, boot string, log *slog.Logger) (in *instance, err error) {
-	in = &instance{
+func openInstance(cfg Config, td string, join *identity.JoinSource, claims *policy.Claims, boot string, log *slog.Logger) (_ *instance, err error) {
+	in := &instance{
 		cfg: cfg, td: td, dir: filepath.Join(cfg.Dir(string(wire.RoleNode)), td), boot: boot, salt: string(wire.NewID()),
 		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, dropped: make(chan int64, 1),
 	}
