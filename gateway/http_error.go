@@ -75,6 +75,8 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 		return api.NewProblem(api.CodeChanged, err.Error())
 	case is(ErrNotConnected):
 		return api.NewProblem(api.CodeUnavailable, err.Error())
+	case is(store.ErrFull): // the database has logged it
+		return api.NewProblem(api.CodeUnavailable, "the gateway stored nothing: "+store.ErrFull.Error())
 	case is(selector.ErrEmpty):
 		return api.NewProblem(api.CodeInvalid, err.Error())
 	case is(context.DeadlineExceeded):

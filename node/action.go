@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"sallyport/internal/wire"
@@ -199,6 +200,10 @@ func (a *actions) begin(act wire.Action, attach bool) (*run, *wire.ActionResult,
 		return nil, nil, errManyRuns
 	}
 	r, err := a.create(act)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		reason := fmt.Sprintf("the program did not start: %v: free some space on the node, then run it again", err)
+		return nil, &wire.ActionResult{State: wire.ActionFailed, ExitCode: 126, Reason: reason}, nil
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("action is not begun: %w", err)
 	}

@@ -39,6 +39,7 @@ const DefaultTenant = "default"
 // Conditions that callers match.
 var (
 	ErrNotFound = errors.New("not found")
+	ErrFull     = sqldb.ErrFull
 	ErrExists   = errors.New("exists already")
 	ErrChanged  = errors.New("changed in the meantime")
 )

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"runtime/debug"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -169,5 +170,15 @@ func TestAge(t *testing.T) {
 	}
 	if Age(time.Time{}, now) != "" || Time(time.Time{}) != "" {
 		t.Error("no time must be empty")
+	}
+}
+
+func TestRunRolesOnAFullDisk(t *testing.T) {
+	full := Role{Name: "node", Run: func(context.Context) error {
+		return fmt.Errorf("node: %w", &fs.PathError{Op: "write", Path: "/data/node/x", Err: syscall.ENOSPC})
+	}}
+	err := RunRoles(t.Context(), full)
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "/data/node/x") || !strings.Contains(err.Error(), "free some space") {
+		t.Errorf("%v: want the file and what to do", err)
 	}
 }

@@ -3,7 +3,9 @@ package cli
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"syscall"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/spf13/cobra"
@@ -48,10 +50,14 @@ func RunRoles(ctx context.Context, roles ...Role) error {
 			return err
 		})
 	}
-	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
-		return err
+	err := g.Wait()
+	switch {
+	case err == nil, errors.Is(err, context.Canceled):
+		return nil
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fmt.Errorf("%w: free some space where SALLYPORT_DATA is, then start again", err)
 	}
-	return nil
+	return err
 }
 
 // SlimRoot is the top of a program that is one role: without a command it runs

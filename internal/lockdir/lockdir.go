@@ -49,9 +49,9 @@ func Acquire(dir string) (*Lock, error) {
 		return nil, fmt.Errorf("lock %s: %w", path, err)
 	}
 	l := &Lock{file: f}
-	if err := l.writeOwner(); err != nil {
+	if err := l.writeOwner(); err != nil && !full(err) { // the flock holds without it
 		_ = l.Release()
-		return nil, fmt.Errorf("lock %s: write process id: %w (is the disk full?)", path, err)
+		return nil, fmt.Errorf("lock %s: write process id: %w", path, err)
 	}
 	return l, nil
 }
@@ -67,6 +67,8 @@ func (l *Lock) writeOwner() error {
 	_, err := l.file.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	return err
 }
+
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
 
 func flock(f *os.File) error {
 	for {

@@ -21,17 +21,31 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/pressly/goose/v3"
 	"github.com/uptrace/bun"
 	"github.com/uptrace/bun/dialect/sqlitedialect"
 	"golang.org/x/sys/unix"
-	_ "modernc.org/sqlite" // the driver "sqlite"
+	"modernc.org/sqlite" // also the driver "sqlite"
 )
 
 // ErrLocked says that another process has the database open.
 var ErrLocked = errors.New("database is in use by another process")
+
+// ErrFull says that the disk has no room for what was written; nothing of that
+// transaction was. The database goes on when there is room again.
+var ErrFull = errors.New("no room on the disk for the database: free some space where SALLYPORT_DATA is")
+
+// Result codes of SQLite (sqlite.org/rescode.html) that mean a full disk.
+const (
+	sqliteFull         = 13
+	sqliteIOErrShmSize = 4874 // the file beside the journal cannot grow
+)
+
+// fullEvery spaces the log lines about a full disk: everybody tries again.
+const fullEvery = time.Minute
 
 const (
 	// busyTimeout bounds the wait for a lock that SQLite holds, which with one
@@ -44,6 +58,8 @@ const (
 type DB struct {
 	write, read *bun.DB
 	lock        *os.File
+	log         *slog.Logger
+	told        atomic.Int64 // unix nanoseconds of the last log line about a full disk
 }
 
 // Config says which database to open.
@@ -64,9 +80,9 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database %s: %w", path, err)
 	}
-	db := &DB{lock: lock}
+	db := &DB{lock: lock, log: cfg.Log}
 	if err := db.open(ctx, path, cfg); err != nil {
-		return nil, fmt.Errorf("open database %s: %w", path, errors.Join(err, db.Close()))
+		return nil, fmt.Errorf("open database %s: %w", path, errors.Join(full(err), db.Close()))
 	}
 	return db, nil
 }
@@ -186,7 +202,23 @@ func (db *DB) Read() *bun.DB { return db.read }
 // Write runs f in the one writing transaction and commits it unless f fails.
 // When it returns nil, what f wrote is on disk.
 func (db *DB) Write(ctx context.Context, f func(ctx context.Context, tx bun.Tx) error) error {
-	return db.write.RunInTx(ctx, nil, f)
+	err := full(db.write.RunInTx(ctx, nil, f))
+	if errors.Is(err, ErrFull) {
+		now := time.Now().UnixNano()
+		if last := db.told.Load(); now-last >= int64(fullEvery) && db.told.CompareAndSwap(last, now) {
+			db.log.Error("nothing can be stored", "error", err)
+		}
+	}
+	return err
+}
+
+// full adds ErrFull to an error that means it.
+func full(err error) error {
+	var e *sqlite.Error
+	if errors.As(err, &e) && (e.Code() == sqliteFull || e.Code() == sqliteIOErrShmSize) {
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	}
+	return err
 }
 
 // Close closes the database and gives up the lock.

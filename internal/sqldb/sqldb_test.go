@@ -1,8 +1,10 @@
 package sqldb
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"path/filepath"
@@ -142,5 +144,41 @@ func TestNULDoesNotCutTheSQLOff(t *testing.T) {
 	}
 	if err != nil || got != "a\uFFFD' OR 'b" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// A full disk is told apart, and forgotten once there is room.
+func TestFullDisk(t *testing.T) {
+	db := open(t, filepath.Join(t.TempDir(), "x.db"), "CREATE TABLE t (b BLOB NOT NULL);")
+	t.Cleanup(func() { _ = db.Close() })
+	var log bytes.Buffer
+	db.log = slog.New(slog.NewTextHandler(&log, nil))
+	pages := func(n int) {
+		t.Helper()
+		if _, err := db.write.ExecContext(ctx, fmt.Sprintf("PRAGMA max_page_count = %d", n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func() error {
+		return db.Write(ctx, func(ctx context.Context, tx bun.Tx) error {
+			_, err := tx.ExecContext(ctx, "INSERT INTO t (b) VALUES (zeroblob(100000))")
+			return err
+		})
+	}
+	pages(10)
+	for range 2 {
+		if err := write(); !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), "free some space") {
+			t.Fatalf("%v; want ErrFull and what to do", err)
+		}
+	}
+	if n := strings.Count(log.String(), "free some space"); n != 1 {
+		t.Errorf("it was logged %d times, want once for now: %s", n, &log)
+	}
+	pages(1000)
+	if err := write(); err != nil {
+		t.Error(err)
+	}
+	if n, err := db.Read().NewSelect().Table("t").Count(ctx); err != nil || n != 1 {
+		t.Errorf("%d rows, %v; want the one that was acknowledged", n, err)
 	}
 }
