@@ -183,7 +183,10 @@ func (s *Server) push(ctx context.Context, id wire.ID, d *store.Desired) error {
 	if err != nil {
 		return fmt.Errorf("push %s: %w", d.Revision(), err)
 	}
-	return s.pushed(ctx, id, d, &result)
+	if err := s.pushed(ctx, id, d, &result); err != nil || result.Refused != wire.RefusedFull {
+		return err
+	}
+	return fmt.Errorf("push %s: %s", d.Revision(), wire.Quotable(result.Reason)) // which has it tried again
 }
 
 // pushed records a node's answer.
@@ -219,6 +222,9 @@ func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wi
 // says that it does.
 func (s *Server) refused(ctx context.Context, id wire.ID, d *store.Desired, code, reason string) error {
 	if d.Refused == code && d.Reason == reason {
+		if code == "" { // the notice may be about an earlier revision
+			s.fleet.setNotice(id, "")
+		}
 		return nil
 	}
 	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"sallyport/internal/identity"
@@ -132,7 +133,13 @@ func (d *desired) put(ctx context.Context, env wire.Envelope) (wire.DesiredResul
 		return wire.DesiredResult{}, err
 	}
 	a := accepted{Envelope: env, Verdict: verdict{Signer: signer, Revision: doc.Revision, At: time.Now().UTC()}}
-	if err := saveJSON(d.file, a); err != nil {
+	err = saveJSON(d.file, a)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		d.log.Error("desired state not taken", "error", err)
+		reason := fmt.Sprintf("%v: free some space on the node; it is tried again", err)
+		return wire.DesiredResult{Applied: d.revision(), Refused: wire.RefusedFull, Reason: reason, Policies: d.engine.Statuses()}, nil
+	}
+	if err != nil {
 		return wire.DesiredResult{}, fmt.Errorf("desired state %v is not on disk: %w", doc.Revision, err)
 	}
 	d.mu.Lock()

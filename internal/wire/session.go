@@ -163,11 +163,14 @@ type RCPAddresses struct {
 	Addresses []string `json:"addresses"` // host:port
 }
 
+// RefusedFull says that the node has no room for its desired state now.
+const RefusedFull = "full"
+
 // DesiredResult answers PUT /v1/desired.
 type DesiredResult struct {
 	Applied  Revision       `json:"applied"`
 	State    NodeState      `json:"state"`
-	Refused  string         `json:"refused,omitempty"` // locked, readonly, older, wrong-node, bad-signature, draining
+	Refused  string         `json:"refused,omitempty"` // locked, readonly, older, wrong-node, bad-signature, draining, RefusedFull
 	Reason   string         `json:"reason,omitempty"`  // for people
 	Policies []PolicyStatus `json:"policies,omitempty"`
 }
