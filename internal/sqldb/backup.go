@@ -1,0 +1,49 @@
+package sqldb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+// Backup writes a consistent copy of the database at path into the new file
+// dest, mode 0600, also while another process uses the database. When it
+// returns nil, the copy is on disk.
+func Backup(ctx context.Context, path, dest string) (err error) {
+	if _, err := os.Stat(path); err != nil {
+		return fmt.Errorf("back up database: %w", err)
+	}
+	// VACUUM INTO takes an empty file; making it here decides on its mode and
+	// never overwrites one.
+	f, err := os.OpenFile(dest, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return fmt.Errorf("back up database: %w", err)
+	}
+	defer func() {
+		err = errors.Join(err, f.Close())
+		if err != nil {
+			err = errors.Join(fmt.Errorf("back up database %s: %w", path, err), os.Remove(dest))
+		}
+	}()
+	db, err := connect(path, false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	if _, err := db.ExecContext(ctx, "VACUUM INTO ?", dest); err != nil {
+		return err
+	}
+	// SQLite leaves the syncing of the copy to the caller.
+	return errors.Join(f.Sync(), SyncDir(filepath.Dir(dest)))
+}
+
+// SyncDir makes new and renamed names in a directory survive a power cut.
+func SyncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
