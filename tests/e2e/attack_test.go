@@ -128,6 +128,7 @@ var attacks = []attack{
 // TestAttacks: while strangers do their worst at an RCP's port, a real node's
 // actions stay as fast as they were, within a factor of two.
 func TestAttacks(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	relay := site.RCP(gateway, "dmz-1")

@@ -23,6 +23,7 @@ const (
 // TestKill kills a role in the middle of 10,000 events, several times: none is
 // lost, none is doubled.
 func TestKill(t *testing.T) {
+	harness.Long(t)
 	for _, victim := range []string{"gateway", "rcp", "node"} {
 		t.Run(victim, func(t *testing.T) {
 			site := harness.New(t)
@@ -65,6 +66,7 @@ func TestKill(t *testing.T) {
 
 // TestKillAll kills every role once in the same run.
 func TestKillAll(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	relay := site.RCP(gateway, "dmz-1")

@@ -132,6 +132,7 @@ func noEvent(t *testing.T, gateway *harness.Gateway, text string) {
 // TestFullNode: a node without room takes no event that it cannot keep, says
 // so, and goes on by itself when there is room. Its neighbour notices nothing.
 func TestFullNode(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	disk := mount(t, site.Path("web-1"), 8)
 	gateway := site.Gateway()
@@ -212,6 +213,7 @@ func TestFullNode(t *testing.T) {
 
 // TestFullGateway: events wait at the nodes while the gateway has no room.
 func TestFullGateway(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	disk := mount(t, site.Path("gateway"), 16)
 	gateway := site.Gateway()
@@ -265,6 +267,7 @@ func TestFullGateway(t *testing.T) {
 
 // TestFullRCP: an RCP needs no room to forward, and none to start again.
 func TestFullRCP(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	disk := mount(t, site.Path("dmz-1"), 2)
 	gateway := site.Gateway()
@@ -345,6 +348,7 @@ func publicCopy(t *testing.T, program string) string {
 // TestUnusableDirectory: no role starts on a directory that it cannot use, and
 // each says which one and what to do.
 func TestUnusableDirectory(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	disk := mount(t, site.Path("disk"), 16)
 	if err := os.Chmod(filepath.Dir(disk.dir), 0o755); err != nil {

@@ -62,6 +62,7 @@ func request(t *testing.T, gateway *harness.Gateway, name string) (found api.Req
 // TestManualGrant: a code without a token makes a request that waits for an
 // operator, who compares fingerprints.
 func TestManualGrant(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -87,6 +88,7 @@ func TestManualGrant(t *testing.T) {
 // TestBadCodes: expired, used, revoked and foreign codes are refused with a reason on
 // the node, which stays up and takes a better code without a restart.
 func TestBadCodes(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -160,6 +162,7 @@ func TestBadCodes(t *testing.T) {
 // TestNameInUse: a second node with a living node's name waits; --replace gives it the
 // name and revokes the first.
 func TestNameInUse(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -206,6 +209,7 @@ func TestNameInUse(t *testing.T) {
 // TestRemoveAndReturn: a removed node is cut off at once, keeps its UUID, and
 // comes back with a new code and a new key.
 func TestRemoveAndReturn(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -238,6 +242,7 @@ func TestRemoveAndReturn(t *testing.T) {
 
 // TestTagPrecedence: gateway over code over node, each with its source.
 func TestTagPrecedence(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")

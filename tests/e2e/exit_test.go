@@ -10,6 +10,7 @@ import (
 )
 
 func TestExitCodes(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")

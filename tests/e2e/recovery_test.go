@@ -53,6 +53,7 @@ func copyTree(t *testing.T, from, to string) {
 // Nodes are shown as locked, keep what they have, report, and obey nothing
 // until they are unlocked on their own host (PD-09, PD-10).
 func TestWipedDatabase(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	relay := site.RCP(gateway, "dmz-1")
@@ -119,6 +120,7 @@ func mustStatus(t *testing.T, r *harness.Role) localStatus {
 // TestOlderDatabase: a gateway that came back with an older database stops
 // pushing to nodes that know more, and says so.
 func TestOlderDatabase(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -189,6 +191,7 @@ func again(t *testing.T, node *harness.Node) {
 // TestRevertedNode: a node whose disk went back in time starts a new spool: its
 // events are neither lost nor taken for old ones.
 func TestRevertedNode(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -236,6 +239,7 @@ func TestRevertedNode(t *testing.T) {
 // TestRCPOutage: one event for the RCP that failed and one for its recovery,
 // none per node.
 func TestRCPOutage(t *testing.T) {
+	harness.Long(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	relay := site.RCP(gateway, "dmz-1")

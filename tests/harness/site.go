@@ -34,6 +34,16 @@ type Site struct {
 // New prepares a site on loopback.
 func New(t testing.TB) *Site { return In(t, nil) }
 
+// Long skips a test that takes more than a few seconds, so that go test ./...
+// stays quick at the desk. It runs with E2E=all, which `tests/run e2e` sets, and
+// in CI.
+func Long(t testing.TB) {
+	t.Helper()
+	if os.Getenv("E2E") != "all" && os.Getenv("CI") != "true" {
+		t.Skip("takes long: run it with E2E=all, or by tests/run e2e")
+	}
+}
+
 // In prepares a site on the hosts of a lab.
 func In(t testing.TB, lab *netlab.Lab) *Site {
 	t.Helper()

@@ -50,25 +50,50 @@ func (h *Host) Command(ctx context.Context, program string, args ...string) *exe
 // as they live.
 func (h *Host) Do(f func() error) error { return inNamespace(h.namespace, f) }
 
+// inNamespace goes back to where the thread came from before it lets go of the
+// thread: one that ended here instead would, as the parent that Linux takes it
+// for, end every process it once started with Pdeathsig (prctl(2)).
 func inNamespace(namespace string, f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		// The thread is never unlocked: it ends with the goroutine instead
-		// of running other code in the wrong namespace.
 		runtime.LockOSThread()
-		done <- func() error {
-			fd, err := unix.Open(filepath.Join(namespaces, namespace), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			if err != nil {
-				return fmt.Errorf("namespace %s: %w", namespace, err)
-			}
-			defer func() { _ = unix.Close(fd) }()
-			if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("enter namespace %s: %w", namespace, err)
-			}
-			return f()
-		}()
+		home, err := enter(filepath.Join(namespaces, namespace))
+		if err != nil {
+			runtime.UnlockOSThread()
+			done <- fmt.Errorf("enter namespace %s: %w", namespace, err)
+			return
+		}
+		err = f()
+		if back := home(); back != nil {
+			// Still locked, the thread ends with the goroutine: no other
+			// code may run in the wrong namespace.
+			done <- errors.Join(err, fmt.Errorf("leave namespace %s: %w", namespace, back))
+			return
+		}
+		runtime.UnlockOSThread()
+		done <- err
 	}()
 	return <-done
+}
+
+// enter moves the calling thread into the network namespace at path; home
+// moves it back.
+func enter(path string) (home func() error, err error) {
+	origin, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, errors.Join(err, unix.Close(origin))
+	}
+	defer func() { _ = unix.Close(fd) }()
+	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+		return nil, errors.Join(err, unix.Close(origin))
+	}
+	return func() error {
+		return errors.Join(unix.Setns(origin, unix.CLONE_NEWNET), unix.Close(origin))
+	}, nil
 }
 
 // Listen opens a TCP listener on the host; port 0 chooses one.

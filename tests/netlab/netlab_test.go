@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -292,6 +293,37 @@ func TestLeftovers(t *testing.T) {
 	// The lab of a living process stays.
 	if bad := counters(t, lab).Violations(); len(bad) > 0 {
 		t.Errorf("our own lab: %q", bad)
+	}
+}
+
+// TestThreadsOutliveDo: a program that dies with the thread that started it
+// (prctl(2), PR_SET_PDEATHSIG) outlives every visit to a host.
+func TestThreadsOutliveDo(t *testing.T) {
+	lab := plant(t)
+	ended := make(chan error, 8)
+	var running []*exec.Cmd
+	for range cap(ended) {
+		cmd := exec.CommandContext(t.Context(), "sleep", "1000")
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		running = append(running, cmd)
+		go func() { ended <- cmd.Wait() }()
+		for range 8 {
+			if err := lab.Host("node").Do(func() error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, cmd := range running {
+		if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Errorf("process %d has ended: %v", cmd.Process.Pid, err)
+		}
+		var exit *exec.ExitError
+		if err := <-ended; !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGTERM {
+			t.Errorf("a process ended with %v, not with the signal of this test", err)
+		}
 	}
 }
 
