@@ -211,8 +211,13 @@ func (p *parser) policy(n *yaml.Node) {
 		d.Spec = p.check(spec)
 	case wire.PolicyFiles:
 		d.Spec = p.files(spec)
-	case "logfile", "metric", "schedule", "action", "target", "discovery":
-		p.failf(typ.Line, "policy type %q is not supported yet (supported are check and files)", d.Type)
+	case wire.PolicyTarget:
+		d.Spec = p.target(spec)
+		if wire.IsBuiltinTarget(d.Name) {
+			p.failf(n.Line, "every node has a target %q of its own; choose another name", d.Name)
+		}
+	case "logfile", "metric", "schedule", "action", "discovery":
+		p.failf(typ.Line, "policy type %q is not supported yet (supported are check, files and target)", d.Type)
 	default:
 		p.failf(typ.Line, "unknown policy type %q", wire.Quotable(d.Type))
 	}

@@ -60,6 +60,7 @@ func TestOnePolicyHasOneForm(t *testing.T) {
 func TestFaultsNameFileAndLine(t *testing.T) {
 	check := "kind: policy\nname: p\ntype: check\nspec:\n"
 	files := "kind: policy\nname: p\ntype: files\nspec:\n"
+	target := "kind: policy\nname: p\ntype: target\nspec:\n"
 	for name, c := range map[string]struct{ text, want string }{
 		"type":            {"kind: policy\nname: p\ntype: chekc\nspec: {}\n", `bad.yaml:3: unknown policy type "chekc"`},
 		"later type":      {"kind: policy\nname: p\ntype: logfile\nspec: {}\n", `bad.yaml:3: policy type "logfile" is not supported yet`},
@@ -78,6 +79,15 @@ func TestFaultsNameFileAndLine(t *testing.T) {
 		"path":            {files + "  files:\n  - path: a/b\n    content: x\n", `bad.yaml:6: spec.files[0].path: "a/b"`},
 		"mode":            {files + "  files:\n  - path: /a\n    content: x\n    mode: 7777\n", `bad.yaml:8: spec.files[0].mode`},
 		"file key":        {files + "  files:\n  - path: /a\n    contents: x\n", `bad.yaml:7: unknown key "contents" in file`},
+		"target key":      {target + "  addres: a:1\n", `bad.yaml:5: unknown key "addres" in target spec`},
+		"target address":  {target + "  address: db\n", `bad.yaml:5: spec.address: "db" is not host:port`},
+		"target url":      {target + "\n  url: ftp://a\n", `bad.yaml:6: spec.url: scheme "ftp"`},
+		"target secret":   {target + "  url: http://u:p@a\n", `bad.yaml:5: spec.url: it holds credentials`},
+		"target both":     {target + "  address: a:1\n  url: http://a\n", `bad.yaml:6: spec.url: an address and a url`},
+		"target neither":  {"kind: policy\nname: p\ntype: target\nspec: {}\n", `bad.yaml:4: spec.address: either`},
+		"target timeout":  {target + "  address: a:1\n  timeout: 3s\n", `bad.yaml:6: spec.timeout: only`},
+		"target port":     {target + "  address: a:70000\n", `bad.yaml:5: spec.address: "70000" is not a port`},
+		"built in":        {"kind: policy\nname: ping\ntype: target\nspec: {address: 'a:1'}\n", `bad.yaml:1: every node has a target "ping"`},
 		"syntax":          {"kind: policy\nname: [\n", `bad.yaml:`},
 		"tab":             {"kind: policy\n\tname: x\n", `bad.yaml:2: not YAML`},
 		"list":            {"- a\n", `bad.yaml:1: a document is a mapping`},
@@ -98,6 +108,19 @@ func TestFaultsNameFileAndLine(t *testing.T) {
 		}
 		if len(s.Policies)+len(s.Deployments) > 0 {
 			t.Errorf("%s: something was added", name)
+		}
+	}
+}
+
+func TestTarget(t *testing.T) {
+	var s Set
+	text := "kind: policy\nname: db\ntype: target\nspec: {address: 'db:5432'}\n---\nkind: policy\nname: web\ntype: target\nspec: {url: 'https://web/x', timeout: 90s}\n"
+	if err := s.Parse("t.yaml", []byte(text)); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{`{"address":"db:5432"}`, `{"url":"https://web/x","timeout":"1m30s"}`} {
+		if got := string(s.Policies[i].Spec); got != want {
+			t.Errorf("%s; want %s", got, want)
 		}
 	}
 }

@@ -89,6 +89,20 @@ func (p *parser) file1(n *yaml.Node, field string, where lines) (f wire.FileSpec
 	return f
 }
 
+func (p *parser) target(n *yaml.Node) json.RawMessage {
+	if n == nil {
+		return nil
+	}
+	var s wire.TargetSpec
+	where := lines{"address": n.Line}
+	p.mapping(n, "target spec", map[string]func(*yaml.Node){
+		"address": func(v *yaml.Node) { s.Address, where["address"] = p.text(v), v.Line },
+		"url":     func(v *yaml.Node) { s.URL, where["url"] = p.text(v), v.Line },
+		"timeout": func(v *yaml.Node) { s.Timeout, where["timeout"] = p.duration(v, "timeout"), v.Line },
+	})
+	return p.spec(n, where, s, s.Validate)
+}
+
 // mapping hands each value to the function of its key.
 func (p *parser) mapping(n *yaml.Node, what string, keys map[string]func(*yaml.Node), required ...string) {
 	if n = resolve(n); n.Kind != yaml.MappingNode {
