@@ -38,32 +38,32 @@ const (
 	wantActions
 )
 
-// lane is one kind of work with parties. Each first hop has a queue of its own
-// in each lane, with a bound on what runs at once: neither a node with a long
+// chore is one kind of work with parties. Each first hop has a queue of its own
+// for each, with a bound on what runs at once: neither a node with a long
 // outbox nor an RCP that lets every session hang delays those beside it.
-type lane uint8
+type chore uint8
 
 const (
-	laneVisit    lane = iota
-	laneStranger      // visits to parties that the database does not know
-	laneOutbox
-	laneAction
-	laneCount
+	choreVisit    chore = iota
+	choreStranger       // visits to parties that the database does not know
+	choreOutbox
+	choreAction
+	choreCount
 )
 
-var lanes = [laneCount]struct {
+var chores = [choreCount]struct {
 	name   string
 	wants  want
 	atOnce int // per first hop
 }{
-	laneVisit:    {"visit", wantHello | wantProve | wantPush, 32},
-	laneStranger: {"stranger", wantHello | wantProve, 2},
-	laneOutbox:   {"outbox", wantOutbox, 64},
-	laneAction:   {"action", wantActions, 16},
+	choreVisit:    {"visit", wantHello | wantProve | wantPush, 32},
+	choreStranger: {"stranger", wantHello | wantProve, 2},
+	choreOutbox:   {"outbox", wantOutbox, 64},
+	choreAction:   {"action", wantActions, 16},
 }
 
-// laneBits says for each lane whether a party is queued or busy in it.
-type laneBits [laneCount]bool
+// choreBits says for each chore whether a party is queued or busy in it.
+type choreBits [choreCount]bool
 
 // firstHop is a party that we hold a link to, or would like to.
 type firstHop struct {
@@ -87,8 +87,8 @@ type firstHop struct {
 	unknown int
 	refused int64 // lines that broke a rule or a bound
 
-	queues  [laneCount][]wire.ID
-	running [laneCount]int
+	queues  [choreCount][]wire.ID
+	running [choreCount]int
 }
 
 // fleet knows who hangs where: the merged peers streams, and what sessions
@@ -106,8 +106,8 @@ type fleet struct {
 	pending map[wire.KeyHash]map[wire.ID]wire.Peer // by the first hop that reports it
 	waiting map[wire.ID]int                        // pending parties per first hop
 	due     dueHeap
-	ready   [laneCount]chan struct{} // holds one wake-up
-	retime  chan struct{}            // the next due time changed
+	ready   [choreCount]chan struct{} // holds one wake-up
+	retime  chan struct{}             // the next due time changed
 	changed map[wire.ID]*change
 	news    chan struct{}     // changed is not empty, or seen is not
 	seen    map[wire.ID]seen  // last_seen to be written in a batch
@@ -200,7 +200,7 @@ func (f *fleet) learn(r record) {
 	}
 	m.known, m.name, m.revoked, m.role = true, r.Name, r.Revoked, r.Role
 	if adopted { // it was enrolled again while it was connected: its state is proven anew
-		m.lanes[laneStranger] = false
+		m.chores[choreStranger] = false
 		f.want(m, wantHello, false)
 	}
 	if m.since.IsZero() {
@@ -368,29 +368,29 @@ func (f *fleet) want(m *member, w want, hinted bool) {
 			return
 		}
 	}
-	for l := range laneCount {
-		bits := w & lanes[l].wants
+	for c := range choreCount {
+		bits := w & chores[c].wants
 		switch {
-		case bits == 0, l == laneVisit && !m.known, l == laneStranger && m.known:
+		case bits == 0, c == choreVisit && !m.known, c == choreStranger && m.known:
 			continue
-		case (l == laneOutbox || l == laneAction) && !m.known && m.hello == nil:
+		case (c == choreOutbox || c == choreAction) && !m.known && m.hello == nil:
 			continue // made up, until a session says otherwise
 		}
-		m.wants[l] |= bits
-		f.enqueue(m, l)
+		m.wants[c] |= bits
+		f.enqueue(m, c)
 	}
 }
 
 // enqueue puts m into the queue of its best first hop.
-func (f *fleet) enqueue(m *member, l lane) {
+func (f *fleet) enqueue(m *member, c chore) {
 	live := f.liveWays(m)
-	if m.lanes[l] || len(live) == 0 {
+	if m.chores[c] || len(live) == 0 {
 		return
 	}
-	m.lanes[l] = true
+	m.chores[c] = true
 	hop := f.links[live[0].link]
-	hop.queues[l] = append(hop.queues[l], m.id)
-	wake(f.ready[l])
+	hop.queues[c] = append(hop.queues[c], m.id)
+	wake(f.ready[c])
 }
 
 // ask wants something of parties for a reason of our own; those without a way
@@ -418,7 +418,7 @@ func (f *fleet) askAll(w want, roles ...wire.Role) {
 	}
 }
 
-// task is a party that was taken from a lane.
+// task is a party that was taken from a queue.
 type task struct {
 	id    wire.ID
 	role  wire.Role
@@ -428,22 +428,22 @@ type task struct {
 	hop   *firstHop // whose queue it stood in
 }
 
-// take returns a party of a lane; ok is false if there is none now. Every task
-// that was taken is given back with done.
-func (f *fleet) take(l lane) (t task, ok bool) {
+// take returns a party that waits for a chore; ok is false if there is none now.
+// Every task that was taken is given back with done.
+func (f *fleet) take(c chore) (t task, ok bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, hop := range f.links { // in random order: fair enough
-		for hop.running[l] < lanes[l].atOnce && len(hop.queues[l]) > 0 {
-			id := hop.queues[l][0]
-			hop.queues[l] = hop.queues[l][1:]
+		for hop.running[c] < chores[c].atOnce && len(hop.queues[c]) > 0 {
+			id := hop.queues[c][0]
+			hop.queues[c] = hop.queues[c][1:]
 			m := f.members[id]
-			if m == nil || !m.lanes[l] {
+			if m == nil || !m.chores[c] {
 				continue
 			}
-			hop.running[l]++
-			t = task{id: id, role: m.role, name: m.name, known: m.known, wants: m.wants[l], hop: hop}
-			m.wants[l] = 0
+			hop.running[c]++
+			t = task{id: id, role: m.role, name: m.name, known: m.known, wants: m.wants[c], hop: hop}
+			m.wants[c] = 0
 			return t, true
 		}
 	}
@@ -452,18 +452,18 @@ func (f *fleet) take(l lane) (t task, ok bool) {
 
 // done gives a task back. again is wanted after the delay, beside what was
 // asked for in the meantime.
-func (f *fleet) done(l lane, t task, again want, delay time.Duration) {
+func (f *fleet) done(c chore, t task, again want, delay time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t.hop.running[l]--
-	wake(f.ready[l])
+	t.hop.running[c]--
+	wake(f.ready[c])
 	m := f.members[t.id]
 	if m == nil {
 		return
 	}
-	m.lanes[l] = false
-	if m.wants[l] != 0 {
-		f.enqueue(m, l)
+	m.chores[c] = false
+	if m.wants[c] != 0 {
+		f.enqueue(m, c)
 	}
 	if again != 0 {
 		now := time.Now()

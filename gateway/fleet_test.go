@@ -73,13 +73,13 @@ func nodePeer(id wire.ID, path ...wire.ID) wire.Peer {
 
 // work does all visits that are queued.
 func (b *bench) work() {
-	for l := range laneCount {
+	for c := range choreCount {
 		for {
-			t, ok := b.f.take(l)
+			t, ok := b.f.take(c)
 			if !ok {
 				break
 			}
-			if l == laneVisit || l == laneStranger {
+			if c == choreVisit || c == choreStranger {
 				b.visits[t.id]++
 				if b.broken[t.id] {
 					b.f.unproven(t.id, errors.New("no answer"))
@@ -91,7 +91,7 @@ func (b *bench) work() {
 					b.f.verifiedHello(t.id, t.role, h, 0)
 				}
 			}
-			b.f.done(l, t, 0, 0)
+			b.f.done(c, t, 0, 0)
 		}
 	}
 	c, _ := b.f.takeChanges(true)
@@ -469,18 +469,18 @@ func TestHintsDoNotWaitForARetry(t *testing.T) {
 		b.snapshot(r, "e1", nodePeer(n))
 		b.pass(time.Minute)
 		b.f.ask(wantPush, n)
-		failed, ok := b.f.take(laneVisit)
+		failed, ok := b.f.take(choreVisit)
 		if !ok || failed.id != n {
 			t.Fatal("no visit")
 		}
-		b.f.done(laneVisit, failed, wantPush, time.Minute)
+		b.f.done(choreVisit, failed, wantPush, time.Minute)
 		b.f.mu.Lock()
 		b.f.want(b.f.members[n], wantOutbox, true)
 		b.f.mu.Unlock()
-		if hinted, ok := b.f.take(laneOutbox); !ok || hinted.id != n {
+		if hinted, ok := b.f.take(choreOutbox); !ok || hinted.id != n {
 			t.Error("the hint waits for the retry")
 		} else {
-			b.f.done(laneOutbox, hinted, 0, 0)
+			b.f.done(choreOutbox, hinted, 0, 0)
 		}
 		before := b.visits[n]
 		b.pass(50 * time.Second)

@@ -138,13 +138,13 @@ func (f *fleet) cut(id wire.ID, cause string) {
 
 // scatter gives what waited for a lost first hop to the next best.
 func (f *fleet) scatter(l *firstHop) {
-	for lane := range laneCount {
-		queue := l.queues[lane]
-		l.queues[lane] = nil
+	for c := range choreCount {
+		queue := l.queues[c]
+		l.queues[c] = nil
 		for _, id := range queue {
-			if m := f.members[id]; m != nil && m.lanes[lane] {
-				m.lanes[lane] = false
-				f.enqueue(m, lane)
+			if m := f.members[id]; m != nil && m.chores[c] {
+				m.chores[c] = false
+				f.enqueue(m, c)
 			}
 		}
 	}

@@ -15,7 +15,7 @@ type metrics struct {
 	events  *prometheus.CounterVec // by what became of them
 	batches prometheus.Histogram
 	actions *prometheus.CounterVec // by final state
-	visits  *prometheus.CounterVec // by lane
+	visits  *prometheus.CounterVec // by chore
 	lines   *prometheus.CounterVec // of peers streams, by verdict
 	fleet   *fleet
 }

@@ -120,8 +120,8 @@ type member struct {
 	retry   want
 	retryAt time.Time
 
-	wants [laneCount]want
-	lanes laneBits // queued or busy, per lane
+	wants  [choreCount]want
+	chores choreBits // queued or busy, per chore
 
 	due   time.Time // when to judge again; zero for never
 	index int       // in the heap of due times, -1 if not there

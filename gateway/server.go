@@ -134,10 +134,10 @@ func (s *Server) Run(ctx context.Context) error {
 	outer.Go(func() error { return s.watchPresence(outerCtx) })
 	outer.Go(func() error { return s.watchPending(outerCtx) })
 	outer.Go(func() error { return s.actions.Run(outerCtx, innerCtx) })
-	for l, f := range map[lane]func(context.Context, task) (want, time.Duration){
-		laneVisit: s.visit, laneStranger: s.visit, laneOutbox: s.pullOutbox, laneAction: s.actions.kick,
+	for c, f := range map[chore]func(context.Context, task) (want, time.Duration){
+		choreVisit: s.visit, choreStranger: s.visit, choreOutbox: s.pullOutbox, choreAction: s.actions.kick,
 	} {
-		outer.Go(func() error { return s.runLane(outerCtx, innerCtx, l, f) })
+		outer.Go(func() error { return s.runChore(outerCtx, innerCtx, c, f) })
 	}
 	s.runMore(outerCtx, outer)
 	// Tasks hold the outer group open until they end; the drain time bounds that.
@@ -151,26 +151,26 @@ func (s *Server) Run(ctx context.Context) error {
 	return errors.Join(err, inner.Wait())
 }
 
-// runLane hands the parties of one lane to f, each in a goroutine, until stop
+// runChore hands the parties of one chore's queues to f, each in a goroutine, until stop
 // ends; the fleet bounds how many there are at once. Tasks that run then may
 // go on until work ends.
-func (s *Server) runLane(stop, work context.Context, l lane, f func(context.Context, task) (again want, delay time.Duration)) error {
+func (s *Server) runChore(stop, work context.Context, c chore, f func(context.Context, task) (again want, delay time.Duration)) error {
 	var tasks errgroup.Group
 	defer func() { _ = tasks.Wait() }() // tasks return no errors
 	for {
 		for stop.Err() == nil {
-			t, ok := s.fleet.take(l)
+			t, ok := s.fleet.take(c)
 			if !ok {
 				break
 			}
 			tasks.Go(func() error {
 				again, delay := f(work, t)
-				s.fleet.done(l, t, again, delay)
+				s.fleet.done(c, t, again, delay)
 				return nil
 			})
 		}
 		select {
-		case <-s.fleet.ready[l]:
+		case <-s.fleet.ready[c]:
 		case <-stop.Done():
 			return nil
 		}
