@@ -19,6 +19,7 @@ const (
 	Actions Topic = "actions" // an action changed its state
 	Nodes   Topic = "nodes"   // a node changed its state
 	RCPs    Topic = "rcps"    // an RCP changed its state, or the set of RCPs changed
+	Targets Topic = "targets" // what a node should offer or said of its targets changed, or a forward
 )
 
 // Action is the topic of one action: output or a new state.

@@ -2,10 +2,13 @@ package store
 
 import (
 	"context"
+	"encoding/json"
+	"strings"
 	"time"
 
 	"github.com/uptrace/bun"
 
+	"sallyport/gateway/bus"
 	"sallyport/internal/wire"
 )
 
@@ -78,7 +81,27 @@ func (tx *Tx) PutDesired(ctx context.Context, d *Desired) error {
 	_, err = tx.q.NewInsert().Model(d).On("CONFLICT (node_id) DO UPDATE").
 		Set("generation = EXCLUDED.generation, n = EXCLUDED.n, digest = EXCLUDED.digest, content = EXCLUDED.content").
 		Set("changed_at = EXCLUDED.changed_at, refused = EXCLUDED.refused, reason = EXCLUDED.reason").Exec(ctx)
+	tx.Wake(bus.Targets)
 	return err
+}
+
+// targetsOf finds the targets in a stored content. Most nodes have none, and
+// their content is not parsed.
+func targetsOf(content string) (map[string]string, error) {
+	if !strings.Contains(content, `"type":"`+wire.PolicyTarget+`"`) {
+		return nil, nil
+	}
+	var c DesiredContent
+	if err := json.Unmarshal([]byte(content), &c); err != nil {
+		return nil, err
+	}
+	out := map[string]string{}
+	for _, p := range c.Policies {
+		if p.Type == wire.PolicyTarget {
+			out[p.Name] = p.Digest
+		}
+	}
+	return out, nil
 }
 
 // SetRefused writes why a node refuses what it should have; empty: it does not.
@@ -160,13 +183,19 @@ func (tx *Tx) SetPolicyStatus(ctx context.Context, id wire.ID, statuses []wire.P
 		if ok && was == row {
 			continue
 		}
+		if row.Type == wire.PolicyTarget || was.Type == wire.PolicyTarget {
+			tx.Wake(bus.Targets)
+		}
 		_, err := tx.q.NewInsert().Model(&row).On("CONFLICT (node_id, policy) DO UPDATE").
 			Set("type = EXCLUDED.type, digest = EXCLUDED.digest, state = EXCLUDED.state, error = EXCLUDED.error, since = EXCLUDED.since").Exec(ctx)
 		if err != nil {
 			return err
 		}
 	}
-	for name := range before {
+	for name, was := range before {
+		if was.Type == wire.PolicyTarget {
+			tx.Wake(bus.Targets)
+		}
 		if _, err := tx.q.NewRaw("DELETE FROM policy_status WHERE node_id = ? AND policy = ?", id, name).Exec(ctx); err != nil {
 			return err
 		}
