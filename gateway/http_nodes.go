@@ -28,6 +28,8 @@ func (r *rest) nodeRoutes() {
 	handle(r, op("node.show", http.MethodGet, "/nodes/{ref}", "Show a node, by name, unique beginning or UUID"), mayRead, r.showNode)
 	handle(r, op("node.trace", http.MethodGet, "/nodes/{ref}/trace", "Show the way to a node, hop by hop"), mayRead, r.traceNode)
 	handle(r, op("node.tag", http.MethodPost, "/nodes/{ref}/tags", "Set and remove tags"), mayOperate, r.tagNode)
+	handle(r, op("node.drain", http.MethodPost, "/nodes/{ref}/drain", "Let a node finish what runs and take no more"), mayOperate, r.drainNode)
+	handle(r, op("node.resume", http.MethodPost, "/nodes/{ref}/resume", "End a drain"), mayOperate, r.resumeNode)
 	handle(r, op("node.unlock", http.MethodPost, "/nodes/{ref}/unlock", "Make a locked node obey this installation"), mayAdmin, r.unlockNode)
 	handle(r, op("node.renew", http.MethodPost, "/nodes/{ref}/renew", "Renew a node's certificate now"), mayCertify, r.renewNode)
 	handle(r, op("node.revoke", http.MethodPost, "/nodes/{ref}/revoke", "Revoke a node's key"), mayCertify, r.revokeNode)
@@ -340,6 +342,47 @@ func (r *rest) traceNode(ctx context.Context, in *ByRef) (*body[api.Trace], erro
 	}
 	t, err := r.s.trace(ctx, n)
 	return answer(t), err
+}
+
+type drainNodeInput struct {
+	ByRef
+	Body api.DrainNode
+}
+
+func (r *rest) drainNode(ctx context.Context, in *drainNodeInput) (*tagged[api.NodeDetail], error) {
+	if in.Body.For < 0 {
+		return nil, api.NewProblem(api.CodeInvalid, fmt.Sprintf("a drain for %s would be over already", in.Body.For))
+	}
+	reason := wire.Quotable(in.Body.Reason)
+	detail := reason
+	if in.Body.For > 0 {
+		detail = strings.TrimSpace("for " + in.Body.For.String() + " " + reason)
+	}
+	return r.setNodeDraining(ctx, in.Ref, "node.drain", detail, &wire.Drain{Deadline: time.Duration(in.Body.For), Reason: reason})
+}
+
+func (r *rest) resumeNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetail], error) {
+	return r.setNodeDraining(ctx, in.Ref, "node.resume", "", nil)
+}
+
+// setNodeDraining tells the node, whose own disk keeps the drain, and writes it
+// down once the node has it.
+func (r *rest) setNodeDraining(ctx context.Context, ref, what, detail string, d *wire.Drain) (*tagged[api.NodeDetail], error) {
+	n, err := r.node(ctx, ref, true)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.s.drainNode(ctx, n, d); err != nil {
+		return nil, err
+	}
+	err = r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, what, "node "+n.Name, detail)
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return r.nodeDetail(ctx, n.ID)
 }
 
 func (r *rest) unlockNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetail], error) {

@@ -42,6 +42,8 @@ type reaching interface {
 	cancelAction(ctx context.Context, a *store.Action) error
 	followActions(ctx context.Context, ids []wire.ID, follow bool, f func(api.Output) error) error
 	trace(ctx context.Context, n *store.Node) (api.Trace, error)
+	// drainNode tells a node to take no more, or, without a drain, to take it again.
+	drainNode(ctx context.Context, n *store.Node, d *wire.Drain) error
 	drainRCP(ctx context.Context, r *store.RCP, on bool) error
 	retryRCP(r *store.RCP)
 }

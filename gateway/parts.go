@@ -34,18 +34,37 @@ func (s *Server) dialSession(ctx context.Context, stream net.Conn, party wire.Pa
 // drainRCP asks an RCP, in a session with it, to take no more streams, or to
 // take them again.
 func (s *Server) drainRCP(ctx context.Context, r *store.RCP, on bool) error {
-	method, in := http.MethodDelete, any(nil)
+	var d *wire.Drain
 	if on {
-		method, in = http.MethodPost, wire.Drain{Reason: "drained by an operator"}
+		d = &wire.Drain{Reason: "drained by an operator"}
 	}
-	err := s.sessions.Do(ctx, s.party(wire.RoleRCP, r.PartyID), func(ctx context.Context, c *conversation) error {
-		return c.call(ctx, method, wire.PathDrain, in, nil, 0)
-	})
-	if err != nil {
+	if err := s.drain(ctx, s.party(wire.RoleRCP, r.PartyID), d); err != nil {
 		return fmt.Errorf("drain rcp %s: %w", r.Name, err)
 	}
-	s.fleet.ask(wantHello, r.PartyID)
 	return nil
+}
+
+// drainNode asks a node, in a session with it, to take no more desired states
+// and actions, or, without a drain, to take them again.
+func (s *Server) drainNode(ctx context.Context, n *store.Node, d *wire.Drain) error {
+	if err := s.drain(ctx, s.party(wire.RoleNode, n.ID), d); err != nil {
+		return fmt.Errorf("drain node %s: %w", n.Name, err)
+	}
+	return nil
+}
+
+func (s *Server) drain(ctx context.Context, party wire.Party, d *wire.Drain) error {
+	method, in := http.MethodDelete, any(nil)
+	if d != nil {
+		method, in = http.MethodPost, d
+	}
+	err := s.sessions.Do(ctx, party, func(ctx context.Context, c *conversation) error {
+		return c.call(ctx, method, wire.PathDrain, in, nil, 0)
+	})
+	if err == nil {
+		s.fleet.ask(wantHello, party.ID)
+	}
+	return err
 }
 
 // retryRCP dials an RCP that is not connected, now.

@@ -33,6 +33,15 @@ func (a *app) nodeCommand() *cobra.Command {
 				return a.out.Print(r, removalTable(r))
 			}}
 	}
+	drain := a.nodeDrainCommand()
+	resume := &cobra.Command{Use: "resume NAME", Short: "End a drain", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.ResumeNode(ctx, args[0]) })
+			if err != nil {
+				return err
+			}
+			return a.printNode(n)
+		}}
 	renew := &cobra.Command{Use: "renew NAME", Short: "Renew a node's certificate now", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.RenewNode(ctx, args[0]) })
@@ -42,10 +51,32 @@ func (a *app) nodeCommand() *cobra.Command {
 			return a.printNode(n)
 		}}
 	return cli.Group("node", "Nodes: the hosts that are managed",
-		a.nodeListCommand(), a.nodeShowCommand(), a.nodeTagCommand(), a.nodeTraceCommand(),
+		a.nodeListCommand(), a.nodeShowCommand(), a.nodeTagCommand(), a.nodeTraceCommand(), drain, resume,
 		removal("revoke", "Revoke a node's key; it stays listed", (*api.Client).RevokeNode),
 		removal("remove", "Revoke a node's key and take it off the list; it may enrol again", (*api.Client).RemoveNode),
 		renew)
+}
+
+func (a *app) nodeDrainCommand() *cobra.Command {
+	var in api.DrainNode
+	var d cli.DurationFlag
+	cmd := &cobra.Command{Use: "drain NAME [--for D] [--reason TEXT]", Short: "Let a node finish what runs and take no more", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
+		Long: `Let a node finish what runs and take no more.
+
+A draining node runs no new actions and takes no new desired state; it goes on
+checking and reporting. The node keeps this over restarts, until ` + "`node resume`" + `
+or until the time given with --for is over.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			in.For = d.Duration
+			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.DrainNode(ctx, args[0], in) })
+			if err != nil {
+				return err
+			}
+			return a.printNode(n)
+		}}
+	cmd.Flags().Var(&d, "for", "how long; without it until node resume")
+	cmd.Flags().StringVar(&in.Reason, "reason", "", "why, for those who look at the node")
+	return cmd
 }
 
 // nodeStates are what --state takes.

@@ -31,6 +31,16 @@ func (c *Client) TraceNode(ctx context.Context, ref string) (Trace, error) {
 	return get[Trace](ctx, c, at("/nodes", ref, "trace"), nil)
 }
 
+// DrainNode lets a node finish what runs and take no more.
+func (c *Client) DrainNode(ctx context.Context, ref string, in DrainNode) (NodeDetail, error) {
+	return post[NodeDetail](ctx, c, at("/nodes", ref, "drain"), in)
+}
+
+// ResumeNode ends a drain.
+func (c *Client) ResumeNode(ctx context.Context, ref string) (NodeDetail, error) {
+	return post[NodeDetail](ctx, c, at("/nodes", ref, "resume"), nil)
+}
+
 // UnlockNode makes a locked node obey this installation.
 func (c *Client) UnlockNode(ctx context.Context, ref string) (NodeDetail, error) {
 	return post[NodeDetail](ctx, c, at("/nodes", ref, "unlock"), nil)

@@ -100,6 +100,12 @@ type TagChange struct {
 	Remove []string          `json:"remove,omitempty"`
 }
 
+// DrainNode lets a node finish what runs and take no more.
+type DrainNode struct {
+	For    wire.Duration `json:"for,omitempty"` // 0: until it is resumed
+	Reason string        `json:"reason,omitempty" maxLength:"200"`
+}
+
 // Trace is the way to a node, hop by hop, with one verdict in plain words.
 type Trace struct {
 	Node    string     `json:"node"`
