@@ -29,7 +29,7 @@ func (v VersionRange) Common(o VersionRange) (int, bool) {
 // answers to its upstreams, besides CONNECT.
 const (
 	PathSignals   = "/v1/signals"    // GET: NDJSON of Signal, downstream to upstream
-	PathLanes     = "/v1/lanes"      // POST
+	PathLanes     = "/v1/lanes"      // POST LaneRequest
 	PathArtifacts = "/v1/artifacts/" // PUT, followed by the digest
 	PathDrain     = "/v1/drain"      // POST Drain
 
