@@ -52,6 +52,8 @@ type Conn struct {
 	expires time.Time // zero: never
 	limits  Limits
 	t       transport
+	legs    *legs    // of the port that accepted it; nil: we dialled
+	dialLeg dialFunc // nil: they dialled, or an HTTP proxy stands in the way
 
 	class    atomic.Pointer[string]
 	named    atomic.Bool // class was told to, or by, the peer

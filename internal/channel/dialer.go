@@ -138,7 +138,7 @@ func (d *Dialer) dialH2(ctx context.Context, enroll bool) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	raw, err := d.dialTCP(ctx)
+	raw, direct, err := d.dialTCP(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -146,6 +146,9 @@ func (d *Dialer) dialH2(ctx context.Context, enroll bool) (*Conn, error) {
 	if err != nil {
 		_ = raw.Close()
 		return nil, err
+	}
+	if direct {
+		c.dialLeg = d.dialFunc()
 	}
 	return c, nil
 }

@@ -15,6 +15,8 @@ type Limits struct {
 	Handshakes, HandshakesPerSource int
 	// HandshakeTimeout is for all of a handshake, the first byte included.
 	HandshakeTimeout time.Duration
+	// PrefaceTimeout is for the 40 bytes with which a lane's leg begins.
+	PrefaceTimeout time.Duration
 
 	// Streams of one connection of the classes admin and session.
 	Streams int
@@ -51,6 +53,7 @@ func (l Limits) withDefaults() Limits {
 	set(&l.Handshakes, 512)
 	set(&l.HandshakesPerSource, 128)
 	set(&l.HandshakeTimeout, 15*time.Second)
+	set(&l.PrefaceTimeout, 5*time.Second)
 	set(&l.Streams, 1024)
 	set(&l.StreamWindow, 64<<10)
 	set(&l.MaxHeader, wire.MaxHeader)

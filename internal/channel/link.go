@@ -148,6 +148,15 @@ func (l *Link) Connect(ctx context.Context, authority string, h http.Header) (ne
 	return c.Connect(ctx, authority, h)
 }
 
+// OpenLane asks the party for a leg of a lane; see [Conn.OpenLane].
+func (l *Link) OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error) {
+	c := l.Admin()
+	if c == nil {
+		return nil, fmt.Errorf("lane: %w", ErrNotConnected)
+	}
+	return c.OpenLane(ctx, req)
+}
+
 // Pick returns the connection that Connect would use, for [Forward].
 func (l *Link) Pick(ctx context.Context) (*Conn, error) { return l.pick(ctx) }
 

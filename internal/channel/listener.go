@@ -18,7 +18,7 @@ import (
 )
 
 // recordHandshake is the first byte of TLS (RFC 8446 section 5.1). Everything
-// else on the TCP port is closed without an answer.
+// else on the TCP port but a lane's leg is closed without an answer.
 const recordHandshake = 0x16
 
 // ListenConfig says who may connect to a port, and as what.
@@ -56,6 +56,7 @@ type Listener struct {
 	conns      *registry
 	handshakes *sources
 	pending    *sources
+	legs       *legs
 	logRate    *rate.Limiter
 }
 
@@ -71,6 +72,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	l := &Listener{cfg: cfg, log: cfg.Log, limits: lim, conns: newRegistry(cfg.Identity),
 		handshakes: newSources(lim.Handshakes, lim.HandshakesPerSource),
 		pending:    newSources(lim.Pending, lim.PendingPerSource),
+		legs:       newLegs(),
 		logRate:    rate.NewLimiter(rate.Every(time.Second), 20)}
 	l.tls = &serverTLS{id: cfg.Identity, allow: l.allow, admit: l.admit, refused: l.refused}
 	l.tcpTLS = l.tls.config(CarrierH2)
@@ -180,7 +182,9 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 				l.refused(raw.RemoteAddr(), err)
 				return
 			}
-			l.run(ctx, c, f)
+			if c != nil {
+				l.run(ctx, c, f)
+			}
 		})
 	}
 }
@@ -215,7 +219,8 @@ func (l *Listener) run(ctx context.Context, c *Conn, f func(context.Context, *Co
 	f(ctx, c)
 }
 
-// handshake makes a Conn of an accepted TCP connection.
+// handshake makes a Conn of an accepted TCP connection, or none of a lane's
+// leg, which it hands to whoever expects that.
 func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, l.limits.HandshakeTimeout)
 	defer cancel()
@@ -228,7 +233,11 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if first.head[0] != recordHandshake {
+	switch first.head[0] {
+	case recordHandshake:
+	case lanePreface[0]:
+		return nil, l.lane(ctx, raw, first.head, unblock)
+	default:
 		return nil, fmt.Errorf("first byte is %#02x, not TLS", first.head[0])
 	}
 	conn := tls.Server(first, l.tcpTLS)
@@ -250,7 +259,11 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if err := raw.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	return connH2(l.cfg.Identity, p, v, false, conn, l.limits, l.log)
+	c, err := connH2(l.cfg.Identity, p, v, false, conn, l.limits, l.log)
+	if err == nil {
+		c.legs = l.legs
+	}
+	return c, err
 }
 
 // connH2 makes a Conn of a TLS connection whose handshake is done.

@@ -30,21 +30,22 @@ func proxyFromEnvironment(target *url.URL) (*url.URL, error) {
 
 type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
 
-// dialTCP connects to addr, through a proxy if there is one for it.
-func (d *Dialer) dialTCP(ctx context.Context) (net.Conn, error) {
+// dialTCP connects to addr, through a proxy if there is one for it; direct
+// tells that there is none.
+func (d *Dialer) dialTCP(ctx context.Context) (conn net.Conn, direct bool, err error) {
 	dial := d.dialFunc()
 	proxy, err := d.proxyURL()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if proxy == nil {
-		return dial(ctx, "tcp", d.Addr)
+		conn, err = dial(ctx, "tcp", d.Addr)
+		return conn, true, err
 	}
-	conn, err := dialProxy(ctx, dial, proxy, d.Addr)
-	if err != nil {
-		return nil, fmt.Errorf("%w %s: %w", ErrProxy, proxy.Redacted(), err)
+	if conn, err = dialProxy(ctx, dial, proxy, d.Addr); err != nil {
+		return nil, false, fmt.Errorf("%w %s: %w", ErrProxy, proxy.Redacted(), err)
 	}
-	return conn, nil
+	return conn, false, nil
 }
 
 func (d *Dialer) dialFunc() dialFunc {

@@ -140,6 +140,7 @@ func (u *udpPort) newConn(qc *quic.Conn) (*Conn, error) {
 		return nil, err
 	}
 	c := newConn(u.l.cfg.Identity, p, v, false, qc.LocalAddr(), qc.RemoteAddr(), u.l.limits)
+	c.legs = u.l.legs
 	t := newH3(qc, v.dir, c.limits, u.l.log)
 	c.attach(t, v.expires)
 	t.watch(c.Close)
@@ -206,6 +207,7 @@ func (d *Dialer) dialUDP(ctx context.Context, to netip.AddrPort, enroll bool) (*
 		return nil, err
 	}
 	c := newConn(d.Identity, p, v, true, qc.LocalAddr(), qc.RemoteAddr(), d.lim)
+	c.dialLeg = d.dialFunc()
 	t := newH3(qc, v.dir, c.limits, d.Log)
 	if !d.NoConfirm {
 		if err := t.confirm(ctx); err != nil {
