@@ -3,7 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
-	"fmt"
+	"net"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -50,18 +50,12 @@ func (s *Server) wireEnrolment() {
 	s.hooks.met = append(s.hooks.met, s.enrolment.deliverRevocations, s.enrolment.renewDue)
 }
 
-// openEnrolment opens an enrolment session with whoever holds the key.
-func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (enrollSession, string, error) {
-	stream, rcp, err := s.ConnectPending(ctx, key)
-	if err != nil {
-		return nil, rcp, err
-	}
-	c, err := session.DialEnroll(ctx, stream, s.id, key)
-	if err != nil {
-		_ = stream.Close()
-		return nil, rcp, fmt.Errorf("enrolment session: %w", err)
-	}
-	return c, rcp, nil
+// openEnrolment opens an enrolment session with whoever holds the key; rcp
+// names the RCP by way of which it goes.
+func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (c enrollSession, rcp string, err error) {
+	return openPending(ctx, key, s.pendingWays(key), func(ctx context.Context, stream net.Conn) (enrollSession, error) {
+		return session.DialEnroll(ctx, stream, s.id, key)
+	})
 }
 
 // partyChanged is called after a party was made, replaced or revoked: what is

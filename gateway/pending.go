@@ -18,8 +18,10 @@ const (
 	pendingSweep = 10 * time.Second
 	// pendingAtOnce bounds the enrolment sessions by way of one first hop.
 	pendingAtOnce = 8
-	// pendingTime bounds one of them.
+	// pendingTime bounds one of them, and pendingOpen the opening of it by one
+	// way, so that there is time for another.
 	pendingTime = 30 * time.Second
+	pendingOpen = 8 * time.Second
 )
 
 // watchPending shows every party that waits for a certificate to the
@@ -69,13 +71,10 @@ type pendingWork struct {
 // start looks at one party unless that goes on already, or its first hop has
 // too many: the sweep comes again.
 func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) {
-	rcp, hop, peer, ok := w.s.whereIs(key)
-	if !ok || w.s.hooks.pending == nil {
-		return
-	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.busy[key] || w.running[hop] >= pendingAtOnce {
+	rcp, hop, peer, ok := w.s.whereIs(key, func(hop wire.ID) bool { return w.running[hop] < pendingAtOnce })
+	if !ok || w.busy[key] || w.s.hooks.pending == nil {
 		return
 	}
 	w.busy[key] = true
@@ -93,44 +92,78 @@ func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) {
 	})
 }
 
-// whereIs finds the way to a pending party: our own channel first. rcp is nil
-// for one that dialled us.
-func (s *Server) whereIs(key wire.KeyHash) (rcp *store.RCP, hop wire.ID, peer wire.Peer, ok bool) {
+// whereIs finds a way to a pending party whose first hop has room: our own
+// channel first. rcp is nil for one that dialled us.
+func (s *Server) whereIs(key wire.KeyHash, room func(hop wire.ID) bool) (rcp *store.RCP, hop wire.ID, peer wire.Peer, ok bool) {
 	s.links.mu.Lock()
 	p := s.links.pending[key]
 	s.links.mu.Unlock()
-	if p != nil {
+	if p != nil && room("") {
 		peer = wire.Peer{Pending: key, Carrier: p.conn.Carrier(), Source: p.conn.RemoteAddr(), Dialled: p.conn.Dialled(), Since: p.conn.Since()}
 		return s.links.record(p.rcp), "", peer, true
 	}
 	for _, at := range s.fleet.pendingRoutes(key) {
-		return s.links.recordOf(at.Link), at.Link, at.Peer, true
+		if room(at.Link) {
+			return s.links.recordOf(at.Link), at.Link, at.Peer, true
+		}
 	}
 	return nil, "", wire.Peer{}, false
 }
 
-// ConnectPending opens a stream to a party that waits for a certificate. rcp
-// names the RCP by way of which it goes; empty for a channel of our own.
-func (s *Server) ConnectPending(ctx context.Context, key wire.KeyHash) (stream net.Conn, rcp string, err error) {
+// pendingWays are the ways to a party that waits for a certificate: a channel
+// of our own first, then those by way of RCPs, in no order, so that an RCP that
+// lets sessions hang is not the first one every time.
+func (s *Server) pendingWays(key wire.KeyHash) (ways []pendingWay) {
 	authority := wire.PendingAuthority(key)
 	s.links.mu.Lock()
 	p := s.links.pending[key]
 	s.links.mu.Unlock()
 	if p != nil {
-		stream, err := p.conn.Connect(ctx, authority, nil)
-		if err != nil {
-			return nil, p.rcp, fmt.Errorf("reach pending party %s: %w", key.Fingerprint(), err)
-		}
-		return stream, p.rcp, nil
+		ways = append(ways, pendingWay{p.rcp, func(ctx context.Context) (net.Conn, error) { return p.conn.Connect(ctx, authority, nil) }})
 	}
-	routes := s.fleet.pendingRoutes(key)
+	for _, r := range s.fleet.pendingRoutes(key) {
+		ways = append(ways, pendingWay{r.Name, func(ctx context.Context) (net.Conn, error) { return s.links.connect(ctx, r.Link, authority) }})
+	}
+	return ways
+}
+
+// pendingWay is one way to a party that waits for a certificate.
+type pendingWay struct {
+	rcp     string // by way of which; empty for a channel of our own that the party dialled
+	connect func(ctx context.Context) (net.Conn, error)
+}
+
+// openPending opens a session with a party that waits for a certificate by the
+// first of its ways that works, each of which gets pendingOpen.
+func openPending(ctx context.Context, key wire.KeyHash, ways []pendingWay, dial func(ctx context.Context, stream net.Conn) (enrollSession, error)) (enrollSession, string, error) {
 	errs := []error{ErrNotConnected}
-	for _, r := range routes {
-		stream, err := s.links.connect(ctx, r.Link, authority)
+	for _, way := range ways {
+		session, err := way.open(ctx, dial)
 		if err == nil {
-			return stream, r.Name, nil
+			return session, way.rcp, nil
 		}
-		errs = append(errs, fmt.Errorf("rcp %s: %w", r.Name, err))
+		if way.rcp != "" {
+			err = fmt.Errorf("rcp %s: %w", way.rcp, err)
+		}
+		errs = append(errs, err)
+		if ctx.Err() != nil {
+			break
+		}
 	}
 	return nil, "", fmt.Errorf("reach pending party %s: %w", key.Fingerprint(), errors.Join(errs...))
+}
+
+func (w pendingWay) open(ctx context.Context, dial func(ctx context.Context, stream net.Conn) (enrollSession, error)) (enrollSession, error) {
+	ctx, cancel := context.WithTimeout(ctx, pendingOpen)
+	defer cancel()
+	stream, err := w.connect(ctx)
+	if err != nil {
+		return nil, err
+	}
+	session, err := dial(ctx, stream)
+	if err != nil {
+		_ = stream.Close()
+		return nil, fmt.Errorf("enrolment session: %w", err)
+	}
+	return session, nil
 }

@@ -176,7 +176,7 @@ type pendingAt struct {
 	Peer wire.Peer
 }
 
-// pendingRoutes returns the first hops that report a pending party.
+// pendingRoutes returns the first hops that report a pending party, in no order.
 func (f *fleet) pendingRoutes(key wire.KeyHash) []pendingAt {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -186,9 +186,6 @@ func (f *fleet) pendingRoutes(key wire.KeyHash) []pendingAt {
 			out = append(out, pendingAt{Link: id, Name: f.nameOf(id), Peer: p})
 		}
 	}
-	slices.SortFunc(out, func(a, b pendingAt) int {
-		return cmp.Or(len(a.Peer.Path)-len(b.Peer.Path), cmp.Compare(a.Link, b.Link))
-	})
 	return out
 }
 
