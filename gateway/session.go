@@ -49,8 +49,17 @@ type sessions struct {
 	mu      sync.Mutex
 	closed  bool
 	warm    map[wire.ID]*conversation
-	opening map[wire.ID]chan struct{} // closed when the attempt is over
-	over    []*conversation           // to be closed by unlock
+	opening map[wire.ID]*try // those that others wait for
+	tries   map[*try]bool    // all that are under way
+	over    []*conversation  // to be closed by unlock
+}
+
+// try is a session that is being opened, or that nobody else knows of yet.
+type try struct {
+	party wire.ID
+	over  chan struct{} // closed when it is neither any more
+	end   context.CancelCauseFunc
+	cut   bool // under sessions.mu: the party was cut off meanwhile
 }
 
 func newSessions(f *fleet, m *metrics,
@@ -58,7 +67,7 @@ func newSessions(f *fleet, m *metrics,
 	dial func(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error),
 ) *sessions {
 	return &sessions{fleet: f, metrics: m, connect: connect, dial: dial,
-		warm: make(map[wire.ID]*conversation), opening: make(map[wire.ID]chan struct{})}
+		warm: make(map[wire.ID]*conversation), opening: make(map[wire.ID]*try), tries: make(map[*try]bool)}
 }
 
 // conversation is one verified session with one party.
@@ -239,27 +248,22 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 		}
 		s.unlock()
 		select { // somebody is opening it
-		case <-other:
+		case <-other.over:
 		case <-ctx.Done():
 			return nil, false, context.Cause(ctx)
 		}
 	}
-	over := make(chan struct{})
-	s.opening[party.ID] = over
+	opening, t := s.beginLocked(ctx, party.ID)
+	s.opening[party.ID] = t
 	s.unlock()
 
-	c, err = s.open(ctx, party, "")
+	c, err = s.open(opening, party, "")
 
 	s.mu.Lock()
 	defer s.unlock()
 	delete(s.opening, party.ID)
-	close(over)
-	if err != nil {
+	if c, err = s.endLocked(t, c, err); err != nil {
 		return nil, false, err
-	}
-	if s.closed {
-		s.over = append(s.over, c)
-		return nil, false, errSessionsClosed
 	}
 	c.users++
 	s.warm[party.ID] = c
@@ -268,22 +272,60 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 	return c, false, nil
 }
 
+// errCutOff says that the party was revoked, or its record changed, while a
+// session with it was being opened.
+var errCutOff = errors.New("the party was revoked or replaced meanwhile")
+
+// beginLocked notes that a session is being opened, for cut to end.
+func (s *sessions) beginLocked(ctx context.Context, party wire.ID) (context.Context, *try) {
+	ctx, end := context.WithCancelCause(ctx)
+	t := &try{party: party, over: make(chan struct{}), end: end}
+	s.tries[t] = true
+	return ctx, t
+}
+
+// endLocked is the end of what beginLocked began. A session that came about
+// although its party was cut off meanwhile is closed.
+func (s *sessions) endLocked(t *try, c *conversation, err error) (*conversation, error) {
+	delete(s.tries, t)
+	close(t.over)
+	t.end(nil)
+	switch {
+	case t.cut:
+		err = fmt.Errorf("session with %s: %w", s.fleet.label(t.party), errCutOff)
+	case err == nil && s.closed:
+		err = errSessionsClosed
+	}
+	if err != nil && c != nil {
+		s.over = append(s.over, c)
+		c = nil
+	}
+	return c, err
+}
+
 // fresh opens a session of its own, by another first hop than the last one if
 // there is another, runs fn in it and closes it, or keeps it warm if none is.
 func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx context.Context, c *conversation) error) error {
+	s.mu.Lock()
+	ctx, t := s.beginLocked(ctx, party.ID)
+	s.unlock()
 	c, err := s.open(ctx, party, s.fleet.lastLink(party.ID))
-	if err != nil {
-		return err
+	if err == nil {
+		err = fn(ctx, c)
 	}
-	err = fn(ctx, c)
 	s.mu.Lock()
 	defer s.unlock()
-	if err != nil || s.closed || s.warm[party.ID] != nil {
-		s.over = append(s.over, c)
+	c, err = s.endLocked(t, c, err)
+	switch {
+	case err != nil:
 		return err
+	case s.warm[party.ID] != nil:
+		s.over = append(s.over, c)
+		return nil
 	}
 	c.used = time.Now()
 	s.warm[party.ID] = c
+	s.metrics.warm.Set(float64(len(s.warm)))
 	s.evictLocked()
 	return nil
 }
@@ -340,10 +382,16 @@ func (s *sessions) evictLocked() {
 }
 
 // cut ends the session with a party at once, for instance because its key was
-// revoked.
+// revoked, and the opening of one.
 func (s *sessions) cut(id wire.ID) {
 	s.mu.Lock()
 	defer s.unlock()
+	for t := range s.tries {
+		if t.party == id {
+			t.cut = true
+			t.end(errCutOff)
+		}
+	}
 	if c := s.warm[id]; c != nil {
 		s.removeLocked(c)
 	}
