@@ -25,6 +25,9 @@ const (
 	startLate = 30 * time.Second
 	// runRetry is the pause before an action whose session broke is joined again.
 	runRetry = time.Second
+	// runSilence is how long the frames of a run may be silent: three times that
+	// a node that is there says so were missed.
+	runSilence = 3*wire.ActionAlive + 5*time.Second
 	// maxOutput bounds what is kept of one action's output, in bytes, whatever
 	// the node's own limit is.
 	maxOutput = 64 << 20
@@ -104,8 +107,8 @@ func (s *Server) followActions(ctx context.Context, ids []wire.ID, follow bool, 
 		look.Reset(5 * time.Second)
 	}
 	type progress struct {
-		after int64
-		state string
+		after         int64
+		state, reason string
 	}
 	open := make(map[wire.ID]*progress, len(ids))
 	for _, id := range ids {
@@ -125,8 +128,8 @@ func (s *Server) followActions(ctx context.Context, ids []wire.ID, follow bool, 
 			if p.after, err = s.handFrames(ctx, a, p.after, f); err != nil {
 				return err
 			}
-			if a.State != p.state {
-				p.state = a.State
+			if a.State != p.state || a.Reason != p.reason {
+				p.state, p.reason = a.State, a.Reason
 				v := actionView(a)
 				if err := f(api.Output{Action: a.ID, Node: a.NodeName, N: p.after, End: &v}); err != nil {
 					return err

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -284,6 +285,82 @@ func TestMuteNodeIsGivenUp(t *testing.T) {
 			t.Fatal("its session is used again")
 		}
 	})
+}
+
+// A run may be silent for hours; the path to it may not.
+func TestSilentPathOfARunIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var blamed error
+		c := &conversation{rt: nopSession{}, blame: func(err error) { blamed = err }}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		body, node := io.Pipe()
+		frames, stop := readFrames(ctx, c, cancel, body)
+		defer stop()
+		for range 100 { // that it goes on, for a quarter of an hour
+			time.Sleep(wire.ActionAlive)
+			if _, err := io.WriteString(node, `{"n":0}`+"\n"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		if got := frames.take(); len(got) != 100 || got[99].err != nil || got[99].N != 0 || ctx.Err() != nil || c.dead() {
+			t.Fatalf("%d frames, %v", len(got), context.Cause(ctx))
+		}
+		began := time.Now()
+		<-ctx.Done()
+		if err := context.Cause(ctx); !errors.Is(err, errMute) || time.Since(began) != runSilence || !c.dead() || !errors.Is(blamed, errMute) {
+			t.Fatalf("%v after %v", err, time.Since(began))
+		}
+	})
+}
+
+// The next session goes another way than one that was silent.
+func TestSilentWayIsNotTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		one, two, n := b.rcp("one"), b.rcp("two"), b.node("web", wire.StateRunning)
+		for _, r := range []wire.ID{one, two} {
+			b.up(r)
+			b.snapshot(r, "e", nodePeer(n))
+		}
+		s := b.sessions(t, func(context.Context, wire.ID) (endToEnd, error) { return nopSession{}, nil })
+		var by []wire.ID
+		for range 2 {
+			err := s.Do(t.Context(), wire.Party{Role: wire.RoleNode, ID: n}, func(_ context.Context, c *conversation) error {
+				by = append(by, c.via.link)
+				c.mute()
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(by) != 2 || by[0] == by[1] {
+			t.Fatalf("the sessions went by %v", by)
+		}
+	})
+}
+
+func TestRunOutlivesItsRCPAndSaysThatItWaits(t *testing.T) {
+	w, r, n := running(t)
+	a := w.act(n, 0, "long")
+	run := n.started(t, "long")
+	r.stop()
+	eventually(t, "the action says why nothing comes", func() bool {
+		now, err := w.db.Action(context.Background(), a.ID)
+		return err == nil && now.State == wire.ActionRunning && strings.Contains(now.Reason, "rcp dmz is cut off") && strings.Contains(now.Reason, "awaited until")
+	})
+	w.rcp("other").hold(n)
+	n.output(run, "after")
+	eventually(t, "it goes on", func() bool {
+		now, err := w.db.Action(context.Background(), a.ID)
+		f, ferr := w.db.LastFrame(context.Background(), a.ID)
+		return err == nil && ferr == nil && f == 1 && now.Reason == ""
+	})
+	n.exit(run, 0)
+	if a = w.done(a); a.State != wire.ActionSucceeded || run.starts != 1 {
+		t.Fatalf("ended as %+v after %d starts", actionView(a), run.starts)
+	}
 }
 
 func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {

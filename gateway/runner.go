@@ -186,6 +186,7 @@ func (r *runner) step(ctx context.Context, a *store.Action) (next time.Time) {
 			return a.ExpiresAt
 		}
 		if until := patience(a, p); now.Before(until) {
+			r.awaits(ctx, a, p, until)
 			return minTime(until, now.Add(lostAfterDown))
 		}
 		err = r.end(ctx, a, wire.ActionLost, api.ActionCodeUnknown, fmt.Sprintf("the result is unknown: the node is %s (%s)", p.State, p.Reason))
@@ -209,6 +210,22 @@ func (r *runner) step(ctx context.Context, a *store.Action) (next time.Time) {
 		next = minTime(a.ExpiresAt, next)
 	}
 	return next
+}
+
+// awaits tells operators why nothing comes of an action that was sent.
+func (r *runner) awaits(ctx context.Context, a *store.Action, p presence, until time.Time) {
+	reason := "the node is not connected"
+	if p.Reason != "" {
+		reason += " (" + p.Reason + ")"
+	}
+	reason = fmt.Sprintf("%s: its result is awaited until %s", clip(reason), until.UTC().Format(time.RFC3339))
+	if a.Reason == reason {
+		return
+	}
+	a.Reason = reason
+	if err := r.save(ctx, a); err != nil && ctx.Err() == nil {
+		r.s.log.Warn("why an action waits was not noted", "action", a.ID, "node", a.NodeName, "error", err)
+	}
 }
 
 // patience is until when a node that is gone may come back with the result of
@@ -299,30 +316,17 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 	if err := refusal(res); err != nil {
 		return err
 	}
-	if a.State == wire.ActionSent {
-		a.State, a.StartedAt = wire.ActionRunning, time.Now().UTC()
+	if a.State == wire.ActionSent || a.Reason != "" {
+		if a.State == wire.ActionSent {
+			a.State, a.StartedAt = wire.ActionRunning, time.Now().UTC()
+		}
+		a.Reason = "" // it waits no more
 		if err := r.save(ctx, a); err != nil {
 			return err
 		}
 	}
-	type frame struct {
-		wire.ActionFrame
-		err error
-	}
-	frames := newIntake[frame](256, 1<<20)
-	lines := wire.NewLineReader(res.Body, wire.MaxFrameLine)
-	read := make(chan struct{})
-	go func() { // ends with the body, which is closed before we return
-		defer close(read)
-		for {
-			var f frame
-			f.err = lines.Next(&f.ActionFrame)
-			if !frames.put(ctx, f, len(f.Data), f.err != nil) || f.err != nil {
-				return
-			}
-		}
-	}()
-	defer func() { cancel(nil); _ = res.Body.Close(); <-read }()
+	frames, stop := readFrames(ctx, c, cancel, res.Body)
+	defer stop()
 	told := a.Cancelling
 	look := time.NewTicker(runRetry)
 	defer look.Stop()
@@ -370,6 +374,35 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 			}
 		}
 	}
+}
+
+// runFrame is one line of a run, or the end of its stream.
+type runFrame struct {
+	wire.ActionFrame
+	err error
+}
+
+// readFrames reads the frames of a run until its stream ends; stop ends it. A
+// session that brings none for runSilence is given up, and cancel called.
+func readFrames(ctx context.Context, c *conversation, cancel context.CancelCauseFunc, body io.ReadCloser) (frames *intake[runFrame], stop func()) {
+	frames = newIntake[runFrame](256, 1<<20)
+	lines := wire.NewLineReader(body, wire.MaxFrameLine)
+	silence := time.AfterFunc(runSilence, func() { cancel(c.silent(runSilence)) })
+	read := make(chan struct{})
+	go func() { // ends with the body, which is closed before we return
+		defer close(read)
+		defer silence.Stop()
+		for {
+			var f runFrame
+			silence.Reset(runSilence)
+			f.err = lines.Next(&f.ActionFrame)
+			silence.Stop() // to wait for the database is no silence of the node
+			if !frames.put(ctx, f, len(f.Data), f.err != nil) || f.err != nil {
+				return
+			}
+		}
+	}()
+	return frames, func() { cancel(nil); _ = body.Close(); <-read }
 }
 
 // cancelWanted looks whether an operator asked for the end of a run. The

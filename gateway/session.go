@@ -77,6 +77,7 @@ type conversation struct {
 	since  time.Time
 	rt     endToEnd
 	broken atomic.Bool // a request failed in transport
+	blame  func(error) // tells the fleet that its way is bad; nil in tests
 
 	users int       // under sessions.mu
 	used  time.Time // likewise: when the last user left
@@ -105,10 +106,16 @@ func (c *conversation) dead() bool {
 var errMute = errors.New("the party does not answer")
 
 // mute gives a session up whose other end does not answer: the path may be
-// dead without anybody having noticed yet.
-func (c *conversation) mute() error {
-	c.broken.Store(true)
-	return fmt.Errorf("%w within %s", errMute, sessionAnswer)
+// dead without anybody having noticed yet, or an RCP lets nothing through. The
+// next session goes another way, if there is one.
+func (c *conversation) mute() error { return c.silent(sessionAnswer) }
+
+func (c *conversation) silent(limit time.Duration) error {
+	err := fmt.Errorf("%w within %s", errMute, limit)
+	if !c.broken.Swap(true) && c.blame != nil {
+		c.blame(err)
+	}
+	return err
 }
 
 // statusError is an answer with a status that is not 2xx.
@@ -442,7 +449,8 @@ func (s *sessions) open(ctx context.Context, party wire.Party, avoid wire.ID) (*
 		if err == nil {
 			s.metrics.opened.WithLabelValues("ok").Inc()
 			s.metrics.opening.Observe(time.Since(began).Seconds())
-			return &conversation{party: party, via: r, since: time.Now(), rt: rt, used: time.Now()}, nil
+			return &conversation{party: party, via: r, since: time.Now(), rt: rt, used: time.Now(),
+				blame: func(err error) { s.fleet.tried(party.ID, r, err) }}, nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", r.name, err))
 		if ctx.Err() != nil {

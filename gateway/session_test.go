@@ -23,7 +23,9 @@ func (b *bench) sessions(t *testing.T, dial func(ctx context.Context, link wire.
 		c, _ := net.Pipe()
 		via[c] = link
 		return c, nil
-	}, func(ctx context.Context, stream net.Conn, _ wire.Party) (endToEnd, error) { return dial(ctx, via[stream]) })
+	}, func(ctx context.Context, stream net.Conn, _ wire.Party) (endToEnd, error) {
+		return dial(ctx, via[stream])
+	})
 }
 
 // closedSession tells when it is closed.

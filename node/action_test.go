@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/internal/wire"
@@ -131,6 +133,45 @@ func TestAction(t *testing.T) {
 
 // TestActionOutlivesSession: the gateway goes, the run goes on, and a later
 // session collects it.
+// A run that writes nothing says that it goes on, and its frames are numbered
+// as if it had not.
+func TestSilentRunSaysThatItGoesOn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		frames, err := os.Create(filepath.Join(dir, fileFrames))
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := &run{dir: dir, limit: maxRunOutput, frames: frames}
+		out, in := io.Pipe()
+		go func() { _ = in.CloseWithError(r.replay(t.Context(), 0, in, func() {})) }()
+		lines := wire.NewLineReader(out, wire.MaxFrameLine)
+		next := func() (f wire.ActionFrame) {
+			t.Helper()
+			if err := lines.Next(&f); err != nil {
+				t.Fatal(err)
+			}
+			return f
+		}
+		began := time.Now()
+		for i := range 3 {
+			if f := next(); f.N != 0 || f.Stream != "" || f.Result != nil || time.Since(began) != time.Duration(i+1)*wire.ActionAlive {
+				t.Fatalf("frame %+v after %v", f, time.Since(began))
+			}
+		}
+		if err := r.write("stdout", []byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if f := next(); f.N != 1 || string(f.Data) != "x" {
+			t.Fatalf("frame %+v", f)
+		}
+		r.end(wire.ActionResult{State: wire.ActionSucceeded})
+		if f := next(); f.N != 2 || f.Result == nil {
+			t.Fatalf("frame %+v", f)
+		}
+	})
+}
+
 func TestActionOutlivesSession(t *testing.T) {
 	p := newPlant(t)
 	ag := p.node()

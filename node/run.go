@@ -149,8 +149,9 @@ func (r *run) end(res wire.ActionResult) {
 	r.wake()
 }
 
-// replay writes the frames after n, and what follows, up to the result. flush
-// is called when there is nothing more for the moment.
+// replay writes the frames after n, and what follows, up to the result, and
+// that the run goes on when there is nothing for a while. flush is called when
+// there is nothing more for the moment.
 func (r *run) replay(ctx context.Context, after int64, w io.Writer, flush func()) error {
 	f, err := os.Open(filepath.Join(r.dir, fileFrames))
 	if err != nil {
@@ -159,6 +160,8 @@ func (r *run) replay(ctx context.Context, after int64, w io.Writer, flush func()
 	defer func() { _ = f.Close() }()
 	in := bufio.NewReaderSize(f, 64<<10)
 	var done, sent int64
+	alive := time.NewTicker(wire.ActionAlive)
+	defer alive.Stop()
 	for {
 		r.mu.Lock()
 		size, n, result := r.size, r.n, r.result
@@ -199,6 +202,15 @@ func (r *run) replay(ctx context.Context, after int64, w io.Writer, flush func()
 		}
 		select {
 		case <-more:
+			alive.Reset(wire.ActionAlive)
+		case <-alive.C:
+			line, err := wire.AppendLine(nil, wire.ActionFrame{})
+			if err != nil {
+				return err
+			}
+			if _, err := w.Write(line); err != nil {
+				return err
+			}
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -203,6 +203,9 @@ func (r *runOutput) add(o api.Output) error {
 		return nil
 	}
 	if o.End != nil {
+		if open := o.End.Ended == nil; open && o.End.Reason != "" && o.End.Reason != r.actions[i].Reason {
+			r.a.out.Note("%s: %s", o.End.Node, cli.Clean(o.End.Reason))
+		}
 		r.actions[i] = *o.End
 	}
 	if len(o.Data) == 0 {

@@ -209,13 +209,17 @@ const QueryAttach = "attach"
 
 // ActionFrame is one line of the answer to POST /v1/actions: a state, or
 // output. N counts the frames of a run from 1; a retry with ?after=N leaves
-// out those that arrived before.
+// out those that arrived before. A frame with N 0 says only that the run goes
+// on: there is one after each ActionAlive without another.
 type ActionFrame struct {
 	N      int64         `json:"n"`
 	Stream string        `json:"stream,omitempty"` // stdout, stderr
 	Data   []byte        `json:"data,omitempty"`   // at most 32 KiB
 	Result *ActionResult `json:"result,omitempty"` // the last frame
 }
+
+// ActionAlive is the longest silence of a run's frames on a path that works.
+const ActionAlive = 10 * time.Second
 
 // ActionResult is how a run ended.
 type ActionResult struct {
