@@ -20,8 +20,9 @@ const (
 	ALPNDownH3   = "sallyport-down-h3/1"
 	ALPNEnrollH3 = "sallyport-enroll-h3/1"
 
-	// Inside a CONNECT stream, never on a port.
+	// Inside a CONNECT stream or a lane, never on a port.
 	ALPNSession       = "sallyport-session/1"
+	ALPNTunnel        = "sallyport-tunnel/1" // internal/tunnel instead of HTTP/2
 	ALPNSessionEnroll = "sallyport-session-enroll/1"
 )
 

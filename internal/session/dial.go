@@ -49,11 +49,13 @@ func Dial(ctx context.Context, stream net.Conn, id *identity.Identity, peer wire
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return cert, nil },
 		ClientSessionCache:   resumptionOf(id).clientCache(cert),
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			_, err := verifyParty(id, cs, peer)
+			_, err := verifyParty(id, cs, channel.ALPNSession, peer)
 			return err
 		},
 	}
-	s, err := open(ctx, stream, conf, func(cs tls.ConnectionState) (identity.Peer, error) { return verifyParty(id, cs, peer) })
+	s, err := open(ctx, stream, conf, func(cs tls.ConnectionState) (identity.Peer, error) {
+		return verifyParty(id, cs, channel.ALPNSession, peer)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("session with %s: %w", peer, err)
 	}
@@ -62,8 +64,8 @@ func Dial(ctx context.Context, stream net.Conn, id *identity.Identity, peer wire
 }
 
 // verifyParty checks that the very party answers that was asked for.
-func verifyParty(id *identity.Identity, cs tls.ConnectionState, want wire.Party) (identity.Peer, error) {
-	if cs.NegotiatedProtocol != channel.ALPNSession {
+func verifyParty(id *identity.Identity, cs tls.ConnectionState, proto string, want wire.Party) (identity.Peer, error) {
+	if cs.NegotiatedProtocol != proto {
 		return identity.Peer{}, fmt.Errorf("%w: %q", ErrProtocol, wire.Quotable(cs.NegotiatedProtocol))
 	}
 	peer, err := id.Verify(cs)
@@ -78,6 +80,19 @@ func verifyParty(id *identity.Identity, cs tls.ConnectionState, want wire.Party)
 
 // open shakes hands as TLS client and puts HTTP/2 on top.
 func open(ctx context.Context, stream net.Conn, conf *tls.Config, verify func(tls.ConnectionState) (identity.Peer, error)) (*Session, error) {
+	conn, peer, err := shake(ctx, stream, conf, verify)
+	if err != nil {
+		return nil, err
+	}
+	client, err := channel.Client(conn)
+	if err != nil {
+		return nil, err
+	}
+	return &Session{peer: peer, resumed: conn.ConnectionState().DidResume, since: time.Now(), client: client}, nil
+}
+
+// shake does the handshake of a TLS client, and closes the stream if it fails.
+func shake(ctx context.Context, stream net.Conn, conf *tls.Config, verify func(tls.ConnectionState) (identity.Peer, error)) (*tls.Conn, identity.Peer, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	conn := tls.Client(stream, conf)
@@ -86,19 +101,14 @@ func open(ctx context.Context, stream net.Conn, conf *tls.Config, verify func(tl
 		if ctx.Err() != nil {
 			err = context.Cause(ctx)
 		}
-		return nil, fmt.Errorf("handshake: %w", err)
+		return nil, identity.Peer{}, fmt.Errorf("handshake: %w", err)
 	}
-	cs := conn.ConnectionState()
-	peer, err := verify(cs)
+	peer, err := verify(conn.ConnectionState())
 	if err != nil {
 		_ = conn.Close()
-		return nil, err
+		return nil, identity.Peer{}, err
 	}
-	client, err := channel.Client(conn)
-	if err != nil {
-		return nil, err
-	}
-	return &Session{peer: peer, resumed: cs.DidResume, since: time.Now(), client: client}, nil
+	return conn, peer, nil
 }
 
 func (s *Session) endAt(t time.Time) {

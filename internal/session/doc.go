@@ -7,6 +7,10 @@
 // are restricted to enrolment: the waiting party is known by its key alone, and
 // knows the gateway by the root that its join code pins.
 //
+// A tunnel ([DialTunnel], [Handlers]) is the same with internal/tunnel in place
+// of HTTP/2: streams to targets that the node can reach. It runs in a CONNECT
+// stream or on a lane.
+//
 // Sessions send no keep-alives: the channels below notice dead paths, and an
 // idle session must cost nothing. They resume with tickets that stay in memory.
 package session

@@ -83,7 +83,7 @@ func ServeEnroll(ctx context.Context, stream net.Conn, id *identity.Identity, h 
 			return err
 		},
 	}
-	if err := serve(ctx, stream, conf, id, verify, h); err != nil {
+	if err := serve(ctx, stream, conf, id, verify, Handlers{API: h}); err != nil {
 		return fmt.Errorf("enrolment session: %w", err)
 	}
 	return nil

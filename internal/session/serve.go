@@ -11,6 +11,7 @@ import (
 
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
+	"sallyport/internal/tunnel"
 	"sallyport/internal/wire"
 )
 
@@ -22,14 +23,30 @@ func PeerFrom(ctx context.Context) (identity.Peer, bool) {
 	return p, ok
 }
 
+// Handlers answer a gateway.
+type Handlers struct {
+	API     http.Handler   // sessions; nil: refused
+	Targets tunnel.Handler // streams of tunnels; nil: refused
+}
+
 // Serve answers a gateway's session on a stream that came by CONNECT, until
 // either side ends it, ctx is done, the gateway is revoked or a leaf expires.
 // It closes the stream and returns when every handler has.
 func Serve(ctx context.Context, stream net.Conn, id *identity.Identity, h http.Handler) error {
+	return Handlers{API: h}.Serve(ctx, stream, id)
+}
+
+// ServeLane answers a gateway's tunnel on a lane, as [Serve] does a session.
+func ServeLane(ctx context.Context, lane net.Conn, id *identity.Identity, h tunnel.Handler) error {
+	return Handlers{Targets: h}.Serve(ctx, lane, id)
+}
+
+// Serve is as the function [Serve]; the gateway decides what it opens.
+func (h Handlers) Serve(ctx context.Context, stream net.Conn, id *identity.Identity) error {
 	conf := resumptionOf(id).serverConfig(id, func(roots *x509.CertPool) *tls.Config {
 		return &tls.Config{
 			MinVersion:     tls.VersionTLS13,
-			NextProtos:     []string{channel.ALPNSession},
+			NextProtos:     []string{channel.ALPNSession, channel.ALPNTunnel},
 			ClientAuth:     tls.RequireAndVerifyClientCert,
 			ClientCAs:      roots,
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return id.Certificate() },
@@ -37,6 +54,7 @@ func Serve(ctx context.Context, stream net.Conn, id *identity.Identity, h http.H
 				_, err := verifyGateway(id, cs)
 				return err
 			},
+			DynamicRecordSizingDisabled: true, // Batch makes large writes of them either way
 		}
 	})
 	err := serve(ctx, stream, conf, id, func(cs tls.ConnectionState) (identity.Peer, error) { return verifyGateway(id, cs) }, h)
@@ -48,8 +66,8 @@ func Serve(ctx context.Context, stream net.Conn, id *identity.Identity, h http.H
 
 // verifyGateway checks that a gateway of our trust domain opens the session.
 func verifyGateway(id *identity.Identity, cs tls.ConnectionState) (identity.Peer, error) {
-	if cs.NegotiatedProtocol != channel.ALPNSession {
-		return identity.Peer{}, fmt.Errorf("%w: %q", ErrProtocol, wire.Quotable(cs.NegotiatedProtocol))
+	if p := cs.NegotiatedProtocol; p != channel.ALPNSession && p != channel.ALPNTunnel {
+		return identity.Peer{}, fmt.Errorf("%w: %q", ErrProtocol, wire.Quotable(p))
 	}
 	peer, err := id.Verify(cs)
 	if err != nil {
@@ -61,10 +79,11 @@ func verifyGateway(id *identity.Identity, cs tls.ConnectionState) (identity.Peer
 	return peer, nil
 }
 
-// serve shakes hands as TLS server and answers HTTP/2.
-func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.Identity, verify func(tls.ConnectionState) (identity.Peer, error), h http.Handler) error {
+// serve shakes hands as TLS server and answers what the gateway opens.
+func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.Identity, verify func(tls.ConnectionState) (identity.Peer, error), h Handlers) error {
 	defer func() { _ = stream.Close() }()
-	conn := tls.Server(stream, conf)
+	below := tunnel.NewBatch(stream)
+	conn := tls.Server(below, conf)
 	shake, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	err := conn.HandshakeContext(shake)
 	if err != nil && shake.Err() != nil {
@@ -78,23 +97,32 @@ func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.
 	if err != nil {
 		return err
 	}
+	proto := conn.ConnectionState().NegotiatedProtocol
+	if isTunnel := proto == channel.ALPNTunnel; isTunnel && h.Targets == nil || !isTunnel && h.API == nil {
+		return fmt.Errorf("%s: %w: %q is not served here", peer, ErrProtocol, proto)
+	}
 	ctx, end := context.WithCancelCause(context.WithValue(ctx, peerKey{}, peer))
 	defer end(nil)
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		watch(ctx, id, peer, end)
+		watch(ctx, id, peer, id.NotAfter(), end)
 	}()
-	err = channel.Serve(ctx, conn, h)
+	if proto == channel.ALPNTunnel {
+		err = tunnel.Server(conn, below, h.Targets, tunnel.Config{}).Run(ctx)
+	} else {
+		err = channel.Serve(ctx, conn, h.API)
+	}
 	end(nil)
 	<-watched
 	return err
 }
 
-// watch ends a session when its peer is revoked or a leaf expires.
-func watch(ctx context.Context, id *identity.Identity, peer identity.Peer, end context.CancelCauseFunc) {
+// watch ends a session when its peer is revoked or a leaf expires: the peer's,
+// or our own at the given time.
+func watch(ctx context.Context, id *identity.Identity, peer identity.Peer, own time.Time, end context.CancelCauseFunc) {
 	until := peer.Leaf.NotAfter
-	if own := id.NotAfter(); !own.IsZero() {
+	if !own.IsZero() {
 		until = sooner(until, own)
 	}
 	expired := time.NewTimer(time.Until(until))
