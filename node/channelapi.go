@@ -39,7 +39,7 @@ func (in *instance) channelHandler(c *channel.Conn) http.Handler {
 	})
 }
 
-// connect serves a session: the stream's other end must prove, inside it, that
+// connect serves a session or a tunnel: the stream's other end must prove, inside it, that
 // it is a gateway.
 func (in *instance) connect(w http.ResponseWriter, r *http.Request, c *channel.Conn) {
 	id, key, err := wire.ParseAuthority(r.Host)
@@ -60,7 +60,7 @@ func (in *instance) connect(w http.ResponseWriter, r *http.Request, c *channel.C
 	if key != "" {
 		err = session.ServeEnroll(r.Context(), stream, in.id, in.applicant.Handler())
 	} else {
-		err = session.Serve(r.Context(), stream, in.id, in.sessionAPI)
+		err = session.Handlers{API: in.sessionAPI, Targets: in.serveTarget}.Serve(r.Context(), stream, in.id)
 	}
 	in.log.Debug("session ended", "reason", err)
 }
