@@ -68,7 +68,7 @@ func settingsOf(v validator, set map[string]string) []Setting {
 	ref := reflect.ValueOf(v).Elem()
 	for _, f := range fieldsOf(v) {
 		s := Setting{Variable: f.Name, Value: show(ref.FieldByName(f.goName)), Source: "default", Doc: f.Doc}
-		if value, ok := set[f.Name]; ok && (value != "" || f.typ == reflect.TypeFor[Globs]()) {
+		if value, ok := set[f.Name]; ok && (value != "" || isList(f.typ)) {
 			s.Source = "environment"
 		}
 		out = append(out, s)
@@ -158,6 +158,9 @@ func (c *Node) surface() []Surface {
 		if len(p.list) > 0 {
 			out = append(out, Surface{kindPermit, strings.Join(p.list, ";"), p.who, p.variable})
 		}
+	}
+	if len(c.AllowTargets) > 0 {
+		out = append(out, Surface{kindPermit, show(reflect.ValueOf(c.AllowTargets)), "operators reach by relayed requests and connections", "SALLYPORT_NODE_ALLOW_TARGETS"})
 	}
 	return out
 }

@@ -82,7 +82,7 @@ func parse(v validator, environ map[string]string) error {
 		names[f.goName] = f.Name
 		if value, ok := environ[f.Name]; ok {
 			set[f.Name] = value
-			if value == "" && f.typ == reflect.TypeFor[Globs]() {
+			if value == "" && isList(f.typ) {
 				set[f.Name] = none
 			}
 		}
@@ -94,6 +94,11 @@ func parse(v validator, environ map[string]string) error {
 		return err
 	}
 	return v.validate()
+}
+
+// isList tells an allow list, where an empty value is a value.
+func isList(t reflect.Type) bool {
+	return t == reflect.TypeFor[Globs]() || t == reflect.TypeFor[HostPorts]()
 }
 
 // nameVariables replaces the Go field names in the library's errors by the

@@ -102,6 +102,22 @@ func TestValues(t *testing.T) {
 	}
 }
 
+func TestAllowTargets(t *testing.T) {
+	for value, want := range map[string]string{
+		"": "none", "none": "none", "*": "*:*", " DB.Example.com.:5432 ; *.lan:4?? ": "db.example.com:5432;*.lan:4??",
+		"[2001:DB8::0001]:*;[fe80::*]:1": "[2001:db8::1]:*;[fe80::*]:1", "[::ffff:10.0.0.1]:80": "10.0.0.1:80",
+	} {
+		n, err := LoadNode([]string{"SALLYPORT_DATA=/d", "SALLYPORT_NODE_ALLOW_TARGETS=" + value})
+		if err != nil {
+			t.Errorf("%q: %v", value, err)
+			continue
+		}
+		if got, err := n.AllowTargets.MarshalText(); err != nil || string(got) != want || n.AllowTargets.Any() != (want == "*:*") {
+			t.Errorf("%q: %s, %v; want %s", value, got, err, want)
+		}
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	gateway := func(e []string) error { _, err := LoadGateway(e); return err }
 	rcp := func(e []string) error { _, err := LoadRCP(e); return err }
@@ -125,7 +141,12 @@ func TestRefusals(t *testing.T) {
 		{node, "SALLYPORT_NODE_UPSTREAMS=host:1,dmz", "is not a UUID"},
 		{node, "SALLYPORT_NODE_UPSTREAMS=0b6a6c52-6a0e-4f3c-9a8e-0f2a4f1d7c11", "UUID without an address"},
 		{node, "SALLYPORT_NODE_ALLOW_COMMANDS=[", "is not a pattern"},
-		{node, "SALLYPORT_NODE_ALLOW_TARGETS=*", "not supported yet"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=db", "want host:port with * and ?"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=db:0", "want host:port"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=db:", "want host:port"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=::1:80", "an IPv6 address in brackets"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=a:1,b:2", "separated by ;"},
+		{node, "SALLYPORT_NODE_ALLOW_TARGETS=10.0.0.0/8:80", "want host:port"},
 		{node, "SALLYPORT_NODE_SPOOL_MAX=1T", "is not a size"},
 		{node, "SALLYPORT_NODE_ADMIN_LISTEN=9192", "is not an address"},
 		{node, "SALLYPORT_LOG_LEVEL=loud", "want debug, info, warn or error"},

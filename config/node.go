@@ -60,7 +60,7 @@ type Node struct {
 	AllowCommands       Globs     `env:"SALLYPORT_NODE_ALLOW_COMMANDS" envDefault:"none" doc:"programs that ad hoc actions may run, by resolved path" form:"globs;..., * or none" why:"none: whoever may run a program of choice owns the host"`
 	AllowPolicyCommands Globs     `env:"SALLYPORT_NODE_ALLOW_POLICY_COMMANDS" envDefault:"*" doc:"programs that policies may name: checks, validate and reload commands" form:"globs;..., * or none" why:"any: policies are reviewed, signed and audited"`
 	AllowPaths          Globs     `env:"SALLYPORT_NODE_ALLOW_PATHS" envDefault:"*" doc:"paths that files policies may write; never SALLYPORT_DATA, /proc, /sys and /dev" form:"globs;..., * or none" why:"any: policies are reviewed, signed and audited"`
-	AllowTargets        Globs     `env:"SALLYPORT_NODE_ALLOW_TARGETS" envDefault:"none" doc:"host:port that relayed requests may reach" form:"none; targets are not supported yet" why:"none: a node is no way into its network"`
+	AllowTargets        HostPorts `env:"SALLYPORT_NODE_ALLOW_TARGETS" envDefault:"none" doc:"host:port that targets may reach; the name as written must match, and each address that it resolves to as well; link-local and cloud metadata addresses only where they are named literally" form:"globs of host:port;..., * or none" why:"none: a node is no way into its network"`
 	SpoolMax            Size      `env:"SALLYPORT_NODE_SPOOL_MAX" envDefault:"256M" doc:"disk space for events that no gateway has yet, per gateway; above it events are dropped from the lowest severity up, counted and reported as a gap" form:"bytes, with K, M or G" why:"days of a busy node, and no full disk"`
 	AdminListen         Listen    `env:"SALLYPORT_NODE_ADMIN_LISTEN" envDefault:"127.0.0.1:9192" doc:"address of /metrics, /livez and /readyz" form:"host:port or off" why:"loopback: no inbound port into a node's network"`
 }
@@ -75,9 +75,6 @@ func LoadNode(environ []string) (Node, error) {
 func (c *Node) common() *Common { return &c.Common }
 
 func (c *Node) validate() error {
-	if len(c.AllowTargets) > 0 {
-		return wrong("SALLYPORT_NODE_ALLOW_TARGETS", "targets are not supported yet; leave it empty, or set it to none")
-	}
 	if err := c.Upstreams.needAddresses("SALLYPORT_NODE_UPSTREAMS"); err != nil {
 		return err
 	}

@@ -83,6 +83,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 		Dir: filepath.Join(in.dir, "policies"), Instance: td, Claims: claims, Log: in.log,
 		Bounds:   policy.Bounds{Allow: proc.Allow(cfg.AllowPaths), Forbidden: forbidden(cfg)},
 		Commands: proc.Allow(cfg.AllowPolicyCommands), Raise: in.store, Changed: in.changed,
+		Reach: &policy.Reach{Allow: cfg.AllowTargets},
 	})
 	if err != nil {
 		return nil, err

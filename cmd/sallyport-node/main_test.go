@@ -31,7 +31,7 @@ func TestRefusesToStart(t *testing.T) {
 	for _, c := range []struct{ set, want string }{
 		{"SALLYPORT_NODE_JOIN=sp1.c2VjcmV0", "malformed join code"},
 		{"SALLYPORT_NODE_CARIER=h2", "did you mean SALLYPORT_NODE_CARRIER?"},
-		{"SALLYPORT_NODE_ALLOW_TARGETS=*", "not supported yet"},
+		{"SALLYPORT_NODE_ALLOW_TARGETS=db", "want host:port"},
 		{"SALLYPORT_NODE_MODE=rw", "want managed or readonly"},
 	} {
 		code, _, errs := run(t, []string{c.set})

@@ -40,6 +40,7 @@ type Config struct {
 	Instance string // trust domain: the owner's name in Claims
 	Bounds   Bounds
 	Commands proc.Allow // SALLYPORT_NODE_ALLOW_POLICY_COMMANDS
+	Reach    *Reach     // of targets; nil: they reach nothing
 	Claims   *Claims
 	// Raise puts an event on disk.
 	Raise func(wire.Event) error
@@ -77,7 +78,8 @@ type Engine struct {
 	retry    map[string]*backoff
 	checks   map[string]*check
 	memories map[string]checkMemory
-	wake     chan struct{} // capacity 1: Run looks at checks and retries again
+	targets  map[string]chan struct{} // closed when the applied target of that name goes
+	wake     chan struct{}            // capacity 1: Run looks at checks and retries again
 }
 
 type backoff struct {
@@ -91,10 +93,13 @@ func Open(cfg Config) (*Engine, error) {
 	e := &Engine{
 		cfg: cfg, slots: semaphore.NewWeighted(parallelChecks),
 		applied: map[string]applied{}, status: map[string]wire.PolicyStatus{}, retry: map[string]*backoff{},
-		checks: map[string]*check{}, memories: map[string]checkMemory{}, wake: make(chan struct{}, 1),
+		checks: map[string]*check{}, memories: map[string]checkMemory{}, targets: map[string]chan struct{}{}, wake: make(chan struct{}, 1),
 	}
 	if e.cfg.Run == nil {
 		e.cfg.Run = e.runProgram
+	}
+	if e.cfg.Reach == nil {
+		e.cfg.Reach = &Reach{}
 	}
 	if e.cfg.Changed == nil {
 		e.cfg.Changed = func() {}
@@ -152,26 +157,37 @@ func (e *Engine) Apply(ctx context.Context, policies []wire.Policy, specs map[st
 	clear(e.retry)
 	e.mu.Unlock()
 	wanted := map[string]bool{}
-	conflicts := e.conflicts()
 	for _, p := range policies {
 		wanted[p.Name] = true
+	}
+	gone := func() (gone []applied) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		for name, a := range e.applied {
+			if !wanted[name] {
+				gone = append(gone, a)
+			}
+		}
+		slices.SortFunc(gone, func(a, b applied) int { return cmp.Compare(a.Name, b.Name) })
+		return gone
+	}
+	for _, a := range gone() {
+		if a.Type == wire.PolicyTarget { // not after the commands of other policies
+			e.removeOne(ctx, a)
+		}
+	}
+	conflicts := e.conflicts()
+	for _, p := range policies {
 		e.applyOne(ctx, p, conflicts[p.Name])
 	}
 	e.mu.Lock()
-	gone := []applied{}
-	for name, a := range e.applied {
-		if !wanted[name] {
-			gone = append(gone, a)
-		}
-	}
 	for name := range e.status {
 		if _, held := e.applied[name]; !held && !wanted[name] {
 			delete(e.status, name)
 		}
 	}
 	e.mu.Unlock()
-	slices.SortFunc(gone, func(a, b applied) int { return cmp.Compare(a.Name, b.Name) })
-	for _, a := range gone {
+	for _, a := range gone() {
 		e.removeOne(ctx, a)
 	}
 	e.releaseClaims()
@@ -261,14 +277,25 @@ func (e *Engine) applyType(ctx context.Context, p wire.Policy) error {
 		if _, err := e.cfg.Commands.Resolve(spec.Command[0], commandsVariable); err != nil {
 			return err
 		}
-		if had && previous.Type == wire.PolicyFiles {
-			if err := e.removeFiles(ctx, p.Name, previous.Paths, reloadOf(previous)); err != nil {
-				return err
-			}
+		return e.replace(ctx, previous, a)
+	case wire.PolicyTarget:
+		if err := e.applyTarget(ctx, p, raw); err != nil {
+			return err
 		}
-		return e.hold(a)
+		return e.replace(ctx, previous, a)
 	}
 	return fmt.Errorf("policy type %q is not known to this version of the node", wire.Quotable(p.Type))
+}
+
+// replace records that a, which has no files, is applied in the place of
+// previous, whose files go.
+func (e *Engine) replace(ctx context.Context, previous, a applied) error {
+	if previous.Type == wire.PolicyFiles {
+		if err := e.removeFiles(ctx, a.Name, previous.Paths, reloadOf(previous)); err != nil {
+			return err
+		}
+	}
+	return e.hold(a)
 }
 
 // hold records that a is applied.
@@ -284,6 +311,7 @@ func (e *Engine) hold(a applied) error {
 		return err
 	}
 	e.applied = next
+	e.dropTargetLocked(a.Name)
 	return nil
 }
 
@@ -303,6 +331,7 @@ func (e *Engine) removeOne(ctx context.Context, a applied) {
 	err := saveJSON(e.appliedFile(), next)
 	if err == nil {
 		e.applied = next
+		e.dropTargetLocked(a.Name)
 		delete(e.status, a.Name)
 		delete(e.retry, a.Name)
 	}

@@ -63,7 +63,7 @@ func TestExitCodes(t *testing.T) {
 			"SALLYPORT_NODE_UPSTREAM":      "a:1",
 			"SALLYPORT_NODE_MODE":          "sometimes",
 			"SALLYPORT_NODE_TAGS":          "no-value",
-			"SALLYPORT_NODE_ALLOW_TARGETS": "*:22",
+			"SALLYPORT_NODE_ALLOW_TARGETS": "no-port",
 		} {
 			env := map[string]string{"SALLYPORT_DATA": filepath.Join(site.Path("bad"), name), "SALLYPORT_NODE_ADMIN_LISTEN": "off", name: value}
 			if r := second(env, "node").Exits(2); !strings.Contains(r.Stderr, name) {
