@@ -217,6 +217,7 @@ func BenchmarkStoreOutbox(b *testing.B) {
 			id := addNode(b, db, "n")
 			const size = 1000
 			seq := int64(0)
+			b.ReportAllocs()
 			for b.Loop() {
 				b.StopTimer()
 				batch := make([]wire.OutboxUp, size)

@@ -1,0 +1,101 @@
+package channel_test
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/http"
+	"testing"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/channel/channeltest"
+)
+
+// BenchmarkForward reports bytes through a relay: over two channels with TLS,
+// in memory, all three parties in this process.
+func BenchmarkForward(b *testing.B) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	next, far := channeltest.Pair(b)
+	up, near := channeltest.Pair(b)
+	got := make(chan int64, 1)
+	go func() {
+		_ = far.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			c, err := channel.AcceptConnect(w, r)
+			if err != nil {
+				b.Error(err)
+				return
+			}
+			n, _ := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{c}, make([]byte, 64<<10))
+			_ = c.Close()
+			got <- n
+		}))
+	}()
+	go func() {
+		_ = near.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = channel.Forward(w, r, next, r.Host, nil)
+		}))
+	}()
+	c, err := up.Connect(ctx, "x:443", nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	data := make([]byte, 64<<10)
+	b.SetBytes(int64(len(data)))
+	b.ReportAllocs()
+	sent := int64(0)
+	for b.Loop() {
+		n, err := c.Write(data)
+		sent += int64(n)
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	_ = c.Close()
+	if n := <-got; n != sent {
+		b.Errorf("%d bytes were sent, %d arrived", sent, n)
+	}
+}
+
+// BenchmarkConnect opens and closes streams through a relay.
+func BenchmarkConnect(b *testing.B) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	next, far := channeltest.Pair(b)
+	up, near := channeltest.Pair(b)
+	go func() {
+		_ = far.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if c, err := channel.AcceptConnect(w, r); err == nil {
+				echoOnce(c)
+				_ = c.Close()
+			}
+		}))
+	}()
+	go func() {
+		_ = near.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = channel.Forward(w, r, next, r.Host, nil)
+		}))
+	}()
+	b.ReportAllocs()
+	var one [1]byte
+	for b.Loop() {
+		c, err := up.Connect(ctx, "x:443", nil)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := c.Write(one[:]); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := c.Read(one[:]); err != nil {
+			b.Fatal(err)
+		}
+		_ = c.Close()
+	}
+}
+
+func echoOnce(c net.Conn) {
+	var one [1]byte
+	if _, err := c.Read(one[:]); err == nil {
+		_, _ = c.Write(one[:]) // the other end fails without it
+	}
+}
