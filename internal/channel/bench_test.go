@@ -9,15 +9,22 @@ import (
 
 	"sallyport/internal/channel"
 	"sallyport/internal/channel/channeltest"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/wire"
 )
 
-// BenchmarkForward reports bytes through a relay: over two channels with TLS,
-// in memory, all three parties in this process.
+func pairTCP(b *testing.B) (upstream, downstream *channel.Conn) {
+	ca := identitytest.NewCA(b)
+	return channeltest.PairTCP(b, ca.Party(b, wire.RoleGateway), ca.Party(b, wire.RoleRCP), true)
+}
+
+// BenchmarkForward reports bytes through a relay: over two channels with TLS on
+// loopback, all three parties in this process.
 func BenchmarkForward(b *testing.B) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	next, far := channeltest.Pair(b)
-	up, near := channeltest.Pair(b)
+	next, far := pairTCP(b)
+	up, near := pairTCP(b)
 	got := make(chan int64, 1)
 	go func() {
 		_ = far.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -61,8 +68,8 @@ func BenchmarkForward(b *testing.B) {
 func BenchmarkConnect(b *testing.B) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	next, far := channeltest.Pair(b)
-	up, near := channeltest.Pair(b)
+	next, far := pairTCP(b)
+	up, near := pairTCP(b)
 	go func() {
 		_ = far.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if c, err := channel.AcceptConnect(w, r); err == nil {

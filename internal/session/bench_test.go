@@ -24,7 +24,7 @@ func BenchmarkDial(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			ca := identitytest.NewCA(b)
 			gateway, node := ca.Party(b, wire.RoleGateway), ca.Party(b, wire.RoleNode)
-			up, down := channeltest.PairOf(b, gateway, node, false)
+			up, down := channeltest.PairTCP(b, gateway, node, false)
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			go func() {

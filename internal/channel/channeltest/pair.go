@@ -4,6 +4,7 @@ package channeltest
 import (
 	"context"
 	"log/slog"
+	"net"
 	"testing"
 
 	"sallyport/internal/channel"
@@ -32,6 +33,24 @@ func Pair(t testing.TB) (upstream, downstream *channel.Conn) {
 func PairOf(t testing.TB, up, down *identity.Identity, ordinary bool) (upstream, downstream *channel.Conn) {
 	t.Helper()
 	network := NewNetwork()
+	return pairOn(t, network, network.DialContext, "memory:443", up, down, ordinary)
+}
+
+// PairTCP is PairOf over TCP on loopback, for benchmarks: the network in memory
+// is slower than the kernel's.
+func PairTCP(t testing.TB, up, down *identity.Identity, ordinary bool) (upstream, downstream *channel.Conn) {
+	t.Helper()
+	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pairOn(t, l, new(net.Dialer).DialContext, l.Addr().String(), up, down, ordinary)
+}
+
+func pairOn(t testing.TB, network net.Listener, dial func(ctx context.Context, network, addr string) (net.Conn, error), addr string,
+	up, down *identity.Identity, ordinary bool,
+) (upstream, downstream *channel.Conn) {
+	t.Helper()
 	dialler, listener, dir := up, down, channel.PeerDownstream
 	if !ordinary {
 		dialler, listener, dir = down, up, channel.PeerUpstream
@@ -57,7 +76,7 @@ func PairOf(t testing.TB, up, down *identity.Identity, ordinary bool) (upstream,
 		<-ended
 	})
 	_, certified := down.Party()
-	d := &channel.Dialer{Addr: "memory:443", Peer: dir, Identity: dialler, Log: log, DialContext: network.DialContext, Carrier: channel.CarrierH2, NoConfirm: true,
+	d := &channel.Dialer{Addr: addr, Peer: dir, Identity: dialler, Log: log, DialContext: dial, Carrier: channel.CarrierH2, NoConfirm: true,
 		Enroll: func() bool { return !certified }}
 	c, err := d.Dial(ctx)
 	if err != nil {
