@@ -196,11 +196,15 @@ func TestDigits(t *testing.T) {
 
 func TestSumMetric(t *testing.T) {
 	const text = "# HELP a_total x\n# TYPE a_total counter\na_total{direction=\"down\"} 1.5e+09\na_total{direction=\"up\"} 3\na_totally 9\n"
-	if got, err := sumMetric(text, "a_total"); err != nil || got != 1500000003 {
-		t.Errorf("got %d, %v", got, err)
+	for label, want := range map[string]float64{"": 1500000003, `direction="up"`: 3} {
+		if got, err := sumMetric(text, "a_total", label); err != nil || got != want {
+			t.Errorf("%q: got %v, %v", label, got, err)
+		}
 	}
-	if _, err := sumMetric(text, "b_total"); err == nil {
-		t.Error("a metric that is not there has a sum")
+	for _, bad := range [][2]string{{"b_total", ""}, {"a_total", `direction="sideways"`}} {
+		if _, err := sumMetric(text, bad[0], bad[1]); err == nil {
+			t.Errorf("%q, which is not there, has a sum", bad)
+		}
 	}
 }
 

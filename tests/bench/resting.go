@@ -14,7 +14,7 @@ func (b *bench) memory(ctx context.Context) error {
 	if b.quick {
 		rest = 2 * time.Second
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "memory"))
+	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "memory"), 1)
 	if err != nil {
 		return err
 	}
@@ -35,7 +35,7 @@ func (b *bench) memory(ctx context.Context) error {
 		b.put(anonymous, mib(m.Anonymous))
 		return nil
 	}
-	if err := note(s.rcp, "memory.rcp.rss", "memory.rcp.anonymous"); err != nil {
+	if err := note(s.rcp.process, "memory.rcp.rss", "memory.rcp.anonymous"); err != nil {
 		return err
 	}
 	if err := s.startNode(ctx); err != nil {

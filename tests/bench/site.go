@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -25,32 +27,37 @@ const readyWait = 60 * time.Second
 type site struct {
 	dir, bin string
 	gateway  *process
-	rcp      *process
+	rcp      *relay   // the first of rcps
+	rcps     []*relay // one, but for the largest numbers of nodes
 	node     *process
 	client   *api.Client
-	channel  string // address of the RCP
-	metrics  string // address of the RCP's /metrics
-	rcpEnv   []string
+	metrics  string // address of the gateway's /metrics
 }
 
-const (
-	rcpName  = "dmz"
-	nodeName = "bench"
-)
+// relay is one RCP.
+type relay struct {
+	*process
 
-// newSite starts a gateway and an RCP. rcpEnv are more variables of the RCP.
-func newSite(ctx context.Context, bin, dir string, rcpEnv ...string) (*site, error) {
-	s := &site{dir: dir, bin: bin, rcpEnv: rcpEnv}
+	channel string // its address
+	metrics string // of its /metrics
+}
+
+const nodeName = "bench"
+
+// newSite starts a gateway and RCPs. rcpEnv are more variables of the RCPs.
+func newSite(ctx context.Context, bin, dir string, rcps int, rcpEnv ...string) (*site, error) {
+	s := &site{dir: dir, bin: bin}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
 	err := s.startGateway(ctx)
-	if err == nil {
-		err = s.startRCP(ctx)
+	for i := 0; i < rcps && err == nil; i++ {
+		err = s.startRCP(ctx, fmt.Sprintf("rcp-%d", i+1), rcpEnv)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
+	s.rcp = s.rcps[0]
 	return s, nil
 }
 
@@ -62,8 +69,11 @@ func (s *site) env(party string, extra ...string) []string {
 
 func (s *site) startGateway(ctx context.Context) error {
 	var err error
+	if s.metrics, err = freeAddress(ctx); err != nil {
+		return err
+	}
 	s.gateway, err = startProcess(s.dir, "gateway-process", s.env("gateway",
-		"SALLYPORT_GATEWAY_LISTEN=off", "SALLYPORT_GATEWAY_ADMIN_LISTEN=off", "SALLYPORT_GATEWAY_CARRIER=h2"),
+		"SALLYPORT_GATEWAY_LISTEN=off", "SALLYPORT_GATEWAY_ADMIN_LISTEN="+s.metrics, "SALLYPORT_GATEWAY_CARRIER=h2"),
 		filepath.Join(s.bin, "sallyport"), "run", "gateway")
 	if err != nil {
 		return err
@@ -82,10 +92,7 @@ func (s *site) until(ctx context.Context, what string, ask func() error) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	err := eventually(ctx, readyWait, what, func() error {
-		for _, p := range []*process{s.gateway, s.rcp, s.node} {
-			if p == nil {
-				continue
-			}
+		for _, p := range s.processes() {
 			if err := p.ended(); err != nil {
 				cancel(err)
 				return err
@@ -118,40 +125,49 @@ func (s *site) secret(name, code string) (string, error) {
 	return file, os.WriteFile(file, []byte(code), 0o600)
 }
 
-func (s *site) startRCP(ctx context.Context) error {
+func (s *site) startRCP(ctx context.Context, name string, more []string) error {
+	r := &relay{}
 	var err error
-	if s.channel, err = freeAddress(ctx); err != nil {
+	if r.channel, err = freeAddress(ctx); err != nil {
 		return err
 	}
-	if s.metrics, err = freeAddress(ctx); err != nil {
+	if r.metrics, err = freeAddress(ctx); err != nil {
 		return err
 	}
-	code, err := s.cli(ctx, "", "rcp", "add", rcpName, s.channel)
+	code, err := s.cli(ctx, "", "rcp", "add", name, r.channel)
 	if err != nil {
 		return err
 	}
-	join, err := s.secret(rcpName, code)
+	join, err := s.secret(name, code)
 	if err != nil {
 		return err
 	}
-	s.rcp, err = startProcess(s.dir, "rcp-process", s.env("rcp", append(s.rcpEnv,
-		"SALLYPORT_RCP_LISTEN="+s.channel, "SALLYPORT_RCP_JOIN="+join, "SALLYPORT_RCP_ADMIN_LISTEN="+s.metrics)...),
-		filepath.Join(s.bin, "sallyport-rcp"))
-	if err != nil {
+	env := append([]string{"SALLYPORT_RCP_LISTEN=" + r.channel, "SALLYPORT_RCP_JOIN=" + join, "SALLYPORT_RCP_ADMIN_LISTEN=" + r.metrics}, more...)
+	if r.process, err = startProcess(s.dir, name+"-process", s.env(name, env...), filepath.Join(s.bin, "sallyport-rcp")); err != nil {
 		return err
 	}
+	s.rcps = append(s.rcps, r)
 	return s.until(ctx, "the RCP is connected", func() error {
 		rcps, err := s.client.RCPs(ctx)
 		if err != nil {
 			return err
 		}
 		for _, r := range rcps {
-			if r.Name == rcpName && r.State == "connected" {
+			if r.Name == name && r.State == "connected" {
 				return nil
 			}
 		}
-		return fmt.Errorf("%d RCPs, none of them connected", len(rcps))
+		return fmt.Errorf("%d RCPs, %s is not connected", len(rcps), name)
 	})
+}
+
+// processes of the site that run, or should.
+func (s *site) processes() []*process {
+	var all []*process
+	for _, r := range s.rcps {
+		all = append(all, r.process)
+	}
+	return slices.DeleteFunc(append(all, s.gateway, s.node), func(p *process) bool { return p == nil })
 }
 
 // startNode starts an agent that may reach every port of loopback.
@@ -225,7 +241,13 @@ func (s *site) forward(ctx context.Context, back addresses) (front addresses, er
 // carried is how many bytes went through streams of the RCP so far: what lanes
 // carry is not in it.
 func (s *site) carried(ctx context.Context) (int64, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+s.metrics+"/metrics", nil)
+	v, err := metric(ctx, s.rcp.metrics, "sallyport_rcp_bytes_total", "")
+	return int64(v), err
+}
+
+// metric asks a role for the sum of the series of a metric that have the label.
+func metric(ctx context.Context, addr, name, label string) (float64, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/metrics", nil)
 	if err != nil {
 		return 0, err
 	}
@@ -238,30 +260,31 @@ func (s *site) carried(ctx context.Context) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return sumMetric(string(b), "sallyport_rcp_bytes_total")
+	return sumMetric(string(b), name, label)
 }
 
-// sumMetric adds all series of a metric in the text format of Prometheus.
-func sumMetric(text, name string) (int64, error) {
+// sumMetric adds the series of a metric that have a label, in the text format of
+// Prometheus. label is name="value", or empty for all.
+func sumMetric(text, name, label string) (float64, error) {
 	var sum float64
 	found := false
 	for line := range strings.Lines(text) {
 		rest, ok := strings.CutPrefix(line, name)
-		if !ok || (rest[0] != '{' && rest[0] != ' ') {
+		if !ok || (rest[0] != '{' && rest[0] != ' ') || !strings.Contains(rest, label) {
 			continue
 		}
 		fields := strings.Fields(rest)
-		var v float64
-		if _, err := fmt.Sscan(fields[len(fields)-1], &v); err != nil {
+		v, err := strconv.ParseFloat(fields[len(fields)-1], 64)
+		if err != nil {
 			return 0, fmt.Errorf("metric %s: %w", name, err)
 		}
 		sum += v
 		found = true
 	}
 	if !found {
-		return 0, fmt.Errorf("no metric %s", name)
+		return 0, fmt.Errorf("no metric %s %s", name, label)
 	}
-	return int64(sum), nil
+	return sum, nil
 }
 
 // close ends the parties, nodes first, and waits for them.
@@ -272,7 +295,11 @@ func (s *site) close() error {
 	if s.client != nil {
 		s.client.Close()
 	}
-	return errors.Join(s.node.stop(syscall.SIGTERM), s.rcp.stop(syscall.SIGTERM), s.gateway.stop(syscall.SIGTERM))
+	err := s.node.stop(syscall.SIGTERM)
+	for _, r := range s.rcps {
+		err = errors.Join(err, r.stop(syscall.SIGTERM))
+	}
+	return errors.Join(err, s.gateway.stop(syscall.SIGTERM))
 }
 
 // parties whose CPU time is counted one by one.
@@ -285,7 +312,7 @@ func (s *site) cpu() (spent, error) {
 	for _, p := range []struct {
 		p  *process
 		to *time.Duration
-	}{{s.gateway, &out.gateway}, {s.rcp, &out.rcp}, {s.node, &out.node}} {
+	}{{s.gateway, &out.gateway}, {s.rcp.process, &out.rcp}, {s.node, &out.node}} {
 		if p.p == nil {
 			continue
 		}

@@ -51,7 +51,7 @@ func (b *bench) siteUp(ctx context.Context) error {
 	if err := b.yardstickUp(ctx); err != nil || b.site != nil {
 		return err
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "lane"), "SALLYPORT_RCP_LANES=on")
+	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "lane"), 1, "SALLYPORT_RCP_LANES=on")
 	if err != nil {
 		return err
 	}
@@ -68,7 +68,7 @@ func (b *bench) counted(ctx context.Context, s *site, label string, load func(co
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	if b.profiles != "" {
-		for role, socket := range map[string]string{"gateway": "gateway/gateway", "rcp": "rcp/rcp", "node": "node/node"} {
+		for role, socket := range map[string]string{"gateway": "gateway/gateway", "rcp": "rcp-1/rcp", "node": "node/node"} {
 			g.Go(func() error {
 				return profile(gctx, filepath.Join(s.dir, socket, "local.sock"), filepath.Join(b.profiles, label+"-"+role+".pprof"), b.time)
 			})
@@ -189,7 +189,7 @@ func (b *bench) stream(ctx context.Context) error {
 	if err := b.yardstickUp(ctx); err != nil {
 		return err
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "stream"), "SALLYPORT_RCP_LANES=off")
+	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "stream"), 1, "SALLYPORT_RCP_LANES=off")
 	if err != nil {
 		return err
 	}
