@@ -215,8 +215,8 @@ func TestParseFlags(t *testing.T) {
 		err := b.parse(args, &cores)
 		return b, err
 	}
-	b, err := parse("--rows", "bulk,idle", "--rounds", "2", "--seconds", "0.5", "--scale", "10,90/3")
-	if err != nil || !slices.Equal(b.groups, []string{"bulk", "idle"}) || b.rounds != 2 || b.time != 500*time.Millisecond || !b.write || !slices.Equal(b.points, []scalePlan{{10, 1}, {90, 3}}) {
+	b, err := parse("--rows", "bulk,nodes", "--rounds", "2", "--seconds", "0.5", "--scale", "10,90/3")
+	if err != nil || !slices.Equal(b.groups, []string{"bulk", "nodes"}) || b.rounds != 2 || b.time != 500*time.Millisecond || !b.write || !slices.Equal(b.points, []scalePlan{{10, 1}, {90, 3}}) {
 		t.Errorf("%+v, %v", b.settings, err)
 	}
 	if b, err := parse("--quick"); err != nil || b.write || b.rounds != 1 || b.nodes != 500 || len(b.groups) != len(groups) {

@@ -75,6 +75,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	began := time.Now()
+	b.began = began.UTC().Truncate(time.Second).Add(-time.Second)
 	b.say = func(format string, args ...any) {
 		fmt.Fprintf(os.Stderr, "%6.1f s  %s\n", time.Since(began).Seconds(), fmt.Sprintf(format, args...))
 	}
@@ -155,7 +156,7 @@ func (b *bench) build(ctx context.Context, root string) error {
 func (b *bench) measure(ctx context.Context) error {
 	what := map[string]func(context.Context) error{
 		groupMemory: b.memory, groupBulk: b.bulk, groupStream: b.stream, groupHTTP: b.http, groupOne: b.one,
-		groupConn: b.conn, groupHandshake: b.handshakes,
+		groupConn: b.conn, groupHandshake: b.handshakes, groupCrowd: b.crowd, groupEvents: b.events, groupScale: b.scale,
 	}
 	var errs []error
 	for _, g := range b.groups {

@@ -20,6 +20,7 @@ const (
 type bench struct {
 	settings
 	dir, bin string
+	began    time.Time
 	say      func(format string, args ...any)
 	results  results
 
