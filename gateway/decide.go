@@ -37,6 +37,15 @@ type victim struct {
 	name  string
 	keep  bool // tags that the gateway set, and history, go to the successor
 	clash string
+	ended bool // it was revoked or removed: nobody lives there
+}
+
+// what describes a victim for people.
+func (v *victim) what() string {
+	if v.ended {
+		return fmt.Sprintf("%s that was revoked or removed (%s, %s)", v.role, v.name, v.id)
+	}
+	return fmt.Sprintf("live %s (%s, %s)", v.role, v.name, v.id)
 }
 
 func victimParties(victims []victim) []wire.Party {
@@ -240,12 +249,12 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 	case !errors.Is(err, store.ErrNotFound):
 		return err
 	}
-	switch n, err := q.Node(ctx, d.party.ID); {
+	switch n, err := q.AnyNode(ctx, d.party.ID); {
 	case errors.Is(err, store.ErrNotFound):
 	case err != nil:
 		return err
-	case n.State != wire.StateRevoked && n.KeyHash != "" && n.KeyHash != key:
-		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollUUIDInUse, keep: true})
+	case n.KeyHash != "" && n.KeyHash != key && !d.returns(n):
+		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollUUIDInUse, keep: true, ended: ended(n)})
 	}
 	n, err := q.NodeByName(ctx, d.tenant, d.name)
 	if errors.Is(err, store.ErrNotFound) || err == nil && n.ID == d.party.ID {
@@ -260,6 +269,16 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 	}
 	d.victims = append(d.victims, v)
 	return nil
+}
+
+// ended tells whether nobody holds a node's UUID by right any more.
+func ended(n *store.Node) bool { return n.State == wire.StateRevoked || !n.RemovedAt.IsZero() }
+
+// returns tells whether a node that was revoked or removed may have its UUID
+// back, and with it the tags that operators set and its history: an operator
+// made the code for it, or for one machine. A code for many is in many hands.
+func (d *decision) returns(n *store.Node) bool {
+	return ended(n) && d.join != nil && !d.join.Manual && (d.join.MaxUses == 1 || d.join.Name == n.Name)
 }
 
 func (e *enrolment) claimsRCP(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash) error {
@@ -318,7 +337,7 @@ func (e *enrolment) conclude(d *decision) *decision {
 		if v.clash == wire.EnrollUUIDInUse {
 			what = "UUID " + string(v.id)
 		}
-		return d.is(wire.EnrollPending, v.clash, "the %s belongs to a live %s (%s); an operator can replace it: sallyport request grant --replace", what, v.role, v.name)
+		return d.is(wire.EnrollPending, v.clash, "the %s belongs to a %s; an operator can replace it: sallyport request grant --replace", what, v.what())
 	}
 	if manual {
 		return d.is(wire.EnrollPending, wire.EnrollManual, "an operator has to grant this request: sallyport request grant")

@@ -267,7 +267,7 @@ func (e *enrolment) judge(ctx context.Context, q store.Queries, r *store.Request
 		return nil, api.NewProblem(api.CodeConflict, d.reason)
 	}
 	if v := d.clash(); v != nil && !replace {
-		return nil, api.NewProblem(api.CodeNameInUse, fmt.Sprintf("%s: %s %s (%s) is alive; grant with --replace to revoke it and keep its tags and history", v.clash, v.role, v.name, v.id))
+		return nil, api.NewProblem(api.CodeNameInUse, fmt.Sprintf("%s: the request claims what belongs to a %s; grant with --replace to revoke that and keep its tags and history", v.clash, v.what()))
 	}
 	return d, nil
 }

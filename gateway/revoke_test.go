@@ -60,6 +60,64 @@ func TestRevokeAndEnrolAgain(t *testing.T) {
 	}
 }
 
+// A code that many hold gives none of them the UUID of a node that is gone, with
+// the tags that operators gave it.
+func TestUUIDOfANodeThatIsGoneWaitsForAnOperator(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		remove bool
+		join   api.CreateJoin
+		waits  bool
+	}{
+		{"revoked, a code for many", false, api.CreateJoin{Uses: 5}, true},
+		{"removed, a code for many", true, api.CreateJoin{Uses: 5}, true},
+		{"removed, no token", true, api.CreateJoin{Manual: true}, true},
+		{"removed, a code for one", true, api.CreateJoin{}, false},
+		{"removed, a code that replaces", true, api.CreateJoin{Name: "web", Replace: true}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d := newDesk(t)
+			a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+			err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+				return tx.TagNode(ctx, a.id.ID(), map[string]string{"role": "vault"}, nil)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			n, err := d.store.Node(t.Context(), a.id.ID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := d.revokeNode(t.Context(), n, c.remove); err != nil {
+				t.Fatal(err)
+			}
+			env, _ := d.ca.Revocations()
+			if _, err := a.id.ApplyRevocations(env); err != nil {
+				t.Fatal(err)
+			}
+			b := d.partyOf(a.id, d.join(c.join), "web")
+			d.see(b)
+			if !c.waits {
+				d.expect(b, enroll.StateEnrolled, "")
+				return
+			}
+			d.expect(b, enroll.StateWaiting, wire.EnrollUUIDInUse)
+			list := d.requests(api.RequestPending)
+			if len(list) != 1 || list[0].Code != wire.EnrollUUIDInUse {
+				t.Fatalf("requests %+v", list)
+			}
+			if _, err := d.grant(t.Context(), list[0].ID, api.Grant{}); !api.Is(err, api.CodeNameInUse) {
+				t.Fatalf("granted without --replace: %v", err)
+			}
+			if _, err := d.grant(t.Context(), list[0].ID, api.Grant{Replace: true}); err != nil {
+				t.Fatal(err)
+			}
+			d.see(b)
+			d.expect(b, enroll.StateEnrolled, "")
+		})
+	}
+}
+
 func TestRevocationsMergeAtStart(t *testing.T) {
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
 	id := ca.Party(t, wire.RoleGateway)
