@@ -100,8 +100,8 @@ func (e *enrolment) impossible(d *decision, key wire.KeyHash, req *wire.EnrollRe
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "role %q is not enrolled here", wire.Quotable(string(req.Role)))
 	case err != nil || req.ID == e.id.ID():
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "%q cannot be the UUID of a party", wire.Quotable(string(req.ID)))
-	case req.Name != "" && req.Role == wire.RoleNode && !wire.ValidName(req.Name):
-		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "name %q: want letters, digits, '.', '-' and '_', at most %d (see SALLYPORT_NODE_NAME)", wire.Quotable(req.Name), wire.MaxName)
+	case req.Name != "" && req.Role == wire.RoleNode && !wire.ValidPartyName(req.Name):
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "name %q: %s (see SALLYPORT_NODE_NAME)", wire.Quotable(req.Name), nameRule)
 	default:
 		if _, ok := req.Versions.Common(wire.OwnVersions); !ok {
 			d.is(wire.EnrollDenied, wire.EnrollBadRequest, "the party speaks protocol versions %d to %d, this gateway %d to %d: upgrade the older one",

@@ -412,6 +412,19 @@ func TestStolenUUIDWaits(t *testing.T) {
 	}
 }
 
+func TestNameThatReadsAsAUUIDIsRefused(t *testing.T) {
+	d := newDesk(t)
+	victim := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	for _, name := range []string{string(victim.id.ID()), string(victim.id.ID())[:8]} {
+		thief := d.party(wire.RoleNode, d.join(api.CreateJoin{}), name)
+		d.see(thief)
+		d.expect(thief, enroll.StateDenied, wire.EnrollBadRequest)
+		if s := thief.Status(); !strings.Contains(s.Reason, "SALLYPORT_NODE_NAME") {
+			t.Errorf("reason %q", s.Reason)
+		}
+	}
+}
+
 func mustParse(t *testing.T, code string) wire.JoinCode {
 	t.Helper()
 	c, err := wire.ParseJoinCode(code)

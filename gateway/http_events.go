@@ -162,8 +162,15 @@ func (r *rest) changeEvent(ctx context.Context, ref, what, detail string, f func
 		return nil, err
 	}
 	err = r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		now, err := tx.FindEvents(ctx, string(e.ID), 1) // another caller may have changed it meanwhile
+		if err != nil {
+			return err
+		}
+		if len(now) == 0 || now[0].ID != e.ID {
+			return notFound("event", ref, true)
+		}
 		tx.Audit(ctx, what, "event "+string(e.ID), detail)
-		return f(ctx, tx, e)
+		return f(ctx, tx, now[0])
 	})
 	if err != nil {
 		return nil, err

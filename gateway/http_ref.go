@@ -14,14 +14,16 @@ import (
 // changing call. Reading calls take any unique beginning.
 const minHex = 8
 
-// pick finds the one item that a reference means: its exact name or ID, else
-// a unique beginning. changing narrows what counts as a beginning.
+// pick finds the one item that a reference means: its ID, else its exact name,
+// else a unique beginning. changing narrows what counts as a beginning.
 func pick[T any](what, ref string, changing bool, items []T, names func(T) (id, name string)) (found T, err error) {
 	var exact, begins []T
 	for _, it := range items {
 		id, name := names(it)
 		switch {
-		case ref == id || ref == name && name != "":
+		case ref == id && id != "":
+			return it, nil
+		case ref == name && name != "":
 			exact = append(exact, it)
 		case beginsWith(ref, id, name, changing):
 			begins = append(begins, it)

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -551,6 +552,52 @@ func TestEventCallsAndTail(t *testing.T) {
 	}
 	if none, err := c.Events(ctx, api.EventQuery{Since: time.Now().Add(time.Hour)}); err != nil || len(none) != 0 {
 		t.Errorf("%+v, %v", none, err)
+	}
+}
+
+// Whoever closes an event has closed it, whatever others do at that moment.
+func TestAckNeverReopensAClosedEvent(t *testing.T) {
+	w, c := serving(t, false)
+	id := w.addNode("web-1", nil)
+	for i := range 40 {
+		e := &wire.Event{ID: wire.NewEventID(), Seq: int64(i + 1), Time: time.Now(), Severity: wire.SeverityMinor, Text: "x"}
+		if _, err := w.db.StoreOutbox(t.Context(), id, "s", []wire.OutboxUp{{Event: e}}); err != nil {
+			t.Fatal(err)
+		}
+		var both sync.WaitGroup
+		both.Go(func() {
+			if _, err := c.CloseEvent(t.Context(), string(e.ID)); err != nil {
+				t.Error(err)
+			}
+		})
+		both.Go(func() {
+			if _, err := c.AckEvent(t.Context(), string(e.ID)); err != nil && codeOfError(err) != api.CodeConflict {
+				t.Error(err)
+			}
+		})
+		both.Wait()
+		if d, err := c.Event(t.Context(), string(e.ID)); err != nil || d.State != api.EventClosed {
+			t.Fatalf("event %d is %s, %v", i, d.State, err)
+		}
+	}
+}
+
+// A node's name never stands in for another node's UUID.
+func TestUUIDGoesBeforeAName(t *testing.T) {
+	w, c := serving(t, false)
+	victim := w.addNode("web-1", nil)
+	w.addNode(string(victim), nil) // a name that a gateway of an older version took
+	if n, err := c.TagNode(t.Context(), string(victim), api.TagChange{Set: map[string]string{"a": "b"}}); err != nil || n.ID != victim {
+		t.Fatalf("%s was changed, %v", n.Name, err)
+	}
+	for _, name := range []string{string(victim), string(victim)[:8], "0123abcd-", "12345678"} {
+		_, err := c.CreateJoin(t.Context(), api.CreateJoin{Name: name})
+		if codeOfError(err) != api.CodeInvalid {
+			t.Errorf("join code for the name %q: %v", name, err)
+		}
+		if _, err := c.AddRCP(t.Context(), api.AddRCP{Name: name}); codeOfError(err) != api.CodeInvalid {
+			t.Errorf("rcp of the name %q: %v", name, err)
+		}
 	}
 }
 

@@ -35,14 +35,17 @@ func (e *enrolment) createJoin(ctx context.Context, in api.CreateJoin) (api.Crea
 	return e.addJoin(ctx, j, time.Duration(in.TTL), nil)
 }
 
+// nameRule says what wire.ValidPartyName takes.
+var nameRule = fmt.Sprintf("want letters, digits, '.', '-' and '_', at most %d, and not what reads as the first 8 digits of a UUID", wire.MaxName)
+
 // checkJoin finds every fault of a join code.
 func checkJoin(j *store.Join) *api.Problem {
 	var faults []api.ProblemError
 	fault := func(where, format string, args ...any) {
 		faults = append(faults, api.ProblemError{Location: where, Message: fmt.Sprintf(format, args...)})
 	}
-	if j.Name != "" && !wire.ValidName(j.Name) {
-		fault("name", "%q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(j.Name), wire.MaxName)
+	if j.Name != "" && !wire.ValidPartyName(j.Name) {
+		fault("name", "%q: %s", wire.Quotable(j.Name), nameRule)
 	}
 	if j.MaxUses < 1 || j.MaxUses > maxJoinUses {
 		fault("uses", "%d: want 1 to %d", j.MaxUses, maxJoinUses)
@@ -202,8 +205,8 @@ func (e *enrolment) rcpJoin(ctx context.Context, r *store.RCP, created api.Creat
 
 // addRCP makes the record of an RCP and its join code.
 func (e *enrolment) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, error) {
-	if !wire.ValidName(in.Name) {
-		return api.RCPJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("rcp name %q: want letters, digits, '.', '-' and '_', at most %d", wire.Quotable(in.Name), wire.MaxName))
+	if !wire.ValidPartyName(in.Name) {
+		return api.RCPJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("rcp name %q: %s", wire.Quotable(in.Name), nameRule))
 	}
 	r := &store.RCP{Name: in.Name, Address: in.Address, Public: in.Public, Via: in.Via, Source: store.RCPAdded, State: api.RCPPending, StateReason: "waiting for it to enrol"}
 	if len(r.Public) == 0 && r.Address != "" {

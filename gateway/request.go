@@ -257,8 +257,8 @@ func (e *enrolment) judge(ctx context.Context, q store.Queries, r *store.Request
 			d.join = j
 		}
 	}
-	if r.Role == wire.RoleNode && !wire.ValidName(r.Name) {
-		return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("name %q cannot stand in a certificate: set SALLYPORT_NODE_NAME there", r.Name))
+	if r.Role == wire.RoleNode && !wire.ValidPartyName(r.Name) {
+		return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("name %q: %s: set SALLYPORT_NODE_NAME there", r.Name, nameRule))
 	}
 	if err := e.claims(ctx, q, d, r.KeyHash); err != nil {
 		return nil, err

@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -526,7 +527,7 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 		return a.grant(v)
 	case wire.EnrollPending:
 		delete(a.denied, a.codeID)
-		s := Status{State: StateWaiting, Code: v.Code, Reason: wire.Quotable(v.Reason)}
+		s := Status{State: StateWaiting, Code: v.Code, Reason: reasonOf(v)}
 		if a.status.State == StateExpired {
 			s.State = StateExpired
 		}
@@ -542,8 +543,8 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 		}
 		now := time.Now()
 		a.denied[a.codeID] = now
-		a.set(Status{State: StateDenied, Code: v.Code, Reason: wire.Quotable(v.Reason), Retry: now.Add(retryAfter).UTC()})
-		a.cfg.Log.Warn("enrolment is refused", "code", v.Code, "reason", wire.Quotable(v.Reason), "retry_in", retryAfter)
+		a.set(Status{State: StateDenied, Code: v.Code, Reason: reasonOf(v), Retry: now.Add(retryAfter).UTC()})
+		a.cfg.Log.Warn("enrolment is refused", "code", v.Code, "reason", reasonOf(v), "retry_in", retryAfter)
 		a.decide()
 		return nil
 	}
@@ -561,7 +562,7 @@ func (a *Applicant) revoked(v wire.EnrollVerdict) {
 	}
 	now := time.Now()
 	a.gone, a.denied[a.codeID] = true, now // a minute's rest, also for the next key
-	a.set(Status{State: StateDenied, Code: v.Code, Reason: wire.Quotable(v.Reason), Retry: now.Add(retryAfter).UTC()})
+	a.set(Status{State: StateDenied, Code: v.Code, Reason: reasonOf(v), Retry: now.Add(retryAfter).UTC()})
 	a.settle()
 	a.decide()
 }
@@ -596,6 +597,18 @@ func (a *Applicant) grant(v wire.EnrollVerdict) error {
 	a.granted = make(chan struct{})
 	a.decide()
 	return nil
+}
+
+// maxReason bounds the gateway's reason, in bytes.
+const maxReason = 512
+
+// reasonOf is why a gateway decided so: it says what to do, so that little of
+// it may be cut off.
+func reasonOf(v wire.EnrollVerdict) string {
+	if len(v.Reason) > maxReason {
+		return strings.ToValidUTF8(v.Reason[:maxReason], "") + "…"
+	}
+	return v.Reason
 }
 
 var errVerdict = errors.New("unknown verdict")

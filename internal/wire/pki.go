@@ -40,3 +40,27 @@ func ValidName(s string) bool {
 	}
 	return true
 }
+
+// ValidPartyName is [ValidName] for nodes and RCPs: besides, the name may not
+// read as the beginning of a UUID that changing calls take for one (8 hex
+// digits or more), or it would name another party than it seems to.
+func ValidPartyName(s string) bool { return ValidName(s) && !beginsUUID(s) }
+
+// beginsUUID tells whether s is a whole UUID in lower case, or at least the
+// first 8 digits of one.
+func beginsUUID(s string) bool {
+	if len(s) < 8 || len(s) > 36 {
+		return false
+	}
+	for i := range len(s) {
+		switch c := s[i]; {
+		case i == 8 || i == 13 || i == 18 || i == 23:
+			if c != '-' {
+				return false
+			}
+		case (c < '0' || c > '9') && (c < 'a' || c > 'f'):
+			return false
+		}
+	}
+	return true
+}

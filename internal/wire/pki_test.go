@@ -16,3 +16,14 @@ func TestValidName(t *testing.T) {
 		}
 	}
 }
+
+func TestPartyNamesAreNoUUIDs(t *testing.T) {
+	for name, want := range map[string]bool{
+		"web-1": true, "3f2a9c1b7d4e": true, "deadbee": true, "DEADBEEF": true, "deadbeeg": true, "deadbeef.example": true, "20261121-web": true,
+		"deadbeef": false, "20261121": false, "20261121-a": false, "deadbeef-1": false, "7f0ad3a8-8f5c-4f0e-9a51-0d1f6f3f2b11": false, "": false, "a b": false,
+	} {
+		if got := ValidPartyName(name); got != want {
+			t.Errorf("%q: %v, want %v", name, got, want)
+		}
+	}
+}
