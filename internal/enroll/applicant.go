@@ -151,6 +151,9 @@ func (a *Applicant) Run(ctx context.Context) error {
 }
 
 func (a *Applicant) loadMemory() error {
+	if a.id.Dir() == "" {
+		return nil
+	}
 	b, err := os.ReadFile(filepath.Join(a.id.Dir(), fileJoin))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -172,6 +175,10 @@ func (a *Applicant) loadMemory() error {
 // remember writes the memory; mu is held.
 func (a *Applicant) remember(m joinMemory) error {
 	if m.Used == a.memory.Used && slices.Equal(m.Addresses, a.memory.Addresses) {
+		return nil
+	}
+	if a.id.Dir() == "" { // no directory, no memory: it costs the same superfluous attempt
+		a.memory = m
 		return nil
 	}
 	b, err := json.Marshal(m)

@@ -99,11 +99,11 @@ func (i *Identity) Install(chain [][]byte) error {
 	root := certs[len(certs)-1]
 	if !slices.ContainsFunc(roots, root.Equal) {
 		roots = append(slices.Clip(roots), root)
-		if err := writeFile(i.dir, fileRoots, encodeCerts(roots), 0o644); err != nil {
+		if err := i.store.Write(fileRoots, encodeCerts(roots), 0o644); err != nil {
 			return err
 		}
 	}
-	if err := writeFile(i.dir, fileChain, encodeCerts(certs), 0o644); err != nil {
+	if err := i.store.Write(fileChain, encodeCerts(certs), 0o644); err != nil {
 		return err
 	}
 	if promote { // a crash before this is repaired by Open
@@ -168,7 +168,7 @@ func (i *Identity) NewKey() error {
 		return fmt.Errorf("new key: %w", err)
 	}
 	for _, name := range []string{fileChain, fileKeyNext} {
-		if err := removeFile(i.dir, name); err != nil {
+		if err := i.store.Remove(name); err != nil {
 			return fmt.Errorf("new key: %w", err)
 		}
 	}

@@ -27,18 +27,50 @@ const (
 	pemCert = "CERTIFICATE"
 )
 
+// Store keeps the files of one identity. What Write, Remove and Rename did is
+// on disk when they return. A directory is one ([Open]); a program that is many
+// parties at once has another ([OpenStore]).
+type Store interface {
+	Read(name string) ([]byte, error) // nil without an error for a file that is not there
+	Write(name string, data []byte, mode fs.FileMode) error
+	Remove(name string) error
+	Rename(from, to string) error
+}
+
+// dirStore is a directory.
+type dirStore string
+
+func (d dirStore) Read(name string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(string(d), name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return b, err
+}
+
+func (d dirStore) Write(name string, data []byte, mode fs.FileMode) error {
+	return writeFile(string(d), name, data, mode)
+}
+
+func (d dirStore) Remove(name string) error {
+	if err := os.Remove(filepath.Join(string(d), name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return syncDir(string(d))
+}
+
+func (d dirStore) Rename(from, to string) error {
+	if err := os.Rename(filepath.Join(string(d), from), filepath.Join(string(d), to)); err != nil {
+		return err
+	}
+	return syncDir(string(d))
+}
+
 // writeFile replaces dir/name: after it returned, a crash shows the new bytes,
 // before that the old ones.
 func writeFile(dir, name string, data []byte, mode fs.FileMode) error {
 	if err := renameio.WriteFile(filepath.Join(dir, name), data, mode, renameio.WithStaticPermissions(mode)); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
-	}
-	return syncDir(dir)
-}
-
-func removeFile(dir, name string) error {
-	if err := os.Remove(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
 	}
 	return syncDir(dir)
 }
@@ -57,15 +89,6 @@ func syncDir(dir string) error {
 		return fmt.Errorf("sync directory %s: %w", dir, err)
 	}
 	return nil
-}
-
-// readFile returns nil without an error for a file that is not there.
-func readFile(dir, name string) ([]byte, error) {
-	b, err := os.ReadFile(filepath.Join(dir, name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return b, err
 }
 
 func encodeKey(key *ecdsa.PrivateKey) ([]byte, error) {

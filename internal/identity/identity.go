@@ -13,7 +13,6 @@ import (
 	"io/fs"
 	"math/big"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"time"
@@ -27,9 +26,10 @@ const Backdate = 72 * time.Hour
 
 // Identity is one party in one trust domain. It is safe for concurrent use.
 type Identity struct {
-	dir  string
-	role wire.Role
-	id   wire.ID
+	dir   string // empty when something else keeps the files
+	store Store
+	role  wire.Role
+	id    wire.ID
 
 	write sync.Mutex // held while files change; taken before mu
 
@@ -59,15 +59,33 @@ type pin struct {
 // key on first use. Damage is an error that wraps ErrDamaged and names the
 // repair; nothing is ever replaced silently.
 func Open(dir string, role wire.Role) (*Identity, error) {
-	if _, err := wire.ParseRole(string(role)); err != nil {
-		return nil, err
-	}
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("identity directory: %w", unreadable(err))
 	}
-	i := &Identity{dir: dir, role: role, changed: make(chan struct{})}
-	if err := i.load(); err != nil {
+	i, err := open(dirStore(dir), role)
+	if err != nil {
 		return nil, fmt.Errorf("identity in %s: %w", dir, unreadable(err))
+	}
+	i.dir = dir
+	return i, nil
+}
+
+// OpenStore is [Open] for an identity whose files something else keeps.
+func OpenStore(store Store, role wire.Role) (*Identity, error) {
+	i, err := open(store, role)
+	if err != nil {
+		return nil, fmt.Errorf("identity: %w", err)
+	}
+	return i, nil
+}
+
+func open(store Store, role wire.Role) (*Identity, error) {
+	if _, err := wire.ParseRole(string(role)); err != nil {
+		return nil, err
+	}
+	i := &Identity{store: store, role: role, changed: make(chan struct{})}
+	if err := i.load(); err != nil {
+		return nil, err
 	}
 	return i, nil
 }
@@ -89,7 +107,7 @@ const repairEnrol = "restore the directory from a backup, or delete it and enrol
 func (i *Identity) load() error {
 	files := map[string][]byte{}
 	for _, name := range []string{fileID, fileKey, fileKeyNext, fileChain, fileRoots, filePin, fileRevocations} {
-		b, err := readFile(i.dir, name)
+		b, err := i.store.Read(name)
 		if err != nil {
 			return err
 		}
@@ -152,7 +170,7 @@ func (i *Identity) loadID(b []byte) error {
 		if i.id == "" {
 			i.id = wire.NewID()
 		}
-		return writeFile(i.dir, fileID, []byte(i.id+"\n"), 0o644)
+		return i.store.Write(fileID, []byte(i.id+"\n"), 0o644)
 	}
 	id, err := wire.ParseID(strings.TrimSpace(string(b)))
 	if err != nil {
@@ -217,14 +235,11 @@ func (i *Identity) makeKey(file string) (*ecdsa.PrivateKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return key, writeFile(i.dir, file, b, 0o600)
+	return key, i.store.Write(file, b, 0o600)
 }
 
 func (i *Identity) promoteNext() error {
-	if err := os.Rename(filepath.Join(i.dir, fileKeyNext), filepath.Join(i.dir, fileKey)); err != nil {
-		return err
-	}
-	return syncDir(i.dir)
+	return i.store.Rename(fileKeyNext, fileKey)
 }
 
 // setKey, setCertificate and setRoots change memory only; mu is held or the
@@ -295,7 +310,7 @@ func (i *Identity) ID() wire.ID { return i.id }
 // Role is the role that Open was told.
 func (i *Identity) Role() wire.Role { return i.role }
 
-// Dir is the directory of the identity.
+// Dir is the directory of the identity; empty after [OpenStore].
 func (i *Identity) Dir() string { return i.dir }
 
 // KeyHash names the key in use.
@@ -459,7 +474,7 @@ func (i *Identity) writePin(p pin) error {
 	if err != nil {
 		return err
 	}
-	return writeFile(i.dir, filePin, b, 0o644)
+	return i.store.Write(filePin, b, 0o644)
 }
 
 // trusts tells whether a root with that key is pinned or trusted; mu is held.

@@ -49,7 +49,7 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if err := writeFile(i.dir, fileRevocations, b, 0o644); err != nil {
+	if err := i.store.Write(fileRevocations, b, 0o644); err != nil {
 		return false, err
 	}
 	i.mu.Lock()
