@@ -27,7 +27,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 			"what the environment makes of them. Everything else asks a running gateway.", streams)
 	a.out.AddFlag(root.PersistentFlags())
 	root.AddCommand(
-		a.runCommand(), a.demoCommand(), a.backupCommand(), a.restoreCommand(),
+		a.runCommand(), a.demoCommand(), a.simCommand(), a.backupCommand(), a.restoreCommand(),
 		a.applyCommand(), a.rcpCommand(), a.joinCommand(), a.requestCommand(), a.nodeCommand(), a.policyCommand(),
 		a.deploymentCommand(), a.actionCommand(), a.eventCommand(), a.tokenCommand(), a.auditCommand(),
 		cli.LocalCommand(a.out, streams, wire.RoleNode, wire.RoleRCP, wire.RoleGateway),

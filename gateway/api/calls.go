@@ -214,6 +214,30 @@ func (c *Client) Events(ctx context.Context, q EventQuery) ([]Event, error) {
 	return list[Event](ctx, c, "/events", v, q.Page)
 }
 
+// EachEvent calls f for each event that the query finds, newest first, without
+// holding them all; the query's page is not used.
+func (c *Client) EachEvent(ctx context.Context, q EventQuery, f func(Event) error) error {
+	v := values("node", q.Node, "severity", q.Severity, "state", q.State, "key", q.Key, "since", stamp(q.Since), "limit", strconv.Itoa(MaxPage))
+	if q.Merged {
+		v.Set("merged", strconv.FormatBool(true))
+	}
+	for {
+		part, err := get[List[Event]](ctx, c, "/events", v)
+		if err != nil {
+			return err
+		}
+		for _, e := range part.Items {
+			if err := f(e); err != nil {
+				return err
+			}
+		}
+		if part.Next == "" {
+			return nil
+		}
+		v.Set("cursor", part.Next)
+	}
+}
+
 // Event takes an ID or a unique prefix of one.
 func (c *Client) Event(ctx context.Context, id string) (EventDetail, error) {
 	return get[EventDetail](ctx, c, at("/events", id), nil)
