@@ -138,6 +138,32 @@ func TestBrokenSessionJoinsTheRunAgain(t *testing.T) {
 	}
 }
 
+// The limit on output is one of the action, not of each session, and each piece
+// counts for more than its bytes; one without bytes does no harm.
+func TestOutputLimitOutlivesASession(t *testing.T) {
+	w, _, n := running(t)
+	w.s.actions.limit = 3*store.FrameOverhead + 3
+	n.mu.Lock()
+	n.cutAfter = 3
+	n.mu.Unlock()
+	a := w.act(n, 0, "long")
+	run := n.started(t, "long")
+	for _, s := range []string{"1", "", "3", "4", "5", "6"} {
+		n.output(run, s)
+	}
+	n.exit(run, 0)
+	if a = w.done(a); a.State != wire.ActionSucceeded || !a.Truncated {
+		t.Fatalf("ended as %+v", actionView(a))
+	}
+	out, _, err := w.follow(context.Background(), a.ID)
+	if err != nil || out != "134" {
+		t.Fatalf("output %q, %v", out, err)
+	}
+	if size, err := w.db.OutputSize(context.Background(), a.ID); err != nil || size != 3*store.FrameOverhead+3 {
+		t.Fatalf("%d bytes are stored, %v", size, err)
+	}
+}
+
 func TestRestartedGatewayPicksUpARun(t *testing.T) {
 	w, _, n := running(t)
 	a := w.act(n, 0, "long")

@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -313,6 +314,35 @@ func TestNodeThatReadsNothingHoldsNoOutboxForEver(t *testing.T) {
 			t.Fatal("its session is used again")
 		}
 	})
+}
+
+// JSON takes a time with a year of four digits in its own zone, and cannot
+// write it in UTC: one line of an RCP would make every list unreadable.
+func TestImpossibleTimesOfAnRCPSpoilNoList(t *testing.T) {
+	b := newBench(t)
+	r, n := b.rcp("evil"), b.node("web", wire.StateRunning)
+	b.up(r)
+	b.snapshot(r, "e")
+	for _, line := range []string{
+		fmt.Sprintf(`{"peer":{"role":"node","id":%q,"since":"9999-12-31T23:59:59-23:00"}}`, n),
+		fmt.Sprintf(`{"peer":{"pending":%q,"since":"0000-01-01T00:00:00+23:00"}}`, strings.Repeat("ab", 32)),
+	} {
+		var l wire.PeersLine
+		if err := json.Unmarshal([]byte(line), &l); err != nil {
+			t.Fatal(err)
+		}
+		if err := b.f.apply(r, l); err != nil {
+			t.Fatal(err)
+		}
+	}
+	paths := b.f.Presence(n).Paths
+	if _, err := json.Marshal(paths); err != nil || len(paths) != 1 {
+		t.Errorf("%d paths: %v", len(paths), err)
+	}
+	at := b.f.pendingRoutes(wire.KeyHash(strings.Repeat("ab", 32)))
+	if _, err := json.Marshal(at); err != nil || len(at) != 1 {
+		t.Errorf("%d pending: %v", len(at), err)
+	}
 }
 
 func TestPendingPartiesOfOneRCPDelayNoOthers(t *testing.T) {

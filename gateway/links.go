@@ -280,6 +280,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	if w == nil {
 		return fmt.Errorf("%w: %s is reported on more than %d ways", errBadLine, p.ID, maxWays)
 	}
+	p.Since = peerTime(p.Since)
 	renewed := fresh || !w.since.Equal(p.Since) // another channel than the one by which something may have failed
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
 	w.since, w.draining = p.Since, p.Draining
@@ -459,7 +460,7 @@ func (f *fleet) pendingPeer(l *firstHop, p wire.Peer) error {
 		f.waiting[l.id]++
 	}
 	p.Draining = false
-	p.Source, p.Carrier = clip(p.Source), carrierOf(p.Carrier)
+	p.Source, p.Carrier, p.Since = clip(p.Source), carrierOf(p.Carrier), peerTime(p.Since)
 	by[l.id] = p
 	if !there {
 		select {

@@ -347,6 +347,17 @@ func (f *fleet) nameOf(id wire.ID) string {
 	return id.Short()
 }
 
+// peerTime is a time that a peer says; zero where its year in UTC has not four
+// digits. JSON takes such a time from another time zone, and cannot write it: one
+// line of an RCP would make the whole list of nodes unreadable.
+func peerTime(t time.Time) time.Time {
+	t = t.UTC()
+	if y := t.Year(); y < 1 || y > 9999 {
+		return time.Time{}
+	}
+	return t
+}
+
 // clip bounds text of a peer that is kept.
 func clip(s string) string {
 	const limit = 256

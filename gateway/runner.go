@@ -23,6 +23,7 @@ import (
 // stopped.
 type runner struct {
 	s     *Server
+	limit int64         // bytes of output that are kept of an action
 	retry chan struct{} // holds a wake-up: the timers changed
 
 	mu     sync.Mutex
@@ -38,7 +39,7 @@ type waiting struct {
 }
 
 func newRunner(s *Server) *runner {
-	return &runner{s: s, retry: make(chan struct{}, 1),
+	return &runner{s: s, limit: maxOutput, retry: make(chan struct{}, 1),
 		active: make(map[wire.ID]bool), byNode: make(map[wire.ID]int), timers: make(map[wire.ID]waiting)}
 }
 
@@ -293,6 +294,10 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 	if err != nil {
 		return err
 	}
+	size, err := r.s.store.OutputSize(ctx, a.ID) // with what earlier sessions brought
+	if err != nil {
+		return err
+	}
 	q := url.Values{"after": {strconv.FormatInt(after, 10)}}
 	if attach {
 		q.Set(wire.QueryAttach, "1")
@@ -330,7 +335,6 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 	told := a.Cancelling
 	look := time.NewTicker(runRetry)
 	defer look.Stop()
-	size := int64(0)
 	for {
 		select {
 		case <-ctx.Done():
@@ -352,9 +356,9 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 					end = f.err
 				case f.Result != nil:
 					result = f.Result
-				case f.N > after && size < maxOutput && (f.Stream == "stdout" || f.Stream == "stderr"):
+				case f.N > after && size < r.limit && (f.Stream == "stdout" || f.Stream == "stderr"):
 					after = f.N
-					size += int64(len(f.Data))
+					size += int64(len(f.Data)) + store.FrameOverhead
 					batch = append(batch, f.ActionFrame)
 				case f.N > after:
 					a.Truncated = true

@@ -163,11 +163,12 @@ type actionFrame struct {
 	Data          []byte
 }
 
-// AddFrames stores pieces of output; those that are there already are left out.
+// AddFrames stores pieces of output; those that are there already are left out,
+// and those without a byte.
 func (tx *Tx) AddFrames(ctx context.Context, id wire.ID, frames []wire.ActionFrame) error {
 	rows := make([]actionFrame, 0, len(frames))
 	for _, f := range frames {
-		if f.Stream != "" {
+		if f.Stream != "" && len(f.Data) > 0 {
 			rows = append(rows, actionFrame{ActionID: id, N: f.N, Stream: f.Stream, Data: f.Data})
 		}
 	}
@@ -194,4 +195,14 @@ func (r Queries) Frames(ctx context.Context, id wire.ID, after int64, limit int)
 func (r Queries) LastFrame(ctx context.Context, id wire.ID) (n int64, err error) {
 	err = r.q.NewRaw("SELECT coalesce(max(n), 0) FROM action_frames WHERE action_id = ?", id).Scan(ctx, &n)
 	return n, err
+}
+
+// FrameOverhead is what a piece of output costs beside its data, in bytes: it
+// counts, so that a node cannot store any number of tiny ones.
+const FrameOverhead = 64
+
+// OutputSize returns how many bytes the stored output of an action takes.
+func (r Queries) OutputSize(ctx context.Context, id wire.ID) (size int64, err error) {
+	err = r.q.NewRaw("SELECT coalesce(sum(length(data) + ?), 0) FROM action_frames WHERE action_id = ?", FrameOverhead, id).Scan(ctx, &size)
+	return size, err
 }

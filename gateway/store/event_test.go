@@ -125,7 +125,7 @@ func TestBadOutboxIsRefusedWhole(t *testing.T) {
 	badID.Event.ID = "x"
 	for name, up := range map[string]wire.OutboxUp{
 		"long": long, "id": badID, "seq": event(0, "", "normal"), "severity": event(2, "", "bad"),
-		"gap": {Gap: &wire.Gap{From: 5, To: 4}}, "year": {Event: &wire.Event{ID: wire.NewID(), Seq: 2, Severity: "normal", Text: "x"}},
+		"gap": {Gap: &wire.Gap{From: 5, To: 4}},
 	} {
 		if _, err := db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{event(1, "", "normal"), up}); !errors.Is(err, ErrInvalid) {
 			t.Errorf("%s: %v", name, err)
@@ -136,6 +136,26 @@ func TestBadOutboxIsRefusedWhole(t *testing.T) {
 	}
 	if list := events(t, db, EventFilter{}); len(list) != 0 {
 		t.Errorf("%d events were stored", len(list))
+	}
+}
+
+// A node whose clock is no clock still gets its events stored.
+func TestEventOfAnImpossibleTimeIsOfNow(t *testing.T) {
+	db := temp(t)
+	id := addNode(t, db, "n")
+	for i, at := range []time.Time{{}, time.Date(9999, 12, 31, 23, 59, 59, 0, time.FixedZone("", -23*3600)), time.Date(1969, 12, 31, 0, 0, 0, 0, time.UTC)} {
+		e := event(int64(i+1), "", "normal")
+		e.Event.Time = at
+		must[Stored](t)(db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{e}))
+	}
+	list := events(t, db, EventFilter{})
+	if len(list) != 3 {
+		t.Fatalf("%d events", len(list))
+	}
+	for _, e := range list {
+		if !e.Time.Equal(e.ReceivedAt) {
+			t.Errorf("time %v, received %v", e.Time, e.ReceivedAt)
+		}
 	}
 }
 
