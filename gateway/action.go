@@ -28,6 +28,9 @@ const (
 	// runSilence is how long the frames of a run may be silent: three times that
 	// a node that is there says so were missed.
 	runSilence = 3*wire.ActionAlive + 5*time.Second
+	// batchPause is the least time between two looks at a batch that somebody
+	// follows.
+	batchPause = 250 * time.Millisecond
 	// maxOutput bounds what is kept of one action's output, in bytes, whatever
 	// the node's own limit is.
 	maxOutput = 64 << 20
@@ -89,66 +92,108 @@ func (s *Server) cancelAction(_ context.Context, a *store.Action) error {
 	return nil
 }
 
-// followActions hands the output of actions to f, what is stored first and
+// followActions hands the output of one action, or of those of one batch, to f, what is stored first and
 // then what comes, and for each action its end. Without follow it returns when
 // what is stored was handed over.
 func (s *Server) followActions(ctx context.Context, ids []wire.ID, follow bool, f func(api.Output) error) error {
-	topic := bus.Actions
-	if len(ids) == 1 {
-		topic = bus.Action(string(ids[0]))
+	t := &tail{s: s, f: f, open: make(map[wire.ID]*progress, len(ids))}
+	topic := bus.Action(string(ids[0]))
+	if len(ids) > 1 {
+		first, err := s.store.Action(ctx, ids[0])
+		if err != nil {
+			return fmt.Errorf("action %s: %w", ids[0], err)
+		}
+		t.batch = first.Batch
+		topic = bus.Batch(t.batch)
 	}
 	wakes, cancel := s.bus.Subscribe(topic)
 	defer cancel()
-	// Output wakes the topic of its own action only; for several there is a
-	// look at all of them from time to time.
-	look := time.NewTicker(250 * time.Millisecond)
+	look := time.NewTicker(5 * time.Second) // wake-ups may be lost
 	defer look.Stop()
-	if len(ids) == 1 {
-		look.Reset(5 * time.Second)
-	}
-	type progress struct {
-		after         int64
-		state, reason string
-	}
-	open := make(map[wire.ID]*progress, len(ids))
-	for _, id := range ids {
-		open[id] = &progress{}
-	}
-	for {
-		for _, id := range ids {
-			p := open[id]
-			if p == nil {
-				continue
-			}
-			// The state first: what was stored before an end is then there.
-			a, err := s.store.Action(ctx, id)
-			if err != nil {
-				return fmt.Errorf("action %s: %w", id, err)
-			}
-			if p.after, err = s.handFrames(ctx, a, p.after, f); err != nil {
-				return err
-			}
-			if a.State != p.state || a.Reason != p.reason {
-				p.state, p.reason = a.State, a.Reason
-				v := actionView(a)
-				if err := f(api.Output{Action: a.ID, Node: a.NodeName, N: p.after, End: &v}); err != nil {
-					return err
-				}
-			}
-			if !a.Open() {
-				delete(open, id)
-			}
+	for _, id := range ids { // all of them, once
+		t.open[id] = &progress{}
+		if err := t.read(ctx, id); err != nil {
+			return err
 		}
-		if !follow || len(open) == 0 {
-			return nil
-		}
+	}
+	for follow && len(t.open) > 0 {
 		select {
 		case <-wakes:
 		case <-look.C:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+		if len(ids) == 1 {
+			if err := t.read(ctx, ids[0]); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := t.readChanged(ctx); err != nil {
+			return err
+		}
+		select { // a look at a large batch has a price
+		case <-time.After(batchPause):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 	}
+	return nil
+}
+
+// tail is one caller that follows actions.
+type tail struct {
+	s     *Server
+	f     func(api.Output) error
+	batch string // of all of them, if there are several
+	open  map[wire.ID]*progress
+}
+
+// progress is how far a caller has read an action.
+type progress struct {
+	after         int64
+	state, reason string
+}
+
+// readChanged reads those actions of which there is something new.
+func (t *tail) readChanged(ctx context.Context) error {
+	all, err := t.s.store.Progress(ctx, t.batch)
+	if err != nil {
+		return fmt.Errorf("actions of batch %s: %w", t.batch, err)
+	}
+	for _, now := range all {
+		if p := t.open[now.ID]; p == nil || p.after >= now.N && p.state == now.State && p.reason == now.Reason {
+			continue
+		}
+		if err := t.read(ctx, now.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read hands over what is new of one action.
+func (t *tail) read(ctx context.Context, id wire.ID) error {
+	p := t.open[id]
+	// The state first: what was stored before an end is then there.
+	a, err := t.s.store.Action(ctx, id)
+	if err != nil {
+		return fmt.Errorf("action %s: %w", id, err)
+	}
+	if p.after, err = t.s.handFrames(ctx, a, p.after, t.f); err != nil {
+		return err
+	}
+	if a.State != p.state || a.Reason != p.reason {
+		p.state, p.reason = a.State, a.Reason
+		v := actionView(a)
+		if err := t.f(api.Output{Action: a.ID, Node: a.NodeName, N: p.after, End: &v}); err != nil {
+			return err
+		}
+	}
+	if !a.Open() {
+		delete(t.open, id)
+	}
+	return nil
 }
 
 func (s *Server) handFrames(ctx context.Context, a *store.Action, after int64, f func(api.Output) error) (int64, error) {

@@ -259,7 +259,8 @@ func TestResultOfANodeThatIsGoneIsUnknown(t *testing.T) {
 
 func TestFollowEndsWithItsCaller(t *testing.T) {
 	w, _, n := running(t)
-	a, b := w.act(n, 0, "one"), w.act(n, 0, "two")
+	both := w.batch(n, 0, []string{"one"}, []string{"two"})
+	a, b := both[0], both[1]
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
@@ -275,6 +276,33 @@ func TestFollowEndsWithItsCaller(t *testing.T) {
 	n.exit(n.started(t, "two"), 0)
 	w.done(a)
 	w.done(b)
+}
+
+func TestFollowOfABatch(t *testing.T) {
+	w, _, n := running(t)
+	both := w.batch(n, 0, []string{"one"}, []string{"two"})
+	lines, ended := make(chan string), make(chan error, 1)
+	go func() {
+		ended <- w.s.followActions(context.Background(), []wire.ID{both[0].ID, both[1].ID}, true, func(o api.Output) error {
+			if len(o.Data) > 0 {
+				lines <- string(o.Data)
+			}
+			return nil
+		})
+	}()
+	one, two := n.started(t, "one"), n.started(t, "two")
+	for _, run := range []*fakeRun{one, two, two, one} { // as it comes, of whichever
+		text := run.action.Command[0]
+		n.output(run, text)
+		if got := <-lines; got != text {
+			t.Fatalf("output %q, want %q", got, text)
+		}
+	}
+	n.exit(one, 0)
+	n.exit(two, 1)
+	if err := <-ended; err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestPatienceWithANodeThatIsGone(t *testing.T) {

@@ -657,13 +657,26 @@ func (w *world) events(id wire.ID) []store.Event {
 // act runs a command on a node as the API does.
 func (w *world) act(n *fakeNode, ttl time.Duration, command ...string) *store.Action {
 	w.t.Helper()
-	a := &store.Action{ID: wire.NewID(), Batch: "b-" + string(wire.NewID()), Tenant: store.DefaultTenant, NodeID: n.id.ID(), NodeName: n.name, Command: command, TTL: ttl}
-	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.AddActions(ctx, []*store.Action{a}) })
-	copied := *a
-	if err := w.s.runAction(context.Background(), []*store.Action{&copied}); err != nil {
+	return w.batch(n, ttl, command)[0]
+}
+
+// batch runs commands on a node that were asked for together.
+func (w *world) batch(n *fakeNode, ttl time.Duration, commands ...[]string) (actions []*store.Action) {
+	w.t.Helper()
+	batch := "b-" + string(wire.NewID())
+	for _, c := range commands {
+		actions = append(actions, &store.Action{ID: wire.NewID(), Batch: batch, Tenant: store.DefaultTenant, NodeID: n.id.ID(), NodeName: n.name, Command: c, TTL: ttl})
+	}
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.AddActions(ctx, actions) })
+	var copies []*store.Action
+	for _, a := range actions {
+		copied := *a
+		copies = append(copies, &copied)
+	}
+	if err := w.s.runAction(context.Background(), copies); err != nil {
 		w.t.Fatal(err)
 	}
-	return a
+	return actions
 }
 
 // done waits for the end of an action.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"reflect"
 	"sync"
@@ -17,7 +18,11 @@ import (
 
 const (
 	streamKeepAlive = 15 * time.Second
-	streamWrite     = 30 * time.Second // a reader that takes nothing for so long is cut off
+	// Live streams of one caller, and of all. Each costs a goroutine and looks
+	// at the database whenever something happens.
+	maxStreamsPerCaller = 256
+	maxStreams          = 1024
+	streamWrite         = 30 * time.Second // a reader that takes nothing for so long is cut off
 )
 
 func unwrap(ctx huma.Context) (*http.Request, http.ResponseWriter) { return humago.Unwrap(ctx) }
@@ -37,12 +42,50 @@ func stream[I, T any](r *rest, op huma.Operation, need permission, prepare func(
 		Content:     map[string]*huma.MediaType{"text/event-stream": {Schema: schema.Schema(reflect.TypeFor[T](), true, "")}},
 	}}
 	handle(r, op, need, func(ctx context.Context, in *I) (*huma.StreamResponse, error) {
+		if err := r.s.live.enter(ctx); err != nil {
+			return nil, err
+		}
 		run, err := prepare(ctx, in)
 		if err != nil {
 			return nil, err
 		}
 		return &huma.StreamResponse{Body: func(hctx huma.Context) { r.pump(hctx, op.OperationID, run) }}, nil
 	})
+}
+
+// liveStreams counts the live streams that are open.
+type liveStreams struct {
+	mu       sync.Mutex
+	all      int
+	byCaller map[string]int
+}
+
+// enter counts a stream of the caller of ctx until ctx ends, as every request
+// does, or refuses it.
+func (l *liveStreams) enter(ctx context.Context) error {
+	who := askerFrom(ctx).actor.Who
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.byCaller[who] >= maxStreamsPerCaller:
+		return api.NewProblem(api.CodeBusy, fmt.Sprintf("%s has %d live streams open, the limit: end some of them", who, maxStreamsPerCaller))
+	case l.all >= maxStreams:
+		return api.NewProblem(api.CodeBusy, fmt.Sprintf("%d live streams are open, the limit: try again later", maxStreams))
+	}
+	if l.byCaller == nil {
+		l.byCaller = make(map[string]int)
+	}
+	l.all++
+	l.byCaller[who]++
+	context.AfterFunc(ctx, func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.all--
+		if l.byCaller[who]--; l.byCaller[who] == 0 {
+			delete(l.byCaller, who)
+		}
+	})
+	return nil
 }
 
 // pump writes one stream. It ends with the request or with the server.

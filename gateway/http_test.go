@@ -582,6 +582,68 @@ func TestAckNeverReopensAClosedEvent(t *testing.T) {
 	}
 }
 
+func TestLiveStreamsAreBounded(t *testing.T) {
+	var l liveStreams
+	as := func(who string) (context.Context, context.CancelFunc) {
+		return context.WithCancel(context.WithValue(context.Background(), askerKey{}, asker{actor: store.Actor{Who: who}}))
+	}
+	ctx, end := as("eve")
+	defer end()
+	for range maxStreamsPerCaller {
+		if err := l.enter(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.enter(ctx); codeOfError(err) != api.CodeBusy || api.CodeBusy.Status() != http.StatusTooManyRequests {
+		t.Fatalf("one more: %v", err)
+	}
+	for i := l.all; i < maxStreams; i++ {
+		other, done := as(fmt.Sprint(i))
+		defer done()
+		if err := l.enter(other); err != nil {
+			t.Fatalf("another caller: %v", err)
+		}
+	}
+	bob, done := as("bob")
+	defer done()
+	if err := l.enter(bob); codeOfError(err) != api.CodeBusy {
+		t.Fatalf("above the limit of all: %v", err)
+	}
+	end()
+	eventually(t, "the streams of the one that went away are over", func() bool { return l.enter(bob) == nil })
+}
+
+// A caller that has too many live streams is told so with a status; what it
+// ends makes room again.
+func TestOneStreamTooMany(t *testing.T) {
+	w, c := serving(t, false)
+	id := w.addNode("web-1", nil)
+	w.s.live.mu.Lock()
+	w.s.live.all = maxStreams - 1
+	w.s.live.mu.Unlock()
+	tail := func(ctx context.Context, first chan<- struct{}) error {
+		return c.TailEvents(ctx, api.EventQuery{}, 0, func(api.Event) error { close(first); return nil })
+	}
+	e := &wire.Event{ID: wire.NewEventID(), Seq: 1, Time: time.Now(), Severity: wire.SeverityMinor, Text: "x"}
+	if _, err := w.db.StoreOutbox(t.Context(), id, "s", []wire.OutboxUp{{Event: e}}); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	open, ended := make(chan struct{}), make(chan error, 1)
+	go func() { ended <- tail(ctx, open) }()
+	<-open
+	if err := tail(t.Context(), make(chan struct{})); codeOfError(err) != api.CodeBusy {
+		t.Fatalf("one too many: %v", err)
+	}
+	stop()
+	<-ended
+	eventually(t, "there is room again", func() bool {
+		w.s.live.mu.Lock()
+		defer w.s.live.mu.Unlock()
+		return w.s.live.all == maxStreams-1 && len(w.s.live.byCaller) == 0
+	})
+}
+
 // A node's name never stands in for another node's UUID.
 func TestUUIDGoesBeforeAName(t *testing.T) {
 	w, c := serving(t, false)

@@ -441,7 +441,7 @@ func (r *runner) store(ctx context.Context, a *store.Action, frames []wire.Actio
 		applyResult(a, result)
 	}
 	err := r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-		if err := tx.AddFrames(ctx, a.ID, frames); err != nil {
+		if err := tx.AddFrames(ctx, a, frames); err != nil {
 			return err
 		}
 		if result == nil {

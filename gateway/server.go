@@ -71,6 +71,7 @@ type Server struct {
 	fleet     *fleet
 	sessions  *sessions
 	links     *links
+	live      liveStreams
 	actions   *runner
 	enrolment *enrolment
 	hooks     hooks

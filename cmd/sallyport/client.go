@@ -127,7 +127,7 @@ func problemCode(c api.Code) int {
 	case api.CodeNotFound:
 		return cli.ExitNotFound
 	case api.CodeUnauthorized, api.CodeForbidden, api.CodeAmbiguous, api.CodeNameInUse, api.CodeExists, api.CodeConflict,
-		api.CodeChanged, api.CodeTooLarge, api.CodeLocked:
+		api.CodeChanged, api.CodeTooLarge, api.CodeLocked, api.CodeBusy:
 		return cli.ExitRefused
 	case api.CodeTimeout:
 		return cli.ExitTimeout

@@ -23,6 +23,7 @@ const (
 	CodeChanged      Code = "changed"         // 412: If-Match does not fit; somebody was faster
 	CodeTooLarge     Code = "too-large"       // 413
 	CodeLocked       Code = "locked-out"      // 429: too many bad tokens; Retry-After says how long
+	CodeBusy         Code = "busy"            // 429: the caller, or all callers together, have too many live streams open
 	CodeUnsupported  Code = "unsupported"     // 422: known, but not supported yet
 	CodeUnavailable  Code = "unavailable"     // 503: for instance, the node is not connected
 	CodeTimeout      Code = "timeout"         // 504
@@ -34,6 +35,7 @@ var codeStatus = map[Code]int{
 	CodeForbidden: http.StatusForbidden, CodeNotFound: http.StatusNotFound, CodeAmbiguous: http.StatusConflict,
 	CodeNameInUse: http.StatusConflict, CodeExists: http.StatusConflict, CodeConflict: http.StatusConflict,
 	CodeChanged: http.StatusPreconditionFailed, CodeTooLarge: http.StatusRequestEntityTooLarge, CodeLocked: http.StatusTooManyRequests,
+	CodeBusy:        http.StatusTooManyRequests,
 	CodeUnsupported: http.StatusUnprocessableEntity, CodeUnavailable: http.StatusServiceUnavailable,
 	CodeTimeout: http.StatusGatewayTimeout, CodeInternal: http.StatusInternalServerError,
 }

@@ -25,6 +25,9 @@ const (
 // Action is the topic of one action: output or a new state.
 func Action(id string) Topic { return Topic("action/" + id) }
 
+// Batch is the topic of the actions that were asked for together.
+func Batch(id string) Topic { return Topic("batch/" + id) }
+
 // Bus is what the parts of a gateway need of it.
 type Bus interface {
 	// Wake tells the subscribers of topic. It never blocks.

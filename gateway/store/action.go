@@ -135,8 +135,14 @@ func (tx *Tx) SaveAction(ctx context.Context, a *Action) error {
 		return ErrChanged
 	}
 	tx.Wake(bus.Actions)
-	tx.Wake(bus.Action(string(a.ID)))
+	tx.wakeAction(a)
 	return nil
+}
+
+// wakeAction tells those that follow an action, or its batch.
+func (tx *Tx) wakeAction(a *Action) {
+	tx.Wake(bus.Action(string(a.ID)))
+	tx.Wake(bus.Batch(a.Batch))
 }
 
 // CancelAction ends an action that was not sent yet; one that was is marked,
@@ -165,17 +171,17 @@ type actionFrame struct {
 
 // AddFrames stores pieces of output; those that are there already are left out,
 // and those without a byte.
-func (tx *Tx) AddFrames(ctx context.Context, id wire.ID, frames []wire.ActionFrame) error {
+func (tx *Tx) AddFrames(ctx context.Context, a *Action, frames []wire.ActionFrame) error {
 	rows := make([]actionFrame, 0, len(frames))
 	for _, f := range frames {
 		if f.Stream != "" && len(f.Data) > 0 {
-			rows = append(rows, actionFrame{ActionID: id, N: f.N, Stream: f.Stream, Data: f.Data})
+			rows = append(rows, actionFrame{ActionID: a.ID, N: f.N, Stream: f.Stream, Data: f.Data})
 		}
 	}
 	if len(rows) == 0 {
 		return nil
 	}
-	tx.Wake(bus.Action(string(id)))
+	tx.wakeAction(a)
 	_, err := tx.q.NewInsert().Model(&rows).On("CONFLICT (action_id, n) DO NOTHING").Exec(ctx)
 	return err
 }
@@ -188,6 +194,22 @@ func (r Queries) Frames(ctx context.Context, id wire.ID, after int64, limit int)
 	for i, f := range rows {
 		out[i] = wire.ActionFrame{N: f.N, Stream: f.Stream, Data: f.Data}
 	}
+	return out, err
+}
+
+// Progress is how far an action of a batch is.
+type Progress struct {
+	ID     wire.ID
+	State  string
+	Reason string
+	N      int64 // last piece of output
+}
+
+// Progress returns how far the actions of a batch are: all of it in one query,
+// because a batch may be large.
+func (r Queries) Progress(ctx context.Context, batch string) (out []Progress, err error) {
+	err = r.q.NewRaw(`SELECT a.id, a.state, a.reason, coalesce((SELECT max(f.n) FROM action_frames AS f WHERE f.action_id = a.id), 0) AS n
+		FROM actions AS a WHERE a.batch = ? ORDER BY a.seq`, batch).Scan(ctx, &out)
 	return out, err
 }
 

@@ -311,7 +311,7 @@ func TestActions(t *testing.T) {
 	}
 	frames := []wire.ActionFrame{{N: 1, Stream: "stdout", Data: []byte("out\n")}, {N: 2, Stream: "stderr", Data: []byte("err\n")}, {N: 3, Result: &wire.ActionResult{}}}
 	for range 2 { // a retry brings the same frames
-		update(t, db, func(tx *Tx) error { return tx.AddFrames(ctx, a.ID, frames) })
+		update(t, db, func(tx *Tx) error { return tx.AddFrames(ctx, a, frames) })
 	}
 	if got := must[[]wire.ActionFrame](t)(db.Frames(ctx, a.ID, 1, 10)); len(got) != 1 || string(got[0].Data) != "err\n" || got[0].Stream != "stderr" {
 		t.Errorf("%+v", got)
