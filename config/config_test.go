@@ -97,8 +97,11 @@ func TestValues(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(r.Listen) != 3 || r.Listen[0].Side != Upstream || r.Listen[1].Side != Downstream || r.Upstreams[0].ID != id || len(r.Upstreams.Dialled()) != 0 {
+	if len(r.Listen) != 3 || r.Listen[0].Side != Upstream || r.Listen[1].Side != Downstream || r.Upstreams[0].ID != id || len(r.Upstreams.Dialled()) != 0 || !r.Lanes.Off() {
 		t.Errorf("got %+v", r)
+	}
+	if r, err = LoadRCP([]string{"SALLYPORT_DATA=/d"}); err != nil || r.Lanes.Off() {
+		t.Errorf("lanes are off by default: %+v, %v", r, err)
 	}
 }
 
@@ -152,7 +155,6 @@ func TestRefusals(t *testing.T) {
 		{node, "SALLYPORT_LOG_LEVEL=loud", "want debug, info, warn or error"},
 		{node, "SALLYPORT_LOG_FORMAT=xml", "want text or json"},
 		{node, "SALLYPORT_DATA=/" + long, "choose a shorter directory"},
-		{rcp, "SALLYPORT_RCP_LANES=on", "not supported yet"},
 		{rcp, "SALLYPORT_RCP_LANES=maybe", "want on or off"},
 		{rcp, "SALLYPORT_RCP_PROXY_LISTEN=:20080", "not supported yet"},
 		{rcp, "SALLYPORT_RCP_LISTEN=:1@sideways", "want upstream or downstream"},
@@ -255,7 +257,7 @@ func TestCheckSaysWhatIsOpened(t *testing.T) {
 	if strings.Contains(all, "Kind:dial What:tcp") {
 		t.Errorf("an RCP without dial targets is said to dial: %s", all)
 	}
-	bad, err := Check([]string{"SALLYPORT_DATA=/d", "SALLYPORT_RCP_LANES=on", "SALLYPORT_X=1"}, "rcp")
+	bad, err := Check([]string{"SALLYPORT_DATA=/d", "SALLYPORT_RCP_LANES=yes", "SALLYPORT_X=1"}, "rcp")
 	if err != nil || len(bad[0].Problems) != 2 {
 		t.Errorf("got %+v, %v", bad, err)
 	}

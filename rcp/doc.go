@@ -4,7 +4,7 @@
 //
 // The side nearer the gateway asks, whoever dialled:
 //
-//	upstream (gateways, RCPs)    GET /v1/peers, CONNECT, PUT /v1/revocations, POST /v1/drain, /v1/channels
+//	upstream (gateways, RCPs)    GET /v1/peers, CONNECT, PUT /v1/revocations, POST /v1/drain, /v1/channels, /v1/lanes
 //	    │
 //	  Relay      table: who is connected, as a stream    roster: their live channels
 //	    │

@@ -38,8 +38,8 @@ var errNotAllowed = errors.New("an RCP never sends this downstream")
 // below gets what an RCP answers to its upstreams. While a party is pending
 // its key can be reached, and nothing else.
 //
-// Lanes and artifacts stand in the list because they are part of what a node
-// accepts; this program sends neither yet.
+// Artifacts stand in the list because they are part of what a node accepts;
+// this program does not send them yet.
 func mayAsk(p identity.Peer, method, target string) bool {
 	if p.Pending {
 		return method == http.MethodConnect && target == wire.PendingAuthority(p.Key)
@@ -64,7 +64,7 @@ func mayAsk(p identity.Peer, method, target string) bool {
 		case http.MethodGet:
 			return target == wire.PathPeers || strings.HasPrefix(target, wire.PathPeers+"?")
 		case http.MethodPost:
-			return target == wire.PathDrain
+			return target == wire.PathDrain || target == wire.PathLanes
 		case http.MethodPut:
 			return target == wire.PathRevocations
 		}

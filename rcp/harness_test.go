@@ -48,7 +48,14 @@ type testRCP struct {
 // rcp starts a certified relay; change may alter its configuration.
 func (p *plant) rcp(change func(*Config)) *testRCP {
 	p.t.Helper()
-	data := p.t.TempDir()
+	data, _ := p.certified()
+	return p.start(data, change)
+}
+
+// certified makes the data directory of a relay with a certificate.
+func (p *plant) certified() (data string, _ wire.ID) {
+	p.t.Helper()
+	data = p.t.TempDir()
 	id, err := identity.Open(filepath.Join(data, "rcp", "identity"), wire.RoleRCP)
 	if err != nil {
 		p.t.Fatal(err)
@@ -57,7 +64,7 @@ func (p *plant) rcp(change func(*Config)) *testRCP {
 		p.t.Fatal(err)
 	}
 	p.ca.Certify(p.t, id)
-	return p.start(data, change)
+	return data, id.ID()
 }
 
 func (p *plant) start(data string, change func(*Config)) *testRCP {

@@ -17,11 +17,18 @@ type metrics struct {
 	bytesDown, bytesUp prometheus.Counter
 	signals            prometheus.Counter
 	refused            *prometheus.CounterVec // by reason
+	lanes              prometheus.Gauge
+	lanesOpened        prometheus.Counter
+	lanesRefused       *prometheus.CounterVec // by reason
+	laneDown, laneUp   prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
 	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyport_rcp_bytes_total", Help: "Bytes copied between streams, by direction: down is away from the gateway.",
+	}, []string{"direction"})
+	laneBytes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sallyport_rcp_lane_bytes_total", Help: "Bytes that the kernel moved between the legs of lanes, by direction: down is away from the gateway. Counted every 4 MiB.",
 	}, []string{"direction"})
 	m := &metrics{
 		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -38,9 +45,20 @@ func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sallyport_rcp_refused_total", Help: "Channels that were refused or cut, by reason.",
 		}, []string{"reason"}),
+		lanes: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "sallyport_rcp_lanes", Help: "Lanes that are open.",
+		}),
+		lanesOpened: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "sallyport_rcp_lanes_opened_total", Help: "Lanes whose two legs met.",
+		}),
+		lanesRefused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "sallyport_rcp_lanes_refused_total", Help: "Lanes that were refused or given up, by reason; the stream path is used instead.",
+		}, []string{"reason"}),
+		laneDown: laneBytes.WithLabelValues("down"),
+		laneUp:   laneBytes.WithLabelValues("up"),
 	}
 	m.connects.WithLabelValues("200") // so that a rate has a beginning
-	for _, c := range []prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, counts{r}} {
+	for _, c := range []prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, m.lanes, m.lanesOpened, m.lanesRefused, laneBytes, counts{r}} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -56,6 +56,7 @@ type Relay struct {
 	table      *table
 	roster     *roster
 	mirrors    *mirrors
+	lanes      *lanes
 	upstreams  *upstreams
 	diallers   diallers // empty without dial targets
 	generation atomic.Int64
@@ -78,6 +79,7 @@ func New(cfg Config, log *slog.Logger, reg *prometheus.Registry) (*Relay, error)
 	r := &Relay{
 		cfg: cfg, log: log, reg: reg, boot: string(wire.NewID()), salt: string(wire.NewID()), started: time.Now().UTC(),
 		table:     newTable(maxPeers, maxGraves),
+		lanes:     newLanes(),
 		upstreams: &upstreams{live: map[*channel.Conn]struct{}{}},
 		listening: make(chan struct{}),
 	}
@@ -250,6 +252,7 @@ func (r *Relay) drainAll(ctx context.Context) {
 	for _, a := range r.roster.all(func(p identity.Peer) bool { return !p.Pending }) {
 		all.Go(func() { r.drain(ctx, a, d) })
 	}
+	all.Go(func() { r.lanes.wait(ctx) })
 	farewell := time.NewTimer(2 * coalesce) // for the line upward
 	defer farewell.Stop()
 	select {

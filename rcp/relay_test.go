@@ -97,7 +97,7 @@ func TestBadConnects(t *testing.T) {
 	}
 	for _, q := range []struct{ method, path string }{
 		{"GET", "/v1/hello"}, {"POST", wire.PathActions}, {"PUT", wire.PathDesired}, {"GET", "/"}, {"POST", wire.PathPeers}, {"GET", wire.PathSignals},
-		{"PUT", wire.PathCertificate}, {"POST", wire.PathLanes},
+		{"PUT", wire.PathCertificate}, {"GET", wire.PathLanes},
 	} {
 		if got := put(t, gw, q.method, q.path, struct{}{}); got != 404 && got != 405 {
 			t.Errorf("%s %s on the channel: %d, want no such thing", q.method, q.path, got)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -26,6 +27,7 @@ type link interface {
 	RTT() time.Duration
 	RoundTrip(*http.Request) (*http.Response, error)
 	Forward(w http.ResponseWriter, r *http.Request, authority string, h http.Header) (answered bool, err error)
+	OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error)
 	Drain(ctx context.Context, d wire.Drain) error // POST /v1/drain, then Close when idle
 	Close(cause error)
 	Done() <-chan struct{}

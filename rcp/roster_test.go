@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -95,6 +96,11 @@ func (f *fakeLink) Drain(_ context.Context, d wire.Drain) error {
 func (f *fakeLink) Forward(_ http.ResponseWriter, _ *http.Request, authority string, _ http.Header) (bool, error) {
 	f.note("CONNECT " + authority)
 	return false, io.ErrUnexpectedEOF
+}
+
+func (f *fakeLink) OpenLane(context.Context, wire.LaneRequest) (*net.TCPConn, error) {
+	f.note("POST " + wire.PathLanes)
+	return nil, io.ErrUnexpectedEOF
 }
 
 func (f *fakeLink) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -297,7 +303,7 @@ func TestClosedListToNodes(t *testing.T) {
 			"PUT " + wire.PathArtifacts + digest, "POST " + wire.PathDrain,
 		},
 		"rcp": {
-			"GET " + wire.PathPeers, "GET " + wire.PathPeers + "?pos=1", "POST " + wire.PathDrain, "PUT " + wire.PathRevocations,
+			"GET " + wire.PathPeers, "GET " + wire.PathPeers + "?pos=1", "POST " + wire.PathDrain, "POST " + wire.PathLanes, "PUT " + wire.PathRevocations,
 			"CONNECT " + wire.ConnectAuthority(id), "CONNECT " + wire.ConnectAuthority(other),
 			"CONNECT " + wire.PendingAuthority(pending.Key), "CONNECT " + wire.PendingAuthority(pendingPeer(2).Key),
 		},
@@ -326,6 +332,9 @@ func TestClosedListToNodes(t *testing.T) {
 	}
 	if _, err := a.forward(nil, nil, wire.ConnectAuthority(other), nil); !errors.Is(err, errNotAllowed) {
 		t.Errorf("CONNECT to another through this node: %v", err)
+	}
+	if _, err := (&attached{conn: f, peer: pending}).openLane(t.Context(), wire.LaneRequest{}); !errors.Is(err, errNotAllowed) {
+		t.Errorf("a lane to a pending party: %v", err)
 	}
 	if n := f.notes(); len(n) != 0 {
 		t.Errorf("the node was asked %v", n)

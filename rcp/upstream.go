@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"golang.org/x/time/rate"
+
 	"sallyport/config"
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
@@ -134,6 +136,8 @@ func (r *Relay) upstreamHandler(c *channel.Conn) http.Handler {
 	})
 	mux.HandleFunc("POST "+wire.PathDrain, r.takeDrain)
 	mux.HandleFunc("PUT "+wire.PathRevocations, r.takeRevocations)
+	pace := rate.NewLimiter(laneRate, laneBurst)
+	mux.HandleFunc("POST "+wire.PathLanes, func(w http.ResponseWriter, req *http.Request) { r.takeLane(w, req, c, pace) })
 	mux.HandleFunc("POST "+wire.PathChannels, func(w http.ResponseWriter, req *http.Request) { r.takeChannels(w, req, c) })
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		switch {
@@ -195,6 +199,9 @@ func (r *Relay) cutRevoked() {
 			r.metrics.refuse(identity.ErrRevoked)
 			c.Close(identity.ErrRevoked)
 		}
+	}
+	if n := r.lanes.cut(gone, identity.ErrRevoked); n > 0 {
+		r.log.Warn("lanes cut: a key is revoked", "lanes", n, "set", number)
 	}
 }
 

@@ -31,7 +31,7 @@ func TestRefusesToStart(t *testing.T) {
 	for _, c := range []struct{ set, want string }{
 		{"SALLYPORT_RCP_JOIN=sp1.c2VjcmV0", "malformed join code"},
 		{"SALLYPORT_RCP_CARIER=h2", "did you mean SALLYPORT_RCP_CARRIER?"},
-		{"SALLYPORT_RCP_LANES=on", "not supported yet"},
+		{"SALLYPORT_RCP_LANES=yes", "want on or off"},
 		{"SALLYPORT_RCP_LISTEN=nowhere", "is not an address"},
 	} {
 		code, _, errs := run(t, []string{c.set})

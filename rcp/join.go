@@ -1,0 +1,246 @@
+package rcp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+const (
+	// maxLanes and maxLanesPerNode bound the lanes of this RCP. A lane takes
+	// up to six file descriptors: its sockets, and two pipes for splice(2).
+	maxLanes        = 512
+	maxLanesPerNode = 8
+	// laneOrphan is how long a lane outlives the last channel of one of its
+	// parties: as long as it takes to come back.
+	laneOrphan = 30 * time.Second
+	// laneChunk is how many bytes pass before they are counted.
+	laneChunk = 4 << 20
+)
+
+var errLaneOrphan = errors.New("the party has no channel any more")
+
+// lanes are the lanes that are open, or being opened.
+type lanes struct {
+	mu      sync.Mutex
+	n       int
+	perNode map[wire.ID]int
+	open    map[*lane]struct{}
+	idle    chan struct{} // closed when n falls to 0; made on demand
+}
+
+func newLanes() *lanes {
+	return &lanes{perNode: map[wire.ID]int{}, open: map[*lane]struct{}{}}
+}
+
+// enter takes a place for a lane to a node.
+func (l *lanes) enter(node wire.ID) (leave func(), err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.n >= maxLanes:
+		return nil, errLaneTotal
+	case l.perNode[node] >= maxLanesPerNode:
+		return nil, errLanePerOne
+	}
+	l.n++
+	l.perNode[node]++
+	return sync.OnceFunc(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.n--
+		if l.perNode[node]--; l.perNode[node] == 0 {
+			delete(l.perNode, node)
+		}
+		if l.n == 0 && l.idle != nil {
+			close(l.idle)
+			l.idle = nil
+		}
+	}), nil
+}
+
+func (l *lanes) add(x *lane) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[x] = struct{}{}
+}
+
+func (l *lanes) remove(x *lane) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.open, x)
+}
+
+// count is the number of lanes that are open.
+func (l *lanes) count() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.open)
+}
+
+// cut ends every lane with a party for which gone is true.
+func (l *lanes) cut(gone func(identity.Peer) bool, cause error) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for x := range l.open {
+		if gone(x.up.peer) || gone(x.down.peer) {
+			x.cut(cause)
+			n++
+		}
+	}
+	return n
+}
+
+// wait returns when no lane is left, or ctx ends.
+func (l *lanes) wait(ctx context.Context) {
+	l.mu.Lock()
+	if l.n == 0 {
+		l.mu.Unlock()
+		return
+	}
+	if l.idle == nil {
+		l.idle = make(chan struct{})
+	}
+	idle := l.idle
+	l.mu.Unlock()
+	select {
+	case <-idle:
+	case <-ctx.Done():
+	}
+}
+
+// lane is two bare TCP connections that are joined: what one side sends the
+// kernel moves to the other. It holds TLS between gateway and node, and this
+// program sees no byte of it.
+type lane struct {
+	r        *Relay
+	node     wire.ID
+	up, down end
+	cutting  chan error    // holds why
+	orphan   time.Duration // laneOrphan
+}
+
+func (l *lane) cut(cause error) {
+	select {
+	case l.cutting <- cause:
+	default: // it is being cut
+	}
+}
+
+// run waits for the leg above, and joins the two until both directions have
+// ended or the lane is cut.
+func (l *lane) run(ctx context.Context, above *channel.Leg, down *net.TCPConn) {
+	r := l.r
+	log := r.log.With("node", l.node, "upstream", l.up.peer.String(), "downstream", l.down.peer.String())
+	defer above.Close()
+	defer func() { _ = down.Close() }()
+	r.lanes.add(l) // cut from here on
+	defer r.lanes.remove(l)
+	if r.id.Revoked(l.up.peer.Key) || r.id.Revoked(l.down.peer.Key) {
+		l.cut(identity.ErrRevoked)
+	}
+	within, cancel := context.WithTimeout(ctx, laneWithin)
+	up, err := above.Accept(within)
+	cancel()
+	if err != nil {
+		r.metrics.lanesRefused.WithLabelValues("no-show").Inc()
+		log.Info("lane given up", "error", err)
+		return
+	}
+	defer func() { _ = up.Close() }()
+	r.metrics.lanes.Inc()
+	defer r.metrics.lanes.Dec()
+	r.metrics.lanesOpened.Inc()
+	log.Info("lane open", "above", up.RemoteAddr().String(), "below", down.RemoteAddr().String())
+	began := time.Now()
+	bytesDown, bytesUp, err := l.join(ctx, up, down)
+	log.Info("lane ended", "took", time.Since(began), "bytes_down", bytesDown, "bytes_up", bytesUp, "reason", err)
+}
+
+// join copies both ways. An end of one direction is handed on; the other goes
+// on until it ends too.
+func (l *lane) join(ctx context.Context, up, down *net.TCPConn) (bytesDown, bytesUp int64, err error) {
+	var sent, received atomic.Int64
+	ended := make(chan error, 2)
+	go func() { ended <- splice(down, up, &sent, l.r.metrics.laneDown) }()
+	go func() { ended <- splice(up, down, &received, l.r.metrics.laneUp) }()
+	stop := func() { _, _ = up.Close(), down.Close() }
+	upDone, downDone := l.up.conn.Done(), l.down.conn.Done()
+	orphan := time.NewTimer(l.orphan)
+	orphan.Stop()
+	defer orphan.Stop()
+	for left := 2; left > 0; {
+		select {
+		case e := <-ended:
+			if left--; e != nil {
+				err = first(err, e)
+				stop()
+			}
+		case cause := <-l.cutting:
+			err = first(err, cause)
+			stop()
+		case <-ctx.Done():
+			err = first(err, context.Cause(ctx))
+			stop()
+			ctx = context.Background() // told once
+		case <-upDone:
+			upDone = nil
+			orphan.Reset(l.orphan)
+		case <-downDone:
+			downDone = nil
+			orphan.Reset(l.orphan)
+		case <-orphan.C:
+			for _, x := range []struct {
+				end  end
+				done *<-chan struct{}
+			}{{l.up, &upDone}, {l.down, &downDone}} {
+				if *x.done != nil {
+					continue
+				}
+				c := l.r.channelOf(x.end)
+				if c == nil {
+					err = first(err, fmt.Errorf("%s: %w", x.end.peer, errLaneOrphan))
+					stop()
+					continue
+				}
+				*x.done = c.Done()
+			}
+		}
+	}
+	return sent.Load(), received.Load(), err
+}
+
+func first(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// splice copies one direction to its end and passes that on. Between two bare
+// TCP connections io.Copy is splice(2): the bytes stay in the kernel. Nothing
+// may wrap them.
+func splice(to, from *net.TCPConn, n *atomic.Int64, total prometheus.Counter) error {
+	for {
+		moved, err := io.CopyN(to, from, laneChunk)
+		n.Add(moved)
+		total.Add(float64(moved))
+		switch {
+		case errors.Is(err, io.EOF):
+			return to.CloseWrite()
+		case err != nil:
+			return err
+		}
+	}
+}
