@@ -355,7 +355,7 @@ func (s *Stream) reserve(n int) (int, error) {
 		if s.credit == 0 && !s.blocked {
 			s.blocked = true
 			t.announceLocked(s)
-			t.controlLocked(header{kindBlocked, s.id, 0})
+			t.frameLocked(header{kindBlocked, s.id, 0}) // in order: it must not overtake the open frame
 			t.pushUnlock()
 			t.mu.Lock()
 			continue

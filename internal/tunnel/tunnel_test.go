@@ -71,12 +71,16 @@ var testCert = sync.OnceValue(func() tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}
 })
 
+func tlsRoots() *x509.CertPool {
+	roots := x509.NewCertPool()
+	roots.AddCert(testCert().Leaf)
+	return roots
+}
+
 // tlsPair shakes hands over a pair of connections, each below a Batch.
 func tlsPair(tb testing.TB, pair func() (net.Conn, net.Conn)) (client, server net.Conn, cBelow, sBelow *Batch) {
 	tb.Helper()
-	cert := testCert()
-	roots := x509.NewCertPool()
-	roots.AddCert(cert.Leaf)
+	cert, roots := testCert(), tlsRoots()
 	a, b := pair()
 	cBelow, sBelow = NewBatch(a), NewBatch(b)
 	c := tls.Client(cBelow, &tls.Config{RootCAs: roots, ServerName: "peer", MinVersion: tls.VersionTLS13, DynamicRecordSizingDisabled: true})
