@@ -3,6 +3,8 @@ package node
 import (
 	"net/http"
 
+	"golang.org/x/time/rate"
+
 	"sallyport/internal/channel"
 	"sallyport/internal/session"
 	"sallyport/internal/wire"
@@ -17,6 +19,7 @@ const maxSessions = 64
 func (in *instance) channelHandler(c *channel.Conn) http.Handler {
 	generation := in.generation.Add(1)
 	slots := make(chan struct{}, maxSessions)
+	pace := rate.NewLimiter(laneRate, laneBurst)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
 		case r.Method == http.MethodConnect:
@@ -33,6 +36,8 @@ func (in *instance) channelHandler(c *channel.Conn) http.Handler {
 			in.serveSignals(w, r, c, generation)
 		case r.Method == http.MethodPost && r.URL.Path == wire.PathDrain:
 			in.takeDrain(w, r)
+		case r.Method == http.MethodPost && r.URL.Path == wire.PathLanes:
+			in.takeLane(w, r, c, pace)
 		default:
 			channel.Refuse(w, http.StatusNotFound, "a node answers no such request")
 		}

@@ -46,6 +46,7 @@ type instance struct {
 	spool      *spool.Spool
 	addresses  *addresses
 	upstreams  *upstreams
+	lanes      *lanes
 	signals    signals
 	sessionAPI http.Handler
 	generation atomic.Int64
@@ -104,6 +105,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 		Identity: in.id, Join: join, TrustDomain: td, Name: string(cfg.Name), Tags: cfg.Tags, Program: cfg.Version, OnGrant: in.granted, Log: in.log,
 	})
 	in.upstreams = newUpstreams(in)
+	in.lanes = newLanes()
 	in.sessionAPI = in.newSessionAPI()
 	return in, nil
 }
@@ -125,6 +127,7 @@ func (in *instance) Run(ctx context.Context) (err error) {
 	g.Go(func() error { return in.applicant.Run(ctx) })
 	g.Go(func() error { return in.actions.Run(ctx) })
 	g.Go(func() error { return in.upstreams.Run(ctx) })
+	g.Go(func() error { return in.lanes.Run(ctx) })
 	g.Go(func() error { return in.watch(ctx) })
 	g.Go(func() error {
 		in.desired.restore(ctx) // without any gateway: what was accepted holds

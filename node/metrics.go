@@ -17,6 +17,7 @@ var (
 	descBytes    = prometheus.NewDesc("sallyport_node_spool_bytes", "Size of the spool on disk.", []string{"instance"}, nil)
 	descDropped  = prometheus.NewDesc("sallyport_node_spool_dropped_total", "Events dropped by quota.", []string{"instance"}, nil)
 	descUp       = prometheus.NewDesc("sallyport_node_upstreams", "Channels to RCPs and gateways.", []string{"instance"}, nil)
+	descLanes    = prometheus.NewDesc("sallyport_node_lanes", "Lanes that are open.", []string{"instance"}, nil)
 	descPolicies = prometheus.NewDesc("sallyport_node_policies", "Policies by state.", []string{"instance", "state"}, nil)
 	descLocked   = prometheus.NewDesc("sallyport_node_locked", "1 while the node obeys no gateway.", []string{"instance"}, nil)
 	descExpiry   = prometheus.NewDesc("sallyport_node_certificate_not_after_seconds", "End of the certificate, in Unix time.", []string{"instance"}, nil)
@@ -27,7 +28,7 @@ var (
 
 // Describe names what Collect brings.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descDepth, descBytes, descDropped, descUp, descPolicies, descLocked, descExpiry, descCheck, descCheckDur, descPerf} {
+	for _, d := range []*prometheus.Desc{descDepth, descBytes, descDropped, descUp, descLanes, descPolicies, descLocked, descExpiry, descCheck, descCheckDur, descPerf} {
 		ch <- d
 	}
 }
@@ -44,6 +45,7 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(descBytes, float64(in.spool.Size()))
 		gauge(descUp, float64(in.upstreams.up()))
+		gauge(descLanes, float64(in.lanes.count()))
 		locked := 0.0
 		if in.lock.locked() != "" {
 			locked = 1

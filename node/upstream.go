@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyport/internal/channel"
+	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
@@ -230,6 +231,7 @@ func (u *upstreams) cut(cause error, all bool) {
 		u.in.log.Warn("channel cut", "upstream", c.Peer().String(), "reason", cause)
 		c.Close(cause)
 	}
+	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Revoked(p.Key) }, cause)
 }
 
 // status lists every address and everybody who has dialled us.
