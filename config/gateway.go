@@ -15,6 +15,7 @@ type Gateway struct {
 	ChannelPublic string    `env:"SALLYPORT_GATEWAY_CHANNEL_PUBLIC" doc:"that address as others reach it, for join codes" form:"host:port" why:"none: NAT and balancers make it unknowable from here"`
 	Database      string    `env:"SALLYPORT_GATEWAY_DATABASE" doc:"SQLite file" form:"a path; postgres://... is not supported yet" why:"$SALLYPORT_DATA/gateway/sallyport.db: embedded, no server to run"`
 	NATS          string    `env:"SALLYPORT_GATEWAY_NATS" doc:"message bus between several gateways" form:"empty; other values are not supported yet" why:"empty: one gateway needs none"`
+	TargetLimit   int       `env:"SALLYPORT_GATEWAY_TARGET_LIMIT" envDefault:"1000" doc:"connections and relayed requests at once through one target; more are refused (429)" form:"a number from 1 on" why:"one busy target leaves files and memory to the others"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	AdminListen   Listen    `env:"SALLYPORT_GATEWAY_ADMIN_LISTEN" envDefault:"127.0.0.1:9190" doc:"address of /metrics, /livez and /readyz" form:"host:port or off" why:"loopback: metrics name nodes"`
 }
@@ -46,6 +47,9 @@ func (c *Gateway) validate() error {
 	}
 	if c.NATS != "" {
 		return wrong("SALLYPORT_GATEWAY_NATS", "several gateways are not supported yet; leave it empty")
+	}
+	if c.TargetLimit < 1 {
+		return wrong("SALLYPORT_GATEWAY_TARGET_LIMIT", "want a number from 1 on")
 	}
 	if err := c.RCPs.needAddresses("SALLYPORT_GATEWAY_RCPS"); err != nil {
 		return err

@@ -72,7 +72,8 @@ type world struct {
 	cfg  Config
 	stop func()
 
-	deploys bool // keep the hook that pushes desired states
+	deploys bool          // keep the hook that pushes desired states
+	before  func(*Server) // called before Run
 }
 
 func newWorld(t *testing.T) *world {
@@ -113,6 +114,9 @@ func (w *world) run() {
 	}
 	w.s.fleet.t.grace = time.Second
 	w.s.fleet.t.settle = 2 * time.Second
+	if w.before != nil {
+		w.before(w.s)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- w.s.Run(ctx) }()

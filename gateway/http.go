@@ -30,6 +30,9 @@ const (
 	apiWriteTime  = 3 * time.Minute // a trace or a renewal speaks to a node first
 	apiIdleTime   = 2 * time.Minute
 	maxApply      = 24 << 20 // body of an apply, JSON around 8 MiB of manifests
+
+	apiStreams      = 250 // of one HTTP/2 connection
+	apiStreamWindow = 256 << 10
 )
 
 // rest is the REST interface of one gateway.
@@ -39,12 +42,14 @@ type rest struct {
 	api     huma.API
 	mux     *http.ServeMux
 	tokens  *tokenGate
+	relay   *relay
 	streams context.Context // ends the live streams when the server stops
 }
 
 // newREST registers every operation. It opens nothing.
 func newREST(s *Server) *rest {
-	r := &rest{s: s, log: s.log, mux: http.NewServeMux(), tokens: newTokenGate(s.store), streams: context.Background()}
+	r := &rest{s: s, log: s.log, mux: http.NewServeMux(), tokens: newTokenGate(s.store), streams: context.Background(),
+		relay: newRelay(s.targets, s.store, s.log)}
 	cfg := huma.Config{
 		OpenAPI: &huma.OpenAPI{
 			OpenAPI: "3.1.0",
@@ -65,6 +70,7 @@ func newREST(s *Server) *rest {
 	r.deployRoutes()
 	r.actionRoutes()
 	r.eventRoutes()
+	r.targetRoutes()
 	r.mux.HandleFunc("/", func(w http.ResponseWriter, req *http.Request) {
 		writeProblem(w, api.NewProblem(api.CodeNotFound, "no such path: "+wire.Quotable(req.URL.Path)))
 	})
@@ -78,6 +84,10 @@ func (s *Server) serveAPI(ctx context.Context) error {
 	streams, end := context.WithCancel(ctx) // so that live streams end with the server
 	defer end()
 	r.streams = streams
+	relayed, cut := context.WithCancel(context.WithoutCancel(ctx))
+	r.relay.cut = relayed
+	defer r.relay.close() // connections that were upgraded are not the server's any more
+	defer cut()
 	g, ctx := errgroup.WithContext(ctx)
 	if s.cfg.Socket != "" {
 		ln, err := listenSocket(s.cfg.Socket)
@@ -113,7 +123,15 @@ func (r *rest) serve(ctx context.Context, ln net.Listener, h http.Handler) error
 	srv := &http.Server{
 		Handler: r.limits(h), ReadHeaderTimeout: apiHeaderTime, IdleTimeout: apiIdleTime, MaxHeaderBytes: wire.MaxHeader,
 		ConnContext: withConn, ErrorLog: slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
+		// A relayed body that its target does not take must not stop the
+		// others of its connection; a caller that is gone must not hold one.
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: apiStreams, MaxReceiveBufferPerStream: apiStreamWindow,
+			MaxReceiveBufferPerConnection: apiStreams * apiStreamWindow, SendPingTimeout: apiIdleTime / 4},
+		Protocols: new(http.Protocols),
 	}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetHTTP2(true)
+	srv.Protocols.SetUnencryptedHTTP2(ln.Addr().Network() == "unix") // where the kernel says who asks
 	stopped := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(stopped)
@@ -139,6 +157,9 @@ func (r *rest) limits(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		defer func() {
 			if v := recover(); v != nil {
+				if v == http.ErrAbortHandler { // a relayed answer broke off
+					panic(v)
+				}
 				r.log.Error("api call panicked", "method", req.Method, "path", wire.Quotable(req.URL.Path), "panic", v, "stack", string(debug.Stack()))
 				panic(http.ErrAbortHandler) // the answer may have begun
 			}
@@ -152,6 +173,15 @@ func (r *rest) limits(h http.Handler) http.Handler {
 		w.Header().Set("Cache-Control", "no-store")
 		h.ServeHTTP(w, req)
 	})
+}
+
+// route serves a request whose caller is known.
+func (r *rest) route(w http.ResponseWriter, req *http.Request) {
+	if isRelay(req) { // not by the mux, which would clean its path
+		r.relay.ServeHTTP(w, req)
+		return
+	}
+	r.mux.ServeHTTP(w, req)
 }
 
 // listenSocket opens the unix socket for its owner and the group sallyport, if

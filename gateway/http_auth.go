@@ -99,7 +99,7 @@ func (r *rest) fromSocket() http.Handler {
 			writeProblem(w, api.NewProblem(api.CodeUnauthorized, "the kernel does not say who you are"))
 			return
 		}
-		r.mux.ServeHTTP(w, withAsker(req, asker{actor: store.Actor{Who: userName(uid), Origin: "unix socket"}, role: api.RoleAdmin}))
+		r.route(w, withAsker(req, asker{actor: store.Actor{Who: userName(uid), Origin: "unix socket"}, role: api.RoleAdmin}))
 	})
 }
 
@@ -138,10 +138,13 @@ func (r *rest) fromNetwork() http.Handler {
 			if p.Code == api.CodeUnauthorized {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="sallyport"`)
 			}
+			if isRelay(req) {
+				w.Header().Set(headerFailedHop, hopGateway)
+			}
 			writeProblem(w, p)
 			return
 		}
-		r.mux.ServeHTTP(w, withAsker(req, c))
+		r.route(w, withAsker(req, c))
 	})
 }
 

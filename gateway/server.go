@@ -74,6 +74,8 @@ type Server struct {
 	live      liveStreams
 	actions   *runner
 	enrolment *enrolment
+	targets   *targets
+	forwards  *forwards
 	hooks     hooks
 	started   time.Time
 }
@@ -92,6 +94,10 @@ func New(cfg Config, d Deps) (*Server, error) {
 	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
+	if s.targets, err = newTargets(s, d.Metrics); err != nil {
+		return nil, fmt.Errorf("gateway: register metrics: %w", err)
+	}
+	s.forwards = newForwards(s.targets, d.Store, d.Log)
 	s.links = newLinks(s)
 	s.sessions = newSessions(s.fleet, s.metrics, s.links.connect, s.dialSession)
 	s.actions = newRunner(s)
@@ -214,6 +220,9 @@ func (s *Server) loadFleet(ctx context.Context) error {
 		s.fleet.learn(r)
 	}
 	if err := s.addConfiguredRCPs(ctx); err != nil {
+		return err
+	}
+	if err := s.targets.refresh(ctx); err != nil {
 		return err
 	}
 	return s.links.reload(ctx)

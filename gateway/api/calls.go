@@ -277,3 +277,29 @@ func (c *Client) RevokeToken(ctx context.Context, id string) (Token, error) {
 func (c *Client) Audit(ctx context.Context, q AuditQuery) ([]AuditEntry, error) {
 	return list[AuditEntry](ctx, c, "/audit", values("who", q.Who, "what", q.What, "since", stamp(q.Since)), q.Page)
 }
+
+// Targets lists targets by name.
+func (c *Client) Targets(ctx context.Context) ([]Target, error) {
+	return list[Target](ctx, c, "/targets", values(), Page{})
+}
+
+// Target takes a name or a unique prefix.
+func (c *Client) Target(ctx context.Context, ref string) (TargetDetail, error) {
+	return get[TargetDetail](ctx, c, at("/targets", ref), nil)
+}
+
+// Forwards lists TCP forwards by address.
+func (c *Client) Forwards(ctx context.Context) ([]Forward, error) {
+	return list[Forward](ctx, c, "/forwards", values(), Page{})
+}
+
+// AddForward makes the gateway listen on a TCP port that leads to a target.
+func (c *Client) AddForward(ctx context.Context, in AddForward) (Forward, error) {
+	return post[Forward](ctx, c, "/forwards", in)
+}
+
+// RemoveForward takes the address that the forward listens on.
+func (c *Client) RemoveForward(ctx context.Context, listen string) (out Forward, err error) {
+	err = c.call(ctx, http.MethodDelete, at("/forwards", listen), nil, nil, &out)
+	return out, err
+}

@@ -23,8 +23,9 @@ const (
 	CodeChanged      Code = "changed"         // 412: If-Match does not fit; somebody was faster
 	CodeTooLarge     Code = "too-large"       // 413
 	CodeLocked       Code = "locked-out"      // 429: too many bad tokens; Retry-After says how long
-	CodeBusy         Code = "busy"            // 429: the caller, or all callers together, have too many live streams open
+	CodeBusy         Code = "busy"            // 429: too much of it runs at once: live streams of a caller or of all, requests to a target
 	CodeUnsupported  Code = "unsupported"     // 422: known, but not supported yet
+	CodeFailed       Code = "target-failed"   // 502: what a request was relayed to failed
 	CodeUnavailable  Code = "unavailable"     // 503: for instance, the node is not connected
 	CodeTimeout      Code = "timeout"         // 504
 	CodeInternal     Code = "internal"        // 500: the gateway's log says more
@@ -35,7 +36,7 @@ var codeStatus = map[Code]int{
 	CodeForbidden: http.StatusForbidden, CodeNotFound: http.StatusNotFound, CodeAmbiguous: http.StatusConflict,
 	CodeNameInUse: http.StatusConflict, CodeExists: http.StatusConflict, CodeConflict: http.StatusConflict,
 	CodeChanged: http.StatusPreconditionFailed, CodeTooLarge: http.StatusRequestEntityTooLarge, CodeLocked: http.StatusTooManyRequests,
-	CodeBusy:        http.StatusTooManyRequests,
+	CodeBusy: http.StatusTooManyRequests, CodeFailed: http.StatusBadGateway,
 	CodeUnsupported: http.StatusUnprocessableEntity, CodeUnavailable: http.StatusServiceUnavailable,
 	CodeTimeout: http.StatusGatewayTimeout, CodeInternal: http.StatusInternalServerError,
 }

@@ -83,3 +83,14 @@ func (r Queries) TargetStatuses(ctx context.Context) ([]PolicyStatus, error) {
 	err := r.q.NewSelect().Model(&out).Where("type = ?", wire.PolicyTarget).Scan(ctx)
 	return out, err
 }
+
+// TargetStatus returns what nodes said of one target.
+func (r Queries) TargetStatus(ctx context.Context, target string) (map[wire.ID]PolicyStatus, error) {
+	var rows []PolicyStatus
+	err := r.q.NewSelect().Model(&rows).Where("type = ?", wire.PolicyTarget).Where("policy = ?", target).Scan(ctx)
+	out := make(map[wire.ID]PolicyStatus, len(rows))
+	for _, s := range rows {
+		out[s.NodeID] = s
+	}
+	return out, err
+}
