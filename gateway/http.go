@@ -157,7 +157,7 @@ func (r *rest) limits(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		defer func() {
 			if v := recover(); v != nil {
-				if v == http.ErrAbortHandler { // a relayed answer broke off
+				if err, ok := v.(error); ok && errors.Is(err, http.ErrAbortHandler) { // a relayed answer broke off
 					panic(v)
 				}
 				r.log.Error("api call panicked", "method", req.Method, "path", wire.Quotable(req.URL.Path), "panic", v, "stack", string(debug.Stack()))

@@ -145,7 +145,6 @@ func refusing(code tunnel.Code) func() (targetStream, error) {
 
 type refusedStream struct {
 	err    error
-	after  int // bytes that are taken first
 	once   sync.Once
 	closed chan struct{}
 }
