@@ -77,7 +77,7 @@ func (j *joining) run(stream targetStream) error {
 	}
 	_ = stream.Close()
 	_ = j.client.SetReadDeadline(time.Unix(1, 0)) // wakes up; the connection is gone if it fails
-	_ = <-up // it was woken up, or broke for the same reason
+	_ = <-up                                      // it was woken up, or broke for the same reason
 	_ = j.client.SetReadDeadline(time.Time{})
 	return err
 }
