@@ -70,7 +70,7 @@ func (s *Server) partyChanged(ctx context.Context, role wire.Role, id wire.ID) {
 	if err != nil && ctx.Err() == nil {
 		s.log.Error("a change is not in force here before the next start", "party", role, "id", id, "error", err)
 	}
-	s.sessions.cut(id)
+	s.cutParty(id)
 	s.links.cut(id, identity.ErrRevoked)
 }
 

@@ -26,6 +26,7 @@ import (
 	"sallyport/internal/identity"
 	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/session"
+	"sallyport/internal/tunnel"
 	"sallyport/internal/wire"
 )
 
@@ -188,6 +189,8 @@ type fakeNode struct {
 	id   *identity.Identity
 	name string
 	mux  *http.ServeMux
+
+	targets tunnel.Handler
 
 	mu       sync.Mutex
 	hello    wire.Hello
@@ -619,7 +622,7 @@ func (r *fakeRCP) connect(w http.ResponseWriter, req *http.Request) {
 	case id == r.id.ID():
 		serve = func(c net.Conn) { _ = session.Serve(req.Context(), c, r.id, r.self()) }
 	case n != nil:
-		serve = func(c net.Conn) { _ = session.Serve(req.Context(), c, n.id, n.mux) }
+		serve = func(c net.Conn) { _ = session.Handlers{API: n.mux, Targets: n.targets}.Serve(req.Context(), c, n.id) }
 	}
 	if serve == nil {
 		channel.Refuse(w, http.StatusNotFound, "party "+string(id)+" is not connected here")
@@ -701,6 +704,7 @@ func (w *world) done(a *store.Action) *store.Action {
 type directNode struct {
 	n       *fakeNode
 	signals chan wire.Signal
+	lanes   *fakeLanes // nil: refused
 }
 
 func (d directNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -710,7 +714,11 @@ func (d directNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		defer func() { _ = stream.Close() }()
-		_ = session.Serve(r.Context(), stream, d.n.id, d.n.mux)
+		_ = session.Handlers{API: d.n.mux, Targets: d.n.targets}.Serve(r.Context(), stream, d.n.id)
+		return
+	}
+	if r.URL.Path == wire.PathLanes && d.lanes != nil {
+		d.lanes.take(w, r, d.n)
 		return
 	}
 	if r.URL.Path != wire.PathSignals {

@@ -149,13 +149,13 @@ func (l *links) reload(ctx context.Context) error {
 			l.s.fleet.expect(r.PartyID, wire.RoleRCP, r.Name, r.Address)
 		}
 		if r.State == api.RCPRevoked {
-			l.s.sessions.cut(r.PartyID)
+			l.s.cutParty(r.PartyID)
 			l.cut(r.PartyID, identity.ErrRevoked)
 		}
 	}
 	for _, r := range old {
 		if r.PartyID != "" && !ids[r.PartyID] {
-			l.s.sessions.cut(r.PartyID)
+			l.s.cutParty(r.PartyID)
 			l.cut(r.PartyID, errLinkRemoved)
 			l.s.fleet.unexpect(r.PartyID)
 			l.s.fleet.forget(r.PartyID)
@@ -536,19 +536,44 @@ func (l *links) cut(id wire.ID, cause error) {
 // connect opens a stream to authority through a first hop, on a connection of
 // class session.
 func (l *links) connect(ctx context.Context, id wire.ID, authority string) (net.Conn, error) {
-	l.mu.Lock()
-	var link *channel.Link
-	for _, h := range slices.Backward(l.hops[id]) {
-		if h.conn.Err() == nil {
-			link = h.link
-			break
-		}
-	}
-	l.mu.Unlock()
+	link := l.link(id)
 	if link == nil {
 		return nil, ErrNotConnected
 	}
 	return link.Connect(ctx, authority, nil)
+}
+
+// lane opens a lane to a node through a first hop, or to a first hop that is
+// the node itself.
+func (l *links) lane(ctx context.Context, id, node wire.ID) (net.Conn, error) {
+	link := l.link(id)
+	if link == nil {
+		return nil, ErrNotConnected
+	}
+	admin := link.Admin()
+	if admin == nil {
+		return nil, ErrNotConnected
+	}
+	if node == id {
+		node = "" // the peer itself
+	}
+	conn, err := admin.OpenLane(ctx, wire.LaneRequest{Node: node})
+	if err != nil {
+		return nil, err
+	}
+	return conn, nil
+}
+
+// link returns the live connections to a first hop; nil if there are none.
+func (l *links) link(id wire.ID) *channel.Link {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range slices.Backward(l.hops[id]) {
+		if h.conn.Err() == nil {
+			return h.link
+		}
+	}
+	return nil
 }
 
 // addConfiguredRCPs makes records of the RCPs that the environment names.

@@ -70,6 +70,7 @@ type Server struct {
 	metrics   *metrics
 	fleet     *fleet
 	sessions  *sessions
+	tunnels   *tunnels
 	links     *links
 	live      liveStreams
 	actions   *runner
@@ -100,6 +101,9 @@ func New(cfg Config, d Deps) (*Server, error) {
 	s.forwards = newForwards(s.targets, d.Store, d.Log)
 	s.links = newLinks(s)
 	s.sessions = newSessions(s.fleet, s.metrics, s.links.connect, s.dialSession)
+	if s.tunnels, err = newTunnels(s, d.Metrics); err != nil {
+		return nil, fmt.Errorf("gateway: register metrics: %w", err)
+	}
 	s.actions = newRunner(s)
 	s.wire()
 	return s, nil
@@ -125,6 +129,7 @@ func (s *Server) Run(ctx context.Context) error {
 	defer endWork(nil)
 	inner, innerCtx := errgroup.WithContext(work)
 	inner.Go(func() error { return s.sessions.Run(innerCtx) })
+	inner.Go(func() error { return s.tunnels.Run(innerCtx) })
 	inner.Go(func() error { return s.persistPresence(innerCtx) })
 	inner.Go(func() error { return s.links.Run(innerCtx) })
 
@@ -252,9 +257,15 @@ func (s *Server) nodeChanged(ctx context.Context, id wire.ID) error {
 			return nil
 		}
 	}
-	s.sessions.cut(id)
+	s.cutParty(id)
 	s.links.cut(id, identity.ErrRevoked)
 	return nil
+}
+
+// cutParty ends all conversations with a party, and what runs through it.
+func (s *Server) cutParty(id wire.ID) {
+	s.sessions.cut(id)
+	s.tunnels.cut(id)
 }
 
 // ensureCertificate issues the gateway's own leaf if it has none that is good.

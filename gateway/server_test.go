@@ -183,7 +183,7 @@ func TestNodeAndRCPThatDialTheGateway(t *testing.T) {
 		go func() { defer func() { ended <- struct{}{} }(); _ = d.Run(ctx, serve) }()
 	}
 	defer func() { cancel(); <-ended; <-ended }()
-	dial(n.id, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n, signals}) })
+	dial(n.id, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n: n, signals: signals}) })
 	dial(r.id, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, r) })
 	w.state(n.id.ID(), wire.StateRunning)
 	w.state(behind.id.ID(), wire.StateRunning)

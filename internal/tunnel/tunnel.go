@@ -222,6 +222,14 @@ func (t *Tunnel) Streams() int {
 	return t.streamsLocked()
 }
 
+// Load tells how busy a tunnel is, roughly: the streams that are open, and the
+// blocks of 64 KiB that wait to be sent.
+func (t *Tunnel) Load() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.streamsLocked() + t.queue.n/blockSize
+}
+
 // Done is closed when the tunnel has ended.
 func (t *Tunnel) Done() <-chan struct{} { return t.done }
 

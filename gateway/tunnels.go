@@ -1,0 +1,458 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyport/internal/session"
+	"sallyport/internal/tunnel"
+	"sallyport/internal/wire"
+)
+
+const (
+	// maxTunnels bounds the tunnels to all nodes together; those that are
+	// idle make room. An idle one takes about 60 KiB here.
+	maxTunnels = 1024
+	// nodeTunnels bounds those to one node, as RCPs bound its lanes. A tunnel
+	// keeps one core busy at most: more than there are cores gain nothing.
+	nodeTunnels = 8
+	// busyTunnel is the load, in streams and 64 KiB that wait to be sent, at
+	// which a node gets another tunnel.
+	busyTunnel = 24
+	// idleTunnel is how long a tunnel stays open without a stream.
+	idleTunnel = time.Minute
+	// openLane bounds a lane: its legs and the handshake on it.
+	openLane = 3 * time.Second
+	// laneless is how long a way that gave no lane is not asked for one again.
+	laneless = 5 * time.Minute
+	// growPause is the time between two looks whether a node needs another
+	// tunnel, growRetry that after one failed.
+	growPause = time.Second
+	growRetry = time.Minute
+	// windowBudget is what the windows of all streams may grow by, in bytes.
+	windowBudget = 256 << 20
+)
+
+// Kinds of tunnels, as metrics name them.
+const (
+	kindLane   = "lane"
+	kindStream = "stream" // a CONNECT stream through the channels
+)
+
+var errNoLane = errors.New("no lane can be had on this way for some minutes")
+
+var errTooManyTunnels = fmt.Errorf("%d tunnels are open and none is idle, the limit", maxTunnels)
+
+// tunnels opens tunnels to nodes when somebody wants a stream to one of their
+// targets, keeps them while they are in use, and prefers lanes.
+type tunnels struct {
+	fleet   *fleet
+	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error)
+	lane    func(ctx context.Context, link, node wire.ID) (net.Conn, error)
+	dial    func(ctx context.Context, conn net.Conn, party wire.Party) (*session.Tunnel, error)
+	party   func(role wire.Role, id wire.ID) wire.Party
+	metrics *tunnelMetrics
+	log     *slog.Logger
+	most    int // per node
+
+	ctx   context.Context // of tunnels and of what opens them; ended by Run
+	end   context.CancelCauseFunc
+	tasks sync.WaitGroup
+
+	mu       sync.Mutex
+	closed   bool
+	total    int
+	nodes    map[wire.ID]*tunnelled
+	laneless map[laneWay]time.Time // until when
+}
+
+// laneWay is a first hop and the node behind it.
+type laneWay struct{ link, node wire.ID }
+
+// tunnelled is a node with tunnels.
+type tunnelled struct {
+	open    []*openTunnel
+	opening chan struct{} // closed when the attempt is over; nil: none runs
+	err     error         // of the last attempt
+	cuts    int           // how often the node was cut off
+	retry   time.Time     // when it may get another one
+}
+
+type openTunnel struct {
+	*session.Tunnel
+	kind string
+	via  wire.ID // the first hop
+	used time.Time
+}
+
+func newTunnels(s *Server, reg prometheus.Registerer) (*tunnels, error) {
+	p := &tunnels{fleet: s.fleet, connect: s.links.connect, lane: s.links.lane, party: s.party, log: s.log,
+		most:  min(max(2, runtime.GOMAXPROCS(0)), nodeTunnels),
+		nodes: make(map[wire.ID]*tunnelled), laneless: make(map[laneWay]time.Time)}
+	p.ctx, p.end = context.WithCancelCause(context.Background())
+	budget := tunnel.NewBudget(windowBudget)
+	p.dial = func(ctx context.Context, conn net.Conn, party wire.Party) (*session.Tunnel, error) {
+		return session.DialTunnel(ctx, conn, s.id, party, tunnel.Config{Budget: budget})
+	}
+	var err error
+	p.metrics, err = newTunnelMetrics(reg, p.streams)
+	return p, err
+}
+
+// dialTarget opens a stream to a target of a node. ctx bounds the opening only.
+// Without a live way to the node it fails at once, with ErrNotConnected or
+// ErrUnknownNode. What the node says of the target shows in the stream.
+func (s *Server) dialTarget(ctx context.Context, node wire.ID, target string) (*tunnel.Stream, error) {
+	stream, err := s.tunnels.stream(ctx, node, target)
+	if err != nil {
+		return nil, fmt.Errorf("target %s of %s: %w", wire.Quotable(target), s.fleet.label(node), err)
+	}
+	return stream, nil
+}
+
+func (p *tunnels) stream(ctx context.Context, node wire.ID, target string) (*tunnel.Stream, error) {
+	for {
+		t, wait, err := p.pick(node)
+		if err != nil {
+			return nil, err
+		}
+		if t != nil {
+			s, err := t.Open(target)
+			if err == nil || t.Err() == nil {
+				return s, err
+			}
+			continue // it ended this moment: pick another
+		}
+		select {
+		case <-wait.over:
+			if err := wait.result(); err != nil {
+				return nil, err
+			}
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// opening is an attempt to open a tunnel that several may wait for.
+type opening struct {
+	over   chan struct{}
+	result func() error
+}
+
+// pick returns the least busy tunnel to a node, or what to wait for. It sees
+// to it that a busy node gets another tunnel.
+func (p *tunnels) pick(node wire.ID) (*openTunnel, opening, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed {
+		return nil, opening{}, errSessionsClosed
+	}
+	n := p.nodes[node]
+	if n == nil {
+		n = &tunnelled{}
+	}
+	best, load := n.leastBusy()
+	if best == nil && n.opening == nil {
+		routes, err := p.fleet.routes(node)
+		if err != nil {
+			return nil, opening{}, err
+		}
+		if err := p.makeRoomLocked(); err != nil {
+			return nil, opening{}, err
+		}
+		p.nodes[node] = n
+		p.openLocked(node, n, routes, true)
+	}
+	if best == nil {
+		return nil, opening{n.opening, func() error {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return n.err
+		}}, nil
+	}
+	best.used = time.Now()
+	if n.opening == nil && time.Now().After(n.retry) {
+		n.retry = time.Now().Add(growPause)
+		p.growLocked(node, n, best, load)
+	}
+	return best, opening{}, nil
+}
+
+// growLocked gives a node another tunnel where those that it has are busy, or
+// a lane where it has streams only and a lane may be had by now.
+func (p *tunnels) growLocked(node wire.ID, n *tunnelled, best *openTunnel, load int) {
+	busy := load >= busyTunnel && len(n.open) < p.most
+	if p.total >= maxTunnels || !busy && best.kind == kindLane {
+		return
+	}
+	routes, err := p.fleet.routes(node)
+	if err != nil {
+		return
+	}
+	if busy || slices.ContainsFunc(routes, func(r route) bool { return p.mayHaveLaneLocked(laneWay{r.link, node}) }) {
+		p.openLocked(node, n, routes, busy && best.kind == kindStream)
+	}
+}
+
+// leastBusy prefers lanes to streams.
+func (n *tunnelled) leastBusy() (best *openTunnel, load int) {
+	for _, t := range n.open {
+		if t.Err() != nil {
+			continue
+		}
+		l := t.Load()
+		if best == nil || t.kind == kindLane && best.kind != kindLane || t.kind == best.kind && l < load {
+			best, load = t, l
+		}
+	}
+	return best, load
+}
+
+// makeRoomLocked closes the tunnel that was idle longest if there are too many.
+func (p *tunnels) makeRoomLocked() error {
+	if p.total < maxTunnels {
+		return nil
+	}
+	var oldest *openTunnel
+	for _, n := range p.nodes {
+		for _, t := range n.open {
+			if t.Streams() == 0 && (oldest == nil || t.used.Before(oldest.used)) {
+				oldest = t
+			}
+		}
+	}
+	if oldest == nil {
+		return errTooManyTunnels
+	}
+	return oldest.Close()
+}
+
+// openLocked opens a tunnel to a node in the background: over a lane, or, if
+// it may, over a stream.
+func (p *tunnels) openLocked(node wire.ID, n *tunnelled, routes []route, mayStream bool) {
+	over, cuts := make(chan struct{}), n.cuts
+	n.opening, n.err = over, nil
+	p.total++ // kept by the tunnel
+	p.tasks.Go(func() {
+		t, err := p.open(node, byFirstHop(routes, ""), mayStream)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		defer close(over)
+		n.opening = nil
+		switch {
+		case err != nil:
+		case p.closed:
+			err = errSessionsClosed
+		case n.cuts != cuts:
+			err = ErrNotConnected
+		}
+		if n.err = err; err != nil {
+			if t != nil {
+				_ = t.Close()
+			}
+			p.total--
+			n.retry = time.Now().Add(growRetry)
+			p.forgetLocked(node, n)
+			return
+		}
+		n.open = append(n.open, t)
+		p.metrics.open.WithLabelValues(t.kind).Inc()
+		p.tasks.Go(func() { p.run(node, n, t) })
+	})
+}
+
+// run moves a tunnel's bytes to its end.
+func (p *tunnels) run(node wire.ID, n *tunnelled, t *openTunnel) {
+	err := t.Run(p.ctx)
+	p.log.Debug("tunnel ended", "node", node, "kind", t.kind, "reason", err)
+	p.metrics.open.WithLabelValues(t.kind).Dec()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.total--
+	n.open = slices.DeleteFunc(n.open, func(o *openTunnel) bool { return o == t })
+	p.forgetLocked(node, n)
+}
+
+func (p *tunnels) forgetLocked(node wire.ID, n *tunnelled) {
+	if len(n.open) == 0 && n.opening == nil && p.nodes[node] == n {
+		delete(p.nodes, node)
+	}
+}
+
+// open opens a tunnel by the best way that works: over a lane if one can be
+// had, else over a CONNECT stream if it may.
+func (p *tunnels) open(node wire.ID, routes []route, mayStream bool) (*openTunnel, error) {
+	ctx, cancel := context.WithTimeout(p.ctx, openAll)
+	defer cancel()
+	var errs []error
+	for _, r := range routes {
+		t, err := p.openBy(ctx, node, r, mayStream)
+		if err == nil {
+			p.metrics.opened.WithLabelValues(t.kind, "ok").Inc()
+			return t, nil
+		}
+		errs = append(errs, fmt.Errorf("%s: %w", r.name, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, fmt.Errorf("open a tunnel: %w", errors.Join(errs...))
+}
+
+func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, mayStream bool) (*openTunnel, error) {
+	way := laneWay{r.link, node}
+	var noLane error
+	if p.mayHaveLane(way) {
+		var t *openTunnel
+		if t, noLane = p.over(ctx, openLane, node, r, kindLane); noLane == nil {
+			return t, nil
+		}
+		p.metrics.opened.WithLabelValues(kindLane, "failed").Inc()
+		p.log.Debug("no lane", "node", node, "via", r.name, "error", noLane)
+	}
+	if !mayStream {
+		return nil, cmp.Or(noLane, errNoLane)
+	}
+	t, err := p.over(ctx, openWay, node, r, kindStream)
+	if ctx.Err() == nil || err == nil {
+		p.fleet.tried(node, r, err)
+	}
+	if err != nil {
+		p.metrics.opened.WithLabelValues(kindStream, "failed").Inc()
+		return nil, errors.Join(noLane, err)
+	}
+	if noLane != nil { // it is the lane that does not work, not the way
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.laneless[way] = time.Now().Add(laneless)
+	}
+	return t, nil
+}
+
+func (p *tunnels) mayHaveLane(way laneWay) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mayHaveLaneLocked(way)
+}
+
+func (p *tunnels) mayHaveLaneLocked(way laneWay) bool { return time.Now().After(p.laneless[way]) }
+
+// over opens a tunnel of one kind by one way.
+func (p *tunnels) over(ctx context.Context, within time.Duration, node wire.ID, r route, kind string) (*openTunnel, error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	var conn net.Conn
+	var err error
+	if kind == kindLane {
+		conn, err = p.lane(ctx, r.link, node)
+	} else {
+		conn, err = p.connect(ctx, r.link, wire.ConnectAuthority(node))
+	}
+	if err != nil {
+		return nil, err
+	}
+	t, err := p.dial(ctx, conn, p.party(wire.RoleNode, node))
+	if err != nil {
+		return nil, err
+	}
+	return &openTunnel{Tunnel: t, kind: kind, via: r.link, used: time.Now()}, nil
+}
+
+// cut ends at once what runs to a party or, if it is a first hop, through it.
+func (p *tunnels) cut(id wire.ID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if n := p.nodes[id]; n != nil {
+		n.cuts++
+	}
+	for node, n := range p.nodes {
+		for _, t := range n.open {
+			if node == id || t.via == id {
+				_ = t.Close()
+			}
+		}
+	}
+}
+
+// Run closes tunnels that nobody uses, until ctx ends; then it closes all, and
+// returns when they are.
+func (p *tunnels) Run(ctx context.Context) error {
+	sweep := time.NewTicker(idleTunnel / 4)
+	defer sweep.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case now := <-sweep.C:
+			p.sweep(now)
+		}
+	}
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.end(errSessionsClosed)
+	p.tasks.Wait()
+	return nil
+}
+
+func (p *tunnels) sweep(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, n := range p.nodes {
+		for _, t := range n.open {
+			if t.Streams() > 0 {
+				t.used = now
+			} else if now.Sub(t.used) >= idleTunnel {
+				_ = t.Close()
+			}
+		}
+	}
+	maps.DeleteFunc(p.laneless, func(_ laneWay, until time.Time) bool { return now.After(until) })
+}
+
+// streams is how many streams run in all tunnels.
+func (p *tunnels) streams() (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, node := range p.nodes {
+		for _, t := range node.open {
+			n += t.Streams()
+		}
+	}
+	return n
+}
+
+// tunnelMetrics are what the tunnels count.
+type tunnelMetrics struct {
+	open   *prometheus.GaugeVec
+	opened *prometheus.CounterVec
+}
+
+func newTunnelMetrics(reg prometheus.Registerer, streams func() int) (*tunnelMetrics, error) {
+	m := &tunnelMetrics{
+		open:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "sallyport_gateway_tunnels", Help: "Tunnels to nodes that are open, by what they run over."}, []string{"kind"}),
+		opened: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_tunnels_opened_total", Help: "Attempts to open a tunnel, by what it should run over and by result."}, []string{"kind", "result"}),
+	}
+	if reg == nil {
+		return m, nil
+	}
+	running := prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "sallyport_gateway_target_streams", Help: "Streams to targets that are open in tunnels."},
+		func() float64 { return float64(streams()) })
+	for _, c := range []prometheus.Collector{m.open, m.opened, running} {
+		if err := reg.Register(c); err != nil {
+			return nil, err
+		}
+	}
+	return m, nil
+}

@@ -1,0 +1,243 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"sallyport/config"
+	"sallyport/internal/channel"
+	"sallyport/internal/session"
+	"sallyport/internal/tunnel"
+	"sallyport/internal/wire"
+)
+
+// fakeLanes takes lanes as a node does.
+type fakeLanes struct {
+	ctx context.Context
+	wg  sync.WaitGroup
+}
+
+func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
+	var ask wire.LaneRequest
+	if err := wire.DecodeJSON(r.Body, wire.MaxLaneBody, &ask); err != nil || ask.Node != "" {
+		channel.Refuse(w, http.StatusBadRequest, "no request for a lane to this node")
+		return
+	}
+	leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), ask.Ticket)
+	if err != nil {
+		channel.Refuse(w, http.StatusServiceUnavailable, err.Error())
+		return
+	}
+	l.wg.Go(func() {
+		defer leg.Close()
+		conn, err := leg.Accept(l.ctx)
+		if err == nil {
+			_ = session.ServeLane(l.ctx, conn, n.id, n.targets)
+		}
+	})
+	w.WriteHeader(http.StatusOK)
+}
+
+// echoTarget answers a stream with the target's name and what came.
+func echoTarget(_ context.Context, target string, s *tunnel.Stream) {
+	if target == "none" {
+		s.Refuse(tunnel.NotFound, "there is no such target")
+		return
+	}
+	_, _ = io.WriteString(s, target+":")
+	_, _ = io.Copy(s, s)
+	_ = s.CloseWrite()
+}
+
+// ask sends text to a target and returns all of its answer.
+func (w *world) ask(id wire.ID, target, text string) (string, error) {
+	w.t.Helper()
+	s, err := w.s.dialTarget(w.t.Context(), id, target)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = s.Close() }()
+	if _, err := io.WriteString(s, text); err != nil {
+		return "", err
+	}
+	if err := s.CloseWrite(); err != nil {
+		return "", err
+	}
+	b, err := io.ReadAll(s)
+	return string(b), err
+}
+
+func (w *world) openTunnels() (kinds []string) {
+	w.s.tunnels.mu.Lock()
+	defer w.s.tunnels.mu.Unlock()
+	for _, n := range w.s.tunnels.nodes {
+		for _, t := range n.open {
+			kinds = append(kinds, t.kind)
+		}
+	}
+	return kinds
+}
+
+func TestTargetsOverConnectStreams(t *testing.T) {
+	w := newWorld(t)
+	r := w.rcp("dmz")
+	n := w.enrolled(w.node("web"))
+	n.targets = echoTarget
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	before := r.connects(n.id.ID())
+	for range 5 {
+		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
+			t.Fatalf("got %q, %v", got, err)
+		}
+	}
+	if got := r.connects(n.id.ID()) - before; got != 1 {
+		t.Errorf("5 streams took %d tunnels", got)
+	}
+	// This RCP knows no lanes: it was asked once, and is not asked again soon.
+	r.mu.Lock()
+	asked := 0
+	for _, line := range r.requests {
+		if line == "POST "+wire.PathLanes {
+			asked++
+		}
+	}
+	r.mu.Unlock()
+	if asked != 1 {
+		t.Errorf("the RCP was asked for %d lanes", asked)
+	}
+	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindStream {
+		t.Errorf("tunnels: %v", kinds)
+	}
+	var refused *tunnel.RefusedError
+	if _, err := w.ask(n.id.ID(), "none", "hello"); !errors.As(err, &refused) || refused.Code != tunnel.NotFound {
+		t.Errorf("a target that is not there gave %v", err)
+	}
+
+	// A stream ends when its node is revoked, and no other comes.
+	s, err := w.s.dialTarget(t.Context(), n.id.ID(), "db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = s.Close() }()
+	if _, err := io.WriteString(s, "x"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(s, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+	w.s.cutParty(n.id.ID())
+	if _, err := s.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		t.Errorf("a cut stream gave %v", err)
+	}
+	eventually(t, "the tunnel is gone", func() bool { return len(w.openTunnels()) == 0 })
+}
+
+func TestTargetOfAnAbsentNodeFailsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	n := w.enrolled(w.node("web"))
+	w.run()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	eventually(t, "the fleet knows the node", func() bool {
+		_, err := w.s.dialTarget(ctx, n.id.ID(), "db")
+		return errors.Is(err, ErrNotConnected)
+	})
+	if _, err := w.s.dialTarget(ctx, wire.NewID(), "db"); !errors.Is(err, ErrUnknownNode) {
+		t.Errorf("an unknown node gave %v", err)
+	}
+	if ctx.Err() != nil {
+		t.Error("it took long to say so")
+	}
+}
+
+func TestTargetsOfADirectNodeOverALane(t *testing.T) {
+	w := newWorld(t)
+	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
+	n := w.enrolled(w.node("direct"))
+	n.targets = echoTarget
+	w.run()
+	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
+	ctx, cancel := context.WithCancel(context.Background())
+	lanes := &fakeLanes{ctx: ctx}
+	d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: n.id, Carrier: channel.CarrierH2, Log: testLog(t)}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = d.Run(ctx, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n: n, lanes: lanes}) })
+	}()
+	defer func() {
+		cancel()
+		<-ended
+		lanes.wg.Wait()
+	}()
+	w.state(n.id.ID(), wire.StateRunning)
+	for range 3 {
+		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
+			t.Fatalf("got %q, %v", got, err)
+		}
+	}
+	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindLane {
+		t.Errorf("tunnels: %v", kinds)
+	}
+}
+
+func TestTunnelsCloseWhenIdle(t *testing.T) {
+	w := newWorld(t)
+	r := w.rcp("dmz")
+	n := w.enrolled(w.node("web"))
+	n.targets = echoTarget
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	s, err := w.s.dialTarget(t.Context(), n.id.ID(), "db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.s.tunnels.sweep(time.Now().Add(2 * idleTunnel)) // in use
+	if len(w.openTunnels()) != 1 {
+		t.Fatal("a tunnel with a stream was closed")
+	}
+	_ = s.Close()
+	w.s.tunnels.sweep(time.Now().Add(4 * idleTunnel))
+	eventually(t, "the idle tunnel is closed", func() bool { return len(w.openTunnels()) == 0 })
+	if got, err := w.ask(n.id.ID(), "db", "again"); err != nil || got != "db:again" {
+		t.Fatalf("got %q, %v", got, err)
+	}
+}
+
+func TestBusyNodeGetsMoreTunnels(t *testing.T) {
+	w := newWorld(t)
+	r := w.rcp("dmz")
+	n := w.enrolled(w.node("web"))
+	n.targets = echoTarget
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	var streams []*tunnel.Stream
+	defer func() {
+		for _, s := range streams {
+			_ = s.Close()
+		}
+	}()
+	eventually(t, "a second tunnel", func() bool {
+		s, err := w.s.dialTarget(t.Context(), n.id.ID(), "db")
+		if err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, s)
+		return len(w.openTunnels()) > 1
+	})
+	if len(streams) <= busyTunnel {
+		t.Errorf("%d streams had a second tunnel", len(streams))
+	}
+	if got := w.s.tunnels.streams(); got != len(streams) {
+		t.Errorf("%d streams are counted, not %d", got, len(streams))
+	}
+}
