@@ -36,6 +36,11 @@ func TestScripts(t *testing.T) {
 			e.Setenv("SALLYPORT_DATA", dir)
 			e.Setenv("HOME", e.WorkDir)
 			e.Setenv("RCP", addr)
+			free, err := loopback{}.address(rcpParty)
+			if err != nil {
+				return err
+			}
+			e.Setenv("PORT", portOf(free))
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "answers": answers, "jsonkeys": jsonKeys, "until": until},

@@ -204,9 +204,9 @@ func (o *Output) styled(t Table, fd int) error {
 // colour marks states and severities; everything else keeps the terminal's.
 func colour(cell string) (c interface{ RGBA() (r, g, b, a uint32) }) {
 	switch cell {
-	case "running", "applied", "active", "succeeded", "connected", "granted", "ok":
+	case "running", "applied", "active", "succeeded", "connected", "granted", "ok", "ready", "listening":
 		return lipgloss.Green
-	case "failing", "readonly", "draining", "pending", "queued", "sent", "warning", "minor", "degraded", "deploying", "connecting", "enrolling":
+	case "failing", "readonly", "draining", "pending", "unavailable", "queued", "sent", "warning", "minor", "degraded", "deploying", "connecting", "enrolling":
 		return lipgloss.Yellow
 	case "down", "unreachable", "failed", "locked", "quarantined", "revoked", "denied", "critical", "major", "error", "lost", "refused":
 		return lipgloss.Red
