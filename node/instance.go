@@ -48,6 +48,7 @@ type instance struct {
 	upstreams  *upstreams
 	lanes      *lanes
 	signals    signals
+	targets    *targets
 	sessionAPI http.Handler
 	generation atomic.Int64
 	outboxes   atomic.Int32
@@ -80,11 +81,12 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	if in.lock, err = openInterlock(in.dir, in.raise); err != nil {
 		return nil, err
 	}
+	reach := &policy.Reach{Allow: cfg.AllowTargets}
 	in.engine, err = policy.Open(policy.Config{
 		Dir: filepath.Join(in.dir, "policies"), Instance: td, Claims: claims, Log: in.log,
 		Bounds:   policy.Bounds{Allow: proc.Allow(cfg.AllowPaths), Forbidden: forbidden(cfg)},
 		Commands: proc.Allow(cfg.AllowPolicyCommands), Raise: in.store, Changed: in.changed,
-		Reach: &policy.Reach{Allow: cfg.AllowTargets},
+		Reach: reach,
 	})
 	if err != nil {
 		return nil, err
@@ -104,6 +106,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	in.applicant = enroll.New(enroll.Config{
 		Identity: in.id, Join: join, TrustDomain: td, Name: string(cfg.Name), Tags: cfg.Tags, Program: cfg.Version, OnGrant: in.granted, Log: in.log,
 	})
+	in.targets = newTargets(in.engine, reach, newBuiltin(in.about, in.log), in.closedToTargets, in.log)
 	in.upstreams = newUpstreams(in)
 	in.lanes = newLanes()
 	in.sessionAPI = in.newSessionAPI()
@@ -272,6 +275,11 @@ func (in *instance) hello() wire.Hello {
 		OS: runtime.GOOS, Arch: runtime.GOARCH, AsRoot: os.Geteuid() == 0,
 		Time: time.Now().UTC(), Salt: in.salt,
 	}
+}
+
+// about is what the target ping says.
+func (in *instance) about() map[string]string {
+	return map[string]string{"node": in.name(), "id": string(in.id.ID())}
 }
 
 // name is what people call the node.

@@ -78,8 +78,8 @@ type Engine struct {
 	retry    map[string]*backoff
 	checks   map[string]*check
 	memories map[string]checkMemory
-	targets  map[string]chan struct{} // closed when the applied target of that name goes
-	wake     chan struct{}            // capacity 1: Run looks at checks and retries again
+	offers   map[string]offer // applied targets that were asked for
+	wake     chan struct{}    // capacity 1: Run looks at checks and retries again
 }
 
 type backoff struct {
@@ -93,7 +93,7 @@ func Open(cfg Config) (*Engine, error) {
 	e := &Engine{
 		cfg: cfg, slots: semaphore.NewWeighted(parallelChecks),
 		applied: map[string]applied{}, status: map[string]wire.PolicyStatus{}, retry: map[string]*backoff{},
-		checks: map[string]*check{}, memories: map[string]checkMemory{}, targets: map[string]chan struct{}{}, wake: make(chan struct{}, 1),
+		checks: map[string]*check{}, memories: map[string]checkMemory{}, offers: map[string]offer{}, wake: make(chan struct{}, 1),
 	}
 	if e.cfg.Run == nil {
 		e.cfg.Run = e.runProgram
@@ -311,7 +311,7 @@ func (e *Engine) hold(a applied) error {
 		return err
 	}
 	e.applied = next
-	e.dropTargetLocked(a.Name)
+	e.dropOfferLocked(a.Name)
 	return nil
 }
 
@@ -331,7 +331,7 @@ func (e *Engine) removeOne(ctx context.Context, a applied) {
 	err := saveJSON(e.appliedFile(), next)
 	if err == nil {
 		e.applied = next
-		e.dropTargetLocked(a.Name)
+		e.dropOfferLocked(a.Name)
 		delete(e.status, a.Name)
 		delete(e.retry, a.Name)
 	}

@@ -282,27 +282,36 @@ func (e *Engine) applyTarget(ctx context.Context, p wire.Policy, raw json.RawMes
 	return e.cfg.Reach.check(ctx, spec)
 }
 
-// Target returns the applied target of a name. It holds until gone is closed:
-// the policy was removed, or changed.
-func (e *Engine) Target(name string) (spec wire.TargetSpec, gone <-chan struct{}, ok bool) {
+// ErrGone ends what uses a target whose policy was removed or changed.
+var ErrGone = errors.New("the target's policy was removed or changed")
+
+// offer is one applied target in use.
+type offer struct {
+	ctx  context.Context
+	gone context.CancelCauseFunc
+}
+
+// Target returns the applied target of a name. It holds until ctx is done,
+// with the cause [ErrGone].
+func (e *Engine) Target(name string) (spec wire.TargetSpec, ctx context.Context, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	a, ok := e.applied[name]
 	if !ok || a.Type != wire.PolicyTarget || json.Unmarshal(a.Spec, &spec) != nil {
 		return wire.TargetSpec{}, nil, false
 	}
-	c := e.targets[name]
-	if c == nil {
-		c = make(chan struct{})
-		e.targets[name] = c
+	o, ok := e.offers[name]
+	if !ok {
+		o.ctx, o.gone = context.WithCancelCause(context.Background())
+		e.offers[name] = o
 	}
-	return spec, c, true
+	return spec, o.ctx, true
 }
 
-// dropTargetLocked ends what uses the target of a name.
-func (e *Engine) dropTargetLocked(name string) {
-	if c := e.targets[name]; c != nil {
-		close(c)
-		delete(e.targets, name)
+// dropOfferLocked ends what uses the target of a name.
+func (e *Engine) dropOfferLocked(name string) {
+	if o, ok := e.offers[name]; ok {
+		o.gone(ErrGone)
+		delete(e.offers, name)
 	}
 }

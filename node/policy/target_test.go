@@ -208,7 +208,7 @@ func TestTargetPolicy(t *testing.T) {
 	}
 	h.apply(target("a", "db:5432"))
 	select {
-	case <-gone:
+	case <-gone.Done():
 		t.Error("the same again cut its connections")
 	default:
 	}
@@ -222,12 +222,12 @@ func TestTargetPolicy(t *testing.T) {
 		t.Errorf("%+v, %v", spec, ok)
 	}
 	state(t, h.apply(target("a", "10.0.0.9:1"))["a"], wire.PolicyApplied, "")
-	<-gone
+	<-gone.Done()
 	if spec, gone, ok = h.e.Target("a"); !ok || spec.Address != "10.0.0.9:1" {
 		t.Errorf("%+v, %v", spec, ok)
 	}
 	h.apply()
-	<-gone
+	<-gone.Done()
 	if _, _, ok = h.e.Target("a"); ok {
 		t.Error("a removed target is offered")
 	}
