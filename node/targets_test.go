@@ -368,8 +368,19 @@ func TestBuiltinTargets(t *testing.T) {
 		t.Fatal(err)
 	}
 	req.Header.Set("Content-Type", "text/x-echo")
+	first := make(chan error, 1)
+	go func() { // a client sends its header with the first piece of the body
+		_, err := io.WriteString(pw, "zero")
+		first <- err
+	}()
 	res, err := c.Do(req)
 	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(io.LimitReader(res.Body, 4)); err != nil || string(b) != "zero" {
+		t.Fatalf("%q, %v", b, err)
+	}
+	if err := <-first; err != nil {
 		t.Fatal(err)
 	}
 	if res.Header.Get("Content-Type") != "text/x-echo" {
