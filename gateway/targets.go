@@ -44,7 +44,7 @@ func newTargets(s *Server, reg prometheus.Registerer) (*targets, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &targets{catalog: newCatalog(s.fleet, s.store, s.log), dial: func(context.Context, wire.ID, string) (targetStream, error) { return nil, ErrNotConnected }, limit: cmp.Or(s.cfg.TargetLimit, defaultTargetLimit), metrics: m}, nil
+	return &targets{catalog: newCatalog(s.fleet, s.store, s.log), dial: s.dialTargetStream, limit: cmp.Or(s.cfg.TargetLimit, defaultTargetLimit), metrics: m}, nil
 }
 
 // open opens a stream to a target at a node. That it opens says only that there
@@ -53,6 +53,16 @@ func (t *targets) open(ctx context.Context, node wire.ID, target string) (target
 	ctx, cancel := context.WithTimeout(ctx, dialTime)
 	defer cancel()
 	return t.dial(ctx, node, target)
+}
+
+// dialTargetStream is dialTarget for targets.dial: there, a nil *tunnel.Stream
+// would be a stream.
+func (s *Server) dialTargetStream(ctx context.Context, node wire.ID, target string) (targetStream, error) {
+	stream, err := s.dialTarget(ctx, node, target)
+	if err != nil {
+		return nil, err
+	}
+	return stream, nil
 }
 
 // failure takes down what failed at a node, so that others are preferred.
