@@ -489,7 +489,9 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 		m = f.add(id, role)
 	}
 	now := time.Now()
-	m.hello, m.digest, m.skew = &hello, hello.Digest(), skew
+	m.digest, m.skew = hello.Digest(), skew
+	hello.Policies = nil // the database has them; a fleet holds many hellos
+	m.hello = &hello
 	wrong := skew.Abs() > maxSkew
 	skewChanged = wrong != m.skewed
 	m.skewed = wrong

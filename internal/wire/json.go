@@ -15,7 +15,7 @@ const (
 	MaxEnrollBody  = 64 << 10 // every body on the enrolment ALPNs
 	MaxSignalLine  = 1 << 10  // one line of GET /v1/signals
 	MaxPeersLine   = 8 << 10  // one line of GET /v1/peers
-	MaxHello       = 1 << 20  // GET /v1/hello with its policy statuses
+	MaxHello       = 4 << 20  // GET /v1/hello with its policy statuses
 	MaxDesired     = 8 << 20  // PUT /v1/desired, envelope included
 	MaxActionBody  = 256 << 10
 	MaxFrameLine   = 256 << 10 // one line of an outbox or action stream: an event may need six bytes of JSON for one of text

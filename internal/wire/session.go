@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"time"
+	"unicode/utf8"
 )
 
 // URLs of the session API, which nodes and RCPs serve inside an end-to-end
@@ -103,6 +104,69 @@ type PolicyStatus struct {
 	State  string    `json:"state"` // applied, pending, failed
 	Error  string    `json:"error,omitempty"`
 	Since  time.Time `json:"since"`
+}
+
+// maxStatuses bounds the policy statuses of one message, in bytes of JSON, and
+// leaves room for the rest of a hello of [MaxHello].
+const maxStatuses = MaxHello - 512<<10
+
+// minStatusError is what is left of an error at least, in bytes of JSON.
+const minStatusError = 64
+
+// FitStatuses clips the errors of statuses so that a hello with all of them
+// fits: each failing policy gets the same share.
+func FitStatuses(list []PolicyStatus) {
+	free, failing := maxStatuses, 0
+	for _, s := range list {
+		if s.Error != "" {
+			failing++
+		}
+		s.Error = ""
+		free -= jsonSize(s) + 1
+	}
+	if failing == 0 {
+		return
+	}
+	share := max(free/failing-len(`"error":"",`), minStatusError)
+	for i := range list {
+		list[i].Error = clipJSON(list[i].Error, share)
+	}
+}
+
+// jsonSize is the number of bytes of v as JSON.
+func jsonSize(v any) int {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return 0 // a time of no year: its message cannot be sent at all
+	}
+	return len(b)
+}
+
+// clipJSON cuts s so that it takes at most limit bytes of JSON within quotes.
+func clipJSON(s string, limit int) string {
+	const more = "…"
+	size, end := 0, 0 // end: where there is still room for more
+	for i, r := range s {
+		if size+len(more) <= limit {
+			end = i
+		}
+		if size += jsonCost(r); size > limit {
+			return s[:end] + more
+		}
+	}
+	return s
+}
+
+// jsonCost is the most bytes that encoding/json writes for r (RFC 8259,
+// section 7, and what HTML would take for markup).
+func jsonCost(r rune) int {
+	switch {
+	case r < ' ', r == '<', r == '>', r == '&', r == '\u2028', r == '\u2029', r == utf8.RuneError:
+		return 6
+	case r == '"', r == '\\':
+		return 2
+	}
+	return utf8.RuneLen(r)
 }
 
 // Policy states.

@@ -418,7 +418,9 @@ const maxError = 1 << 10
 func (e *Engine) Statuses() []wire.PolicyStatus {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	return slices.SortedFunc(maps.Values(e.status), func(a, b wire.PolicyStatus) int { return cmp.Compare(a.Name, b.Name) })
+	list := slices.SortedFunc(maps.Values(e.status), func(a, b wire.PolicyStatus) int { return cmp.Compare(a.Name, b.Name) })
+	wire.FitStatuses(list)
+	return list
 }
 
 func (e *Engine) poke() {
