@@ -80,7 +80,7 @@ func localCode(code string) int {
 		return ExitUsage
 	case local.CodeNotFound:
 		return ExitNotFound
-	case local.CodeForbidden, local.CodeRefused, local.CodeUnsupported:
+	case local.CodeForbidden, local.CodeRefused, local.CodeUnsupported, local.CodeBusy:
 		return ExitRefused
 	}
 	return ExitFailed

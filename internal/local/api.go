@@ -142,6 +142,7 @@ const (
 	CodeNotFound    = "not-found"
 	CodeRefused     = "refused"
 	CodeUnsupported = "unsupported"
+	CodeBusy        = "busy" // the caller sends too much
 	CodeUnavailable = "unavailable"
 	CodeInternal    = "internal"
 )
@@ -152,6 +153,7 @@ var httpStatus = map[string]int{
 	CodeNotFound:    http.StatusNotFound,
 	CodeRefused:     http.StatusConflict,
 	CodeUnsupported: http.StatusNotImplemented,
+	CodeBusy:        http.StatusTooManyRequests,
 	CodeUnavailable: http.StatusServiceUnavailable,
 	CodeInternal:    http.StatusInternalServerError,
 }

@@ -11,6 +11,7 @@ import (
 	"net/http/pprof"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"sallyport/internal/wire"
@@ -111,6 +112,7 @@ func (s *Server) Run(ctx context.Context) error {
 
 func handler(role Role, log *slog.Logger) http.Handler {
 	mux := http.NewServeMux()
+	var events allowances
 	answer := func(pattern string, f func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 			v, err := f(r)
@@ -131,6 +133,14 @@ func handler(role Role, log *slog.Logger) http.Handler {
 		}
 		if err := (wire.Event{Severity: e.Severity, Application: e.Application, Object: e.Object, Key: e.Key, Text: e.Text}).Validate(); err != nil {
 			return nil, &Error{CodeInvalid, err.Error()}
+		}
+		for name, text := range map[string]string{"application": e.Application, "object": e.Object, "key": e.Key, "text": e.Text} {
+			if strings.IndexByte(text, 0) >= 0 { // JSON made the rest UTF-8
+				return nil, &Error{CodeInvalid, fmt.Sprintf("event %s contains a NUL character", name)}
+			}
+		}
+		if err := events.spend(r.Context(), len(e.Text)+len(e.Key)+len(e.Object)+len(e.Application)); err != nil {
+			return nil, err
 		}
 		return s.SendEvent(r.Context(), e)
 	})
