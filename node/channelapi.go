@@ -14,11 +14,15 @@ import (
 // gateway needs one.
 const maxSessions = 64
 
+// maxSignals is how many streams of signals one channel may hold open: one is
+// read, and an RCP that follows them anew may not have ended the last one yet.
+const maxSignals = 4
+
 // channelHandler is everything that an upstream peer can ask of a node on a
 // channel. While either side enrols, that is our own key and nothing else.
 func (in *instance) channelHandler(c *channel.Conn) http.Handler {
 	generation := in.generation.Add(1)
-	slots := make(chan struct{}, maxSessions)
+	slots, signals := make(chan struct{}, maxSessions), make(chan struct{}, maxSignals)
 	pace := rate.NewLimiter(laneRate, laneBurst)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch {
@@ -33,7 +37,13 @@ func (in *instance) channelHandler(c *channel.Conn) http.Handler {
 		case c.Enrolling():
 			channel.Refuse(w, http.StatusNotFound, "this channel is for enrolment")
 		case r.Method == http.MethodGet && r.URL.Path == wire.PathSignals:
-			in.serveSignals(w, r, c, generation)
+			select {
+			case signals <- struct{}{}:
+				defer func() { <-signals }()
+				in.serveSignals(w, r, c, generation)
+			default:
+				channel.Refuse(w, http.StatusTooManyRequests, "too many streams of signals on this channel")
+			}
 		case r.Method == http.MethodPost && r.URL.Path == wire.PathDrain:
 			in.takeDrain(w, r)
 		case r.Method == http.MethodPost && r.URL.Path == wire.PathLanes:

@@ -53,6 +53,7 @@ type desired struct {
 	readonly bool
 	log      *slog.Logger
 	onRCPs   func([]wire.RCPAddresses)
+	life     context.Context // of the instance: what outlives a session ends with it
 
 	putting sync.Mutex // one document at a time, from acceptance to report
 
@@ -100,16 +101,21 @@ func (d *desired) restore(ctx context.Context) {
 		d.applied = doc.Revision
 		d.mu.Unlock()
 	default:
-		d.apply(ctx, doc)
+		_, _ = d.apply(ctx, doc) // the error says that we are stopping
 	}
 }
 
-func (d *desired) apply(ctx context.Context, doc *wire.Desired) []wire.PolicyStatus {
+// apply returns an error only when ctx ended: what is accepted is applied at
+// the next start then.
+func (d *desired) apply(ctx context.Context, doc *wire.Desired) ([]wire.PolicyStatus, error) {
 	statuses := d.engine.Apply(ctx, doc.Policies, doc.Specs)
+	if ctx.Err() != nil {
+		return statuses, fmt.Errorf("desired state %v is accepted and not applied: %w", doc.Revision, errStopped)
+	}
 	d.mu.Lock()
 	d.applied = doc.Revision
 	d.mu.Unlock()
-	return statuses
+	return statuses, nil
 }
 
 // revision is what the hello calls applied.
@@ -149,8 +155,15 @@ func (d *desired) put(ctx context.Context, env wire.Envelope) (wire.DesiredResul
 		d.log.Warn("keep the node's name", "error", err)
 	}
 	d.onRCPs(doc.RCPs)
-	// The gateway may go away meanwhile: what is accepted is applied.
-	statuses := d.apply(context.WithoutCancel(ctx), doc)
+	// The gateway may go away meanwhile: what is accepted is applied. The agent
+	// may be stopped meanwhile: that is not delayed.
+	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	defer context.AfterFunc(d.life, stop)()
+	statuses, err := d.apply(ctx, doc)
+	if err != nil {
+		return wire.DesiredResult{}, err
+	}
 	d.log.Info("desired state applied", "revision", doc.Revision, "policies", len(doc.Policies))
 	return wire.DesiredResult{Applied: doc.Revision, Policies: statuses}, nil
 }

@@ -99,6 +99,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	}
 	in.desired = &desired{
 		file: desiredFile(in.dir), id: in.id, lock: in.lock, engine: in.engine, readonly: in.readonly, log: in.log, onRCPs: in.takeRCPs,
+		life: context.Background(),
 	}
 	if err := in.desired.load(); err != nil {
 		return nil, err
@@ -127,6 +128,7 @@ func (in *instance) Run(ctx context.Context) (err error) {
 	in.log.Info("instance starts", "id", in.id.ID(), "fingerprint", in.id.Fingerprint(), "applied", in.desired.revision())
 	defer func() { err = errors.Join(err, in.spool.Close()) }()
 	g, ctx := errgroup.WithContext(ctx)
+	in.desired.life = ctx
 	g.Go(func() error { return in.applicant.Run(ctx) })
 	g.Go(func() error { return in.actions.Run(ctx) })
 	g.Go(func() error { return in.upstreams.Run(ctx) })

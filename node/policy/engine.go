@@ -145,7 +145,8 @@ func (e *Engine) memoryFile() string  { return filepath.Join(e.cfg.Dir, "checks.
 
 // Apply makes the host as the policies say and reports each. Whatever fails
 // keeps what was applied of it before, and is tried again by Run. Applying the
-// same again repairs drift.
+// same again repairs drift. When ctx ends, the policy under way is put back and
+// the rest is left as it is.
 func (e *Engine) Apply(ctx context.Context, policies []wire.Policy, specs map[string]json.RawMessage) []wire.PolicyStatus {
 	e.applying.Lock()
 	defer e.applying.Unlock()
@@ -178,6 +179,9 @@ func (e *Engine) Apply(ctx context.Context, policies []wire.Policy, specs map[st
 	}
 	conflicts := e.conflicts()
 	for _, p := range policies {
+		if ctx.Err() != nil {
+			return e.Statuses()
+		}
 		e.applyOne(ctx, p, conflicts[p.Name])
 	}
 	e.mu.Lock()
@@ -188,6 +192,9 @@ func (e *Engine) Apply(ctx context.Context, policies []wire.Policy, specs map[st
 	}
 	e.mu.Unlock()
 	for _, a := range gone() {
+		if ctx.Err() != nil {
+			return e.Statuses()
+		}
 		e.removeOne(ctx, a)
 	}
 	e.releaseClaims()
@@ -235,6 +242,9 @@ func (e *Engine) applyOne(ctx context.Context, p wire.Policy, conflict error) {
 	err := conflict
 	if err == nil {
 		err = e.applyType(ctx, p)
+	}
+	if err != nil && ctx.Err() != nil {
+		return // we are stopping: that is no fault of the policy
 	}
 	e.report(p, err)
 }

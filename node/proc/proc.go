@@ -79,17 +79,34 @@ func (a Allow) Resolve(program, variable string) (string, error) {
 	return resolved, nil
 }
 
-// Environ is the agent's environment without SALLYPORT_*, which may hold join
-// codes.
+// Environ is the agent's environment without its secrets: SALLYPORT_*, which
+// may hold join codes, and the user and password of an HTTP proxy.
 func Environ() []string {
 	env := os.Environ()
 	kept := env[:0:0]
 	for _, kv := range env {
-		if !strings.HasPrefix(kv, "SALLYPORT_") {
+		name, value, _ := strings.Cut(kv, "=")
+		switch {
+		case strings.HasPrefix(name, "SALLYPORT_"):
+		case strings.HasSuffix(strings.ToLower(name), "_proxy"):
+			kept = append(kept, name+"="+withoutUser(value))
+		default:
 			kept = append(kept, kv)
 		}
 	}
 	return kept
+}
+
+// withoutUser takes user and password out of a proxy's URL, which may lack its
+// scheme. What is no URL is cut the same way: too much rather than too little.
+func withoutUser(proxy string) string {
+	scheme, rest, found := strings.Cut(proxy, "://")
+	if !found {
+		scheme, rest = "", proxy
+	} else {
+		scheme += "://"
+	}
+	return scheme + rest[strings.LastIndexByte(rest, '@')+1:]
 }
 
 // Command is one program to run, already resolved.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -133,5 +134,27 @@ func TestBackground(t *testing.T) {
 	exit, out := run(t.Context(), t, `sleep 3 & echo done`)
 	if exit.Code != 0 || out != "done\n" || time.Since(start) > 2500*time.Millisecond {
 		t.Errorf("exit %+v, %q after %v", exit, out, time.Since(start))
+	}
+}
+
+// What runs here must not learn the password of the proxy, nor our secrets.
+func TestEnvironHoldsNoSecrets(t *testing.T) {
+	t.Setenv("SALLYPORT_NODE_JOIN", "sp1.secret")
+	for name, v := range map[string]struct{ value, want string }{
+		"HTTPS_PROXY": {"http://user:s3cr@t@proxy.example:3128/", "http://proxy.example:3128/"},
+		"http_proxy":  {"user:s3cret@proxy.example:3128", "proxy.example:3128"},
+		"ALL_PROXY":   {"socks5://user:s3cret@[::1]:1080", "socks5://[::1]:1080"},
+		"no_proxy":    {"localhost,.example", "localhost,.example"},
+		"FTP_PROXY":   {"http://proxy.example:3128", "http://proxy.example:3128"},
+	} {
+		t.Setenv(name, v.value)
+		if !slices.Contains(Environ(), name+"="+v.want) {
+			t.Errorf("%s=%s is not handed on as %s", name, v.value, v.want)
+		}
+	}
+	for _, kv := range Environ() {
+		if strings.Contains(kv, "s3cr") || strings.Contains(kv, "sp1.secret") {
+			t.Errorf("handed on: %s", kv)
+		}
 	}
 }
