@@ -156,7 +156,7 @@ func newFleet(t timings, installation string, log *slog.Logger) *fleet {
 		changed: make(map[wire.ID]*change),
 		news:    make(chan struct{}, 1),
 		seen:    make(map[wire.ID]seen),
-		arrived: make(chan wire.KeyHash, 256),
+		arrived: make(chan wire.KeyHash, 2*maxPendingPerLink),
 	}
 	for i := range f.ready {
 		f.ready[i] = make(chan struct{}, 1)

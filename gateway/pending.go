@@ -16,8 +16,9 @@ const (
 	// pendingSweep is how often a party that still waits is looked at again: a
 	// grant must not wait long for it, and most often nothing changed.
 	pendingSweep = 10 * time.Second
-	// pendingAtOnce bounds the enrolment sessions by way of one first hop.
-	pendingAtOnce = 8
+	// pendingAtOnce bounds the enrolment sessions by way of one first hop; the
+	// others wait in a queue, as long as the fleet knows pending parties.
+	pendingAtOnce = 32
 	// pendingTime bounds one of them, and pendingOpen the opening of it by one
 	// way, so that there is time for another.
 	pendingTime = 30 * time.Second
@@ -28,7 +29,8 @@ const (
 // enrolment, when it comes and from time to time while it is there. An RCP
 // that makes parties up, or lets their sessions hang, delays only its own.
 func (s *Server) watchPending(ctx context.Context) error {
-	w := &pendingWork{s: s, busy: make(map[wire.KeyHash]bool), running: make(map[wire.ID]int)}
+	w := &pendingWork{s: s, busy: make(map[wire.KeyHash]bool), queued: make(map[wire.KeyHash]bool),
+		running: make(map[wire.ID]int), queues: make(map[wire.ID][]wire.KeyHash)}
 	defer w.wg.Wait()
 	sweep := time.NewTicker(pendingSweep)
 	defer sweep.Stop()
@@ -65,31 +67,69 @@ type pendingWork struct {
 
 	mu      sync.Mutex
 	busy    map[wire.KeyHash]bool
-	running map[wire.ID]int // by first hop; "" for those that we have a channel to
+	queued  map[wire.KeyHash]bool
+	running map[wire.ID]int            // by first hop; "" for those that we have a channel to
+	queues  map[wire.ID][]wire.KeyHash // likewise; with keys that are not queued any more between
 }
 
-// start looks at one party unless that goes on already, or its first hop has
-// too many: the sweep comes again.
-func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) {
+// start looks at one party by a first hop that has room. Else the party waits
+// for its turn at one, and may be started by another before that: the sweep
+// comes again. It tells whether the party is there.
+func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) (there bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	rcp, hop, peer, ok := w.s.whereIs(key, func(hop wire.ID) bool { return w.running[hop] < pendingAtOnce })
-	if !ok || w.busy[key] || w.s.hooks.pending == nil {
-		return
+	if w.busy[key] || w.s.hooks.pending == nil {
+		return false
 	}
-	w.busy[key] = true
-	w.running[hop]++
-	w.wg.Go(func() {
-		ctx, cancel := context.WithTimeout(ctx, pendingTime)
-		defer cancel()
-		w.s.hooks.pending(ctx, key, rcp, peer)
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		delete(w.busy, key)
-		if w.running[hop]--; w.running[hop] == 0 {
-			delete(w.running, hop)
+	rcp, hop, peer, ok := w.s.whereIs(key, func(hop wire.ID) bool { return w.running[hop] < pendingAtOnce })
+	if ok {
+		delete(w.queued, key)
+		w.busy[key] = true
+		w.running[hop]++
+		w.wg.Go(func() { w.look(ctx, key, hop, rcp, peer) })
+		return true
+	}
+	_, hop, _, ok = w.s.whereIs(key, func(wire.ID) bool { return true })
+	if ok && !w.queued[key] && len(w.queues[hop]) < 2*maxPendingPerLink {
+		w.queued[key] = true
+		w.queues[hop] = append(w.queues[hop], key)
+	}
+	return ok
+}
+
+// look looks at a party, and starts the one that waits behind it.
+func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, hop wire.ID, rcp *store.RCP, peer wire.Peer) {
+	within, cancel := context.WithTimeout(ctx, pendingTime)
+	w.s.hooks.pending(within, key, rcp, peer)
+	cancel()
+	w.mu.Lock()
+	delete(w.busy, key)
+	if w.running[hop]--; w.running[hop] == 0 {
+		delete(w.running, hop)
+	}
+	w.mu.Unlock()
+	for ctx.Err() == nil {
+		next, ok := w.next(hop)
+		if !ok || w.start(ctx, next) { // who has left meanwhile gives up the turn
+			return
 		}
-	})
+	}
+}
+
+// next takes the next party of a first hop out of its queue.
+func (w *pendingWork) next(hop wire.ID) (key wire.KeyHash, ok bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for len(w.queues[hop]) > 0 {
+		key = w.queues[hop][0]
+		w.queues[hop] = w.queues[hop][1:]
+		if w.queued[key] {
+			delete(w.queued, key)
+			return key, true
+		}
+	}
+	delete(w.queues, hop)
+	return "", false
 }
 
 // whereIs finds a way to a pending party whose first hop has room: our own
