@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -131,6 +132,7 @@ func (r *Relay) Run(ctx context.Context) (err error) {
 	g, serving := errgroup.WithContext(serving)
 	g.Go(func() error { return r.applicant.Run(serving) })
 	g.Go(func() error { return r.enforceRevocations(serving) })
+	g.Go(func() error { return r.tuneMemory(serving, os.Getenv("GOGC") != "") })
 	for _, p := range ports {
 		g.Go(func() error { return p.run(serving) })
 	}

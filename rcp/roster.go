@@ -122,6 +122,7 @@ type roster struct {
 
 	mu      sync.Mutex
 	seq     uint64
+	left    uint64
 	live    map[target][]*attached // best first
 	sources map[netip.Prefix]int   // pending parties
 	pending int
@@ -225,6 +226,7 @@ func (r *roster) remove(a *attached) bool {
 	if i < 0 {
 		return false
 	}
+	r.left++
 	r.live[tg] = slices.Delete(r.live[tg], i, i+1)
 	if len(r.live[tg]) == 0 {
 		delete(r.live, tg)
@@ -337,6 +339,13 @@ func (r *roster) all(keep func(identity.Peer) bool) (out []*attached) {
 		}
 	}
 	return out
+}
+
+// moved counts the channels that have come and gone, each time.
+func (r *roster) moved() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.seq + r.left
 }
 
 // count returns the connected parties by role, and the pending ones.

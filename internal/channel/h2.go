@@ -39,6 +39,21 @@ func newH2(conn net.Conn, dir Direction, lim Limits, log *slog.Logger, ended fun
 
 // newH2Client makes an HTTP/2 client of a connection. It writes the preface.
 func newH2Client(conn net.Conn, lim Limits) (*http2.ClientConn, error) {
+	t, err := h2Transport(lim)
+	if err != nil {
+		return nil, err
+	}
+	return t.NewClientConn(conn)
+}
+
+// h2Transports holds one http2.Transport for each set of limits: it is nothing
+// but their configuration, and some KiB large.
+var h2Transports sync.Map
+
+func h2Transport(lim Limits) (*http2.Transport, error) {
+	if t, ok := h2Transports.Load(lim); ok {
+		return t.(*http2.Transport), nil
+	}
 	t, err := http2.ConfigureTransports(&http.Transport{
 		DisableCompression: true,
 		HTTP2: &http.HTTP2Config{ // the windows cannot be set anywhere else
@@ -56,7 +71,8 @@ func newH2Client(conn net.Conn, lim Limits) (*http2.ClientConn, error) {
 	if lim.KeepAlive > 0 {
 		t.ReadIdleTimeout, t.PingTimeout, t.WriteByteTimeout = lim.KeepAlive, lim.KeepAlive, 2*lim.KeepAlive
 	}
-	return t.NewClientConn(conn)
+	first, _ := h2Transports.LoadOrStore(lim, t)
+	return first.(*http2.Transport), nil
 }
 
 // h2FrameSize is the smallest that RFC 9113 section 6.5.2 allows: frames bound

@@ -11,7 +11,8 @@ import (
 type Limits struct {
 	// Handshakes in flight, from the accepted connection to the verified
 	// peer, in total and per source (one IPv4 address, one IPv6 /64). What is
-	// above is closed unanswered: diallers come back by themselves.
+	// above the total waits to be accepted; what is above that of its source is
+	// closed unanswered: diallers come back by themselves.
 	Handshakes, HandshakesPerSource int
 	// HandshakeTimeout is for all of a handshake, the first byte included.
 	HandshakeTimeout time.Duration

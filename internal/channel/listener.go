@@ -55,6 +55,7 @@ type Listener struct {
 	udp        *udpPort // nil without QUIC
 	conns      *registry
 	handshakes *sources
+	room       chan struct{} // holds a token for each handshake on TCP
 	pending    *sources
 	legs       *legs
 	logRate    *rate.Limiter
@@ -71,6 +72,7 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	lim := cfg.Limits.withDefaults()
 	l := &Listener{cfg: cfg, log: cfg.Log, limits: lim, conns: newRegistry(cfg.Identity),
 		handshakes: newSources(lim.Handshakes, lim.HandshakesPerSource),
+		room:       make(chan struct{}, lim.Handshakes),
 		pending:    newSources(lim.Pending, lim.PendingPerSource),
 		legs:       newLegs(),
 		logRate:    rate.NewLimiter(rate.Every(time.Second), 20)}
@@ -151,8 +153,16 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 	}
 	var pause time.Duration
 	for {
+		// Above the total, diallers wait in the kernel's queue: a plant that comes
+		// back at once is let in as fast as it can be, and nobody has to try again.
+		select {
+		case l.room <- struct{}{}:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
 		raw, err := l.tcp.Accept()
 		if err != nil {
+			<-l.room
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
@@ -172,18 +182,20 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 		if !ok {
 			l.log.Debug("too many handshakes in flight", "remote", raw.RemoteAddr().String())
 			_ = raw.Close()
+			<-l.room
 			continue
 		}
 		wg.Go(func() {
 			c, err := l.handshake(ctx, raw)
 			leave()
+			<-l.room
 			if err != nil {
 				_ = raw.Close()
 				l.refused(raw.RemoteAddr(), err)
 				return
 			}
-			if c != nil {
-				l.run(ctx, c, f)
+			if c != nil { // the handshake has grown this goroutine's stack: another takes over
+				wg.Go(func() { l.run(ctx, c, f) })
 			}
 		})
 	}

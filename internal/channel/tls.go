@@ -137,7 +137,7 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 			NextProtos:     []string{p.alpn},
 			ClientAuth:     tls.RequireAndVerifyClientCert,
 			ClientCAs:      s.roots,
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.id.Certificate() },
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.id.BriefCertificate() },
 			// quic-go works on a copy of this, whose ticket keys nobody else
 			// would have; and QUIC tickets are what 0-RTT begins with.
 			SessionTicketsDisabled: p.carrier == CarrierH3,
@@ -186,7 +186,7 @@ func (c *clientTLS) config(p *protocol, dir Direction) (*tls.Config, error) {
 	if p.enroll {
 		return c.enrollConfig(p, dir)
 	}
-	cert, err := c.id.Certificate()
+	cert, err := c.id.BriefCertificate()
 	if err != nil {
 		return nil, err
 	}

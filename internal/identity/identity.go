@@ -40,6 +40,7 @@ type Identity struct {
 	chain      []*x509.Certificate // leaf, intermediate, root; empty without a certificate
 	party      wire.Party          // of the leaf
 	cert       *tls.Certificate
+	brief      *tls.Certificate // cert without the root
 	selfSigned *tls.Certificate
 	roots      []*x509.Certificate
 	pool       *x509.CertPool
@@ -258,7 +259,7 @@ func (i *Identity) setKey(key *ecdsa.PrivateKey) error {
 }
 
 func (i *Identity) setCertificate() {
-	i.cert = nil
+	i.cert, i.brief = nil, nil
 	if i.chain == nil {
 		return
 	}
@@ -266,7 +267,9 @@ func (i *Identity) setCertificate() {
 	for _, x := range i.chain {
 		c.Certificate = append(c.Certificate, x.Raw)
 	}
-	i.cert = c
+	b := *c
+	b.Certificate = c.Certificate[:len(c.Certificate)-1]
+	i.cert, i.brief = c, &b
 }
 
 func (i *Identity) setRoots(roots []*x509.Certificate) {
@@ -353,6 +356,18 @@ func (i *Identity) Certificate() (*tls.Certificate, error) {
 		return nil, ErrNoCertificate
 	}
 	return i.cert, nil
+}
+
+// BriefCertificate is Certificate without the root: for peers that have it
+// already, which is every certified one. It spares them to parse and to keep it
+// for each connection.
+func (i *Identity) BriefCertificate() (*tls.Certificate, error) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if i.brief == nil {
+		return nil, ErrNoCertificate
+	}
+	return i.brief, nil
 }
 
 // Chain is the DER of leaf, intermediate and root; nil without a certificate.

@@ -36,7 +36,7 @@ type Session struct {
 // Dial opens a session with peer over a stream that leads to it, and owns the
 // stream from then on. That the other side accepts us shows in the first request.
 func Dial(ctx context.Context, stream net.Conn, id *identity.Identity, peer wire.Party) (*Session, error) {
-	cert, err := id.Certificate()
+	cert, err := id.BriefCertificate()
 	if err != nil {
 		_ = stream.Close()
 		return nil, fmt.Errorf("session with %s: %w", peer, err)

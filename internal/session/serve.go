@@ -49,7 +49,7 @@ func (h Handlers) Serve(ctx context.Context, stream net.Conn, id *identity.Ident
 			NextProtos:     []string{channel.ALPNSession, channel.ALPNTunnel},
 			ClientAuth:     tls.RequireAndVerifyClientCert,
 			ClientCAs:      roots,
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return id.Certificate() },
+			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return id.BriefCertificate() },
 			VerifyConnection: func(cs tls.ConnectionState) error {
 				_, err := verifyGateway(id, cs)
 				return err

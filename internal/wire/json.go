@@ -53,9 +53,10 @@ type LineReader struct {
 }
 
 // NewLineReader returns a reader of lines of at most limit bytes. It buffers
-// 4 KiB until a longer line arrives: an idle stream must stay cheap.
+// 4 KiB, or a quarter of a smaller limit, until a longer line arrives: an idle
+// stream must stay cheap.
 func NewLineReader(r io.Reader, limit int) *LineReader {
-	return &LineReader{r: bufio.NewReaderSize(r, min(limit, 4<<10)), limit: limit}
+	return &LineReader{r: bufio.NewReaderSize(r, min(limit/4, 4<<10)), limit: limit}
 }
 
 // Next decodes the next line into v. It returns io.EOF at the clean end of the
