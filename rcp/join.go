@@ -25,11 +25,18 @@ const (
 	// laneOrphan is how long a lane outlives the last channel of one of its
 	// parties: as long as it takes to come back.
 	laneOrphan = 30 * time.Second
+	// laneLinger is how often a lane that has ended in one direction must move
+	// laneChunk in the other, after the first time: an end that has closed for
+	// good looks no different, and must not hold a place for ever.
+	laneLinger = 15 * time.Second
 	// laneChunk is how many bytes pass before they are counted.
 	laneChunk = 4 << 20
 )
 
-var errLaneOrphan = errors.New("the party has no channel any more")
+var (
+	errLaneOrphan = errors.New("the party has no channel any more")
+	errLaneHalf   = errors.New("one direction has ended, and nothing moves in the other")
+)
 
 // lanes are the lanes that are open, or being opened.
 type lanes struct {
@@ -129,6 +136,7 @@ type lane struct {
 	up, down end
 	cutting  chan error    // holds why
 	orphan   time.Duration // laneOrphan
+	linger   time.Duration // laneLinger
 }
 
 func (l *lane) cut(cause error) {
@@ -180,6 +188,10 @@ func (l *lane) join(ctx context.Context, up, down *net.TCPConn) (bytesDown, byte
 	orphan := time.NewTimer(l.orphan)
 	orphan.Stop()
 	defer orphan.Stop()
+	half := time.NewTimer(l.linger)
+	half.Stop()
+	defer half.Stop()
+	moved := int64(-1) // when half fired last
 	for left := 2; left > 0; {
 		select {
 		case e := <-ended:
@@ -187,6 +199,15 @@ func (l *lane) join(ctx context.Context, up, down *net.TCPConn) (bytesDown, byte
 				err = first(err, e)
 				stop()
 			}
+			half.Reset(l.linger)
+		case <-half.C:
+			now := sent.Load() + received.Load()
+			if now == moved {
+				err = first(err, errLaneHalf)
+				stop()
+			}
+			moved = now
+			half.Reset(l.linger)
 		case cause := <-l.cutting:
 			err = first(err, cause)
 			stop()

@@ -83,7 +83,7 @@ func (r *Relay) beginLane(ctx context.Context, w http.ResponseWriter, req *http.
 		leave()
 		return ask.Node, noLeg(err)
 	}
-	l := &lane{r: r, node: ask.Node, up: end{conn: up, peer: up.Peer()}, down: end{conn: a.conn, peer: a.peer}, cutting: make(chan error, 1), orphan: laneOrphan}
+	l := &lane{r: r, node: ask.Node, up: end{conn: up, peer: up.Peer()}, down: end{conn: a.conn, peer: a.peer}, cutting: make(chan error, 1), orphan: laneOrphan, linger: laneLinger}
 	r.tasks.Go(func() {
 		defer leave()
 		l.run(r.errands, leg, down)

@@ -558,7 +558,7 @@ func TestLaneWithoutChannel(t *testing.T) {
 	gone := make(chan struct{})
 	back := make(chan struct{})
 	up, down := tcpPipe(t), tcpPipe(t)
-	l := &lane{r: r.Relay, cutting: make(chan error, 1), orphan: 50 * time.Millisecond,
+	l := &lane{r: r.Relay, cutting: make(chan error, 1), orphan: 50 * time.Millisecond, linger: time.Hour,
 		up:   end{conn: closable(back), peer: identity.Peer{Party: wire.Party{Role: wire.RoleGateway, ID: wire.NewID()}}},
 		down: end{conn: closable(gone), peer: identity.Peer{Party: wire.Party{Role: wire.RoleNode, ID: wire.NewID()}}}}
 	result := make(chan error, 1)
@@ -583,6 +583,25 @@ func TestLaneWithoutChannel(t *testing.T) {
 	}
 	ended(t, up[1])
 	ended(t, down[1])
+}
+
+// An end that closed while the other says nothing and keeps its own open gives
+// the place free all the same.
+func TestLaneThatIsHalfClosed(t *testing.T) {
+	r := newPlant(t).rcp(nil)
+	up, down := tcpPipe(t), tcpPipe(t)
+	l := &lane{r: r.Relay, cutting: make(chan error, 1), orphan: time.Hour, linger: 100 * time.Millisecond,
+		up: end{conn: closable(nil)}, down: end{conn: closable(nil)}}
+	result := make(chan error, 1)
+	go func() {
+		_, _, err := l.join(context.Background(), up[0], down[0])
+		result <- err
+	}()
+	_ = down[1].Close()
+	if err := <-result; !errors.Is(err, errLaneHalf) {
+		t.Errorf("got %v", err)
+	}
+	ended(t, up[1])
 }
 
 type closable chan struct{}
