@@ -15,9 +15,55 @@ import (
 	"time"
 )
 
-// backendVariable makes this program the backend: its value is the directory
-// to write the addresses to.
-const backendVariable = "BENCH_BACKEND"
+// helperVariable makes this program a helper of the benchmark, a process of its
+// own: "backend", or "joiner" and an address. Both write where they listen to
+// the file that is their first argument.
+const helperVariable = "BENCH_HELPER"
+
+// helper serves until ctx ends.
+func helper(ctx context.Context, kind string, args []string) error {
+	if len(args) == 0 {
+		return errors.New("a helper needs a file for its addresses")
+	}
+	switch {
+	case kind == "backend":
+		return backend(ctx, args[0])
+	case kind == "joiner" && len(args) == 2:
+		return joiner(ctx, args[0], args[1])
+	}
+	return fmt.Errorf("no helper %q with %d arguments", kind, len(args))
+}
+
+// startHelper starts a helper and returns where it listens.
+func startHelper(ctx context.Context, dir, kind string, args ...string) (*process, []string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, nil, err
+	}
+	file := filepath.Join(dir, kind)
+	p, err := startProcess(dir, kind+"-process", environment(helperVariable+"="+kind), self, append([]string{file}, args...)...)
+	if err != nil {
+		return nil, nil, err
+	}
+	var where []string
+	err = eventually(ctx, 10*time.Second, "the "+kind+" listens", func() error {
+		if err := p.ended(); err != nil {
+			return err
+		}
+		b, err := os.ReadFile(file)
+		where = strings.Fields(string(b))
+		return err
+	})
+	return p, where, err
+}
+
+// announce writes addresses to a file, all at once.
+func announce(file string, addresses ...string) error {
+	if err := os.WriteFile(file+".new", []byte(strings.Join(addresses, "\n")), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(file+".new", file)
+}
 
 // bulkBuffer is the size of reads and writes at both ends of bulk.
 const bulkBuffer = 256 << 10
@@ -30,9 +76,9 @@ type addresses struct {
 	echo   string // sends back what it reads
 }
 
-// backend serves until ctx ends. It is a process of its own, so that the load
-// generator and what it measures do not share a scheduler.
-func backend(ctx context.Context, dir string) error {
+// backend is what the load reaches in the end. It is a process of its own, so
+// that the load generator and what it measures do not share a scheduler.
+func backend(ctx context.Context, file string) error {
 	var names []string
 	var wg sync.WaitGroup
 	var listeners []net.Listener
@@ -47,11 +93,7 @@ func backend(ctx context.Context, dir string) error {
 		names = append(names, l.Addr().String())
 		wg.Go(func() { s(l) })
 	}
-	file := filepath.Join(dir, "backend")
-	if err := os.WriteFile(file+".new", []byte(strings.Join(names, "\n")), 0o600); err != nil {
-		return err
-	}
-	if err := os.Rename(file+".new", file); err != nil {
+	if err := announce(file, names...); err != nil {
 		return err
 	}
 	<-ctx.Done()
@@ -136,29 +178,43 @@ func pattern(n int) []byte {
 
 // startBackend starts the backend and reads where it listens.
 func startBackend(ctx context.Context, dir string) (*process, addresses, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, addresses{}, err
+	p, f, err := startHelper(ctx, dir, "backend")
+	if err == nil && len(f) != 4 {
+		err = fmt.Errorf("the backend has %d addresses", len(f))
 	}
-	p, err := startProcess(dir, "backend-process", environment(backendVariable+"="+dir), self)
 	if err != nil {
-		return nil, addresses{}, err
+		return p, addresses{}, err
 	}
-	var a addresses
-	err = eventually(ctx, 10*time.Second, "the backend listens", func() error {
-		if err := p.ended(); err != nil {
-			return err
-		}
-		b, err := os.ReadFile(filepath.Join(dir, "backend"))
+	return p, addresses{f[0], f[1], f[2], f[3]}, nil
+}
+
+// joiner joins each connection with one to addr and does nothing else: io.Copy
+// between two sockets, which the kernel splices. No RCP can carry bytes for
+// less CPU time, so it is the floor under the RCP's.
+func joiner(ctx context.Context, file, addr string) error {
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	if err := announce(file, l.Addr().String()); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	tcp(func(c net.Conn) {
+		other, err := dial(ctx, addr)
 		if err != nil {
-			return err
+			return
 		}
-		f := strings.Fields(string(b))
-		if len(f) != 4 {
-			return fmt.Errorf("%d addresses", len(f))
-		}
-		a = addresses{f[0], f[1], f[2], f[3]}
-		return nil
-	})
-	return p, a, err
+		defer func() { _ = other.Close() }()
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, _ = io.Copy(other, c) // the load counts what is missing
+			_ = other.CloseWrite()
+		})
+		_, _ = io.Copy(c, other)
+		_ = c.(*net.TCPConn).CloseWrite()
+		wg.Wait()
+	})(l)
+	return nil
 }

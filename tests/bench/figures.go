@@ -105,6 +105,8 @@ var figures = []figure{
 	{id: "lane.rcp.8", group: groupBulk, row: rowLane, name: "RCP CPU, 8 streams", unit: unitCPUGiB, must: 0.30, stretch: 0.25},
 	{id: "lane.share.1", group: groupBulk, row: rowLane, name: "throughput, 1 stream", unit: unitShare, must: 0.33, stretch: 0.48, higher: true},
 	{id: "lane.share.8", group: groupBulk, row: rowLane, name: "throughput, 8 streams", unit: unitShare, must: 0.30, stretch: 0.42, higher: true},
+	{id: "lane.floor.1", group: groupBulk, row: rowLane, name: "splicing alone (io.Copy between two sockets), CPU, 1 stream", unit: unitCPUGiB},
+	{id: "lane.floor.8", group: groupBulk, row: rowLane, name: "splicing alone, CPU, 8 streams", unit: unitCPUGiB},
 	{id: "lane.rate.1", group: groupBulk, row: rowLane, name: "throughput, 1 stream", unit: unitMiBs, higher: true},
 	{id: "lane.rate.8", group: groupBulk, row: rowLane, name: "throughput, 8 streams", unit: unitMiBs, higher: true},
 	{id: "lane.up.8", group: groupBulk, row: rowLane, name: "throughput towards the gateway, 8 streams", unit: unitMiBs, higher: true},

@@ -51,8 +51,8 @@ func main() {
 }
 
 func run(ctx context.Context, args []string) error {
-	if dir := os.Getenv(backendVariable); dir != "" {
-		return backend(ctx, dir)
+	if kind := os.Getenv(helperVariable); kind != "" {
+		return helper(ctx, kind, args)
 	}
 	var b bench
 	var cores int
@@ -185,6 +185,7 @@ func (b *bench) down() {
 	if b.haproxy != nil {
 		b.closing(b.haproxy.proc.stop(syscall.SIGTERM))
 	}
+	b.closing(b.joiner.stop(syscall.SIGTERM))
 	b.closing(b.back.stop(syscall.SIGTERM))
 }
 

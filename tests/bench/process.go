@@ -101,7 +101,7 @@ func environment(extra ...string) []string {
 	var env []string
 	for _, kv := range os.Environ() {
 		name, _, _ := strings.Cut(kv, "=")
-		if !strings.HasPrefix(name, "SALLYPORT_") && !strings.HasSuffix(strings.ToUpper(name), "_PROXY") && name != backendVariable {
+		if !strings.HasPrefix(name, "SALLYPORT_") && !strings.HasSuffix(strings.ToUpper(name), "_PROXY") && name != helperVariable {
 			env = append(env, kv)
 		}
 	}

@@ -26,6 +26,8 @@ type bench struct {
 
 	back    *process
 	targets addresses
+	joiner  *process // between a front and the sink
+	joined  string
 	haproxy *yardstick
 	site    *site     // with lanes
 	front   addresses // of its forwards
@@ -40,6 +42,11 @@ func (b *bench) yardstickUp(ctx context.Context) error {
 	if b.back, b.targets, err = startBackend(ctx, b.dir); err != nil {
 		return err
 	}
+	var joined []string
+	if b.joiner, joined, err = startHelper(ctx, b.dir, "joiner", b.targets.sink); err != nil {
+		return err
+	}
+	b.joined = joined[0]
 	if b.haproxy, err = startHaproxy(ctx, b.dir, b.targets); err != nil {
 		return err
 	}
@@ -135,6 +142,24 @@ func ratio(a, b float64) float64 {
 	return a / b
 }
 
+// floor measures what splicing alone costs.
+func (b *bench) floor(ctx context.Context, streams int) (float64, error) {
+	if _, err := bulkDown(ctx, b.joined, streams, warmUp/2); err != nil {
+		return 0, fmt.Errorf("splicing alone: warm up: %w", err)
+	}
+	before, err := cpuOf(b.joiner.pid())
+	if err != nil {
+		return 0, err
+	}
+	v, err := bulkDown(ctx, b.joined, streams, b.time)
+	if err != nil {
+		return 0, fmt.Errorf("splicing alone: %w", err)
+	}
+	after, err := cpuOf(b.joiner.pid())
+	b.say("splicing alone, %d streams: %.0f MiB/s, %.2f CPU-s/GiB", streams, v.mibPerSecond(), perGiB(after-before, v.bytes))
+	return perGiB(after-before, v.bytes), err
+}
+
 // bulk measures lanes.
 func (b *bench) bulk(ctx context.Context) error {
 	if err := b.siteUp(ctx); err != nil {
@@ -144,7 +169,7 @@ func (b *bench) bulk(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	rounds := make(map[int][]bulkRound)
+	rounds, floors := make(map[int][]bulkRound), make(map[int][]float64)
 	var up []float64
 	var moved int64
 	for i := range b.rounds {
@@ -155,6 +180,11 @@ func (b *bench) bulk(ctx context.Context) error {
 			}
 			rounds[streams] = append(rounds[streams], r)
 			moved += r.through.bytes
+			floor, err := b.floor(ctx, streams)
+			if err != nil {
+				return err
+			}
+			floors[streams] = append(floors[streams], floor)
 		}
 		v, err := bulkUp(ctx, b.front.source, 8, b.time)
 		if err != nil {
@@ -171,6 +201,8 @@ func (b *bench) bulk(ctx context.Context) error {
 	one, eight := rounds[1], rounds[8]
 	b.put("lane.rcp.1", column(one, bulkRound.rcp)...)
 	b.put("lane.rcp.8", column(eight, bulkRound.rcp)...)
+	b.put("lane.floor.1", floors[1]...)
+	b.put("lane.floor.8", floors[8]...)
 	b.put("lane.share.1", column(one, bulkRound.share)...)
 	b.put("lane.share.8", column(eight, bulkRound.share)...)
 	b.put("lane.rate.1", column(one, bulkRound.rate)...)
