@@ -383,7 +383,7 @@ func (b *bench) events(ctx context.Context) error {
 	var killer sync.WaitGroup
 	var kerr error
 	kills := 0
-	killer.Go(func() { kills, kerr = c.kill(killing, b.time/5) })
+	killer.Go(func() { kills, kerr = c.kill(killing, max(b.time/2, 2*time.Second), 4) })
 	r, err := c.run(ctx, load(eventsAsk/5)...)
 	enough()
 	killer.Wait()
@@ -399,10 +399,11 @@ func (b *bench) events(ctx context.Context) error {
 	return nil
 }
 
-// kill kills gateway and RCP in turns and starts them again, until ctx ends.
-func (c *crowd) kill(ctx context.Context, every time.Duration) (kills int, err error) {
+// kill kills gateway and RCP in turns and starts them again, times times or
+// until ctx ends.
+func (c *crowd) kill(ctx context.Context, every time.Duration, times int) (kills int, err error) {
 	victims := []*process{c.gateway, c.rcp.process}
-	for {
+	for kills < times {
 		if err := pause(ctx, every); err != nil {
 			return kills, nil //nolint:nilerr // the end of ctx is the end of the killing
 		}
@@ -415,4 +416,5 @@ func (c *crowd) kill(ctx context.Context, every time.Duration) (kills int, err e
 		}
 		kills++
 	}
+	return kills, nil
 }
