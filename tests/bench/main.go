@@ -36,6 +36,7 @@ type settings struct {
 	write    bool
 	programs string
 	profiles string
+	keep     bool
 }
 
 func main() {
@@ -82,8 +83,11 @@ func run(ctx context.Context, args []string) error {
 	if b.dir, err = os.MkdirTemp("", "bench"); err != nil { // short: unix socket names have 107 bytes
 		return err
 	}
-	defer func() { _ = os.RemoveAll(b.dir) }()
+	if !b.keep {
+		defer func() { _ = os.RemoveAll(b.dir) }()
+	}
 	b.say("%s, commit %s", m, m.commit)
+	b.say("data and logs in %s", b.dir)
 	if b.bin = b.programs; b.bin == "" {
 		b.bin = filepath.Join(root, "bin")
 		if err := b.build(ctx, root); err != nil {
@@ -110,6 +114,7 @@ func (b *bench) parse(args []string, cores *int) error {
 	set.BoolVar(&b.write, "write", true, "write docs/performance.{md,svg,json}")
 	set.StringVar(&b.programs, "bin", "", "directory of the programs (default: tests/run build makes them)")
 	set.StringVar(&b.profiles, "profiles", "", "directory for CPU profiles of gateway, RCP and node under each load; profiling slows them")
+	set.BoolVar(&b.keep, "keep", false, "keep the directory with logs and data of what ran; its name is in the first lines")
 	set.IntVar(cores, "cores", 2, "keep everything to that many cores; 0: all")
 	if err := set.Parse(args); err != nil {
 		return err

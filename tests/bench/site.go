@@ -46,11 +46,12 @@ const nodeName = "bench"
 
 // newSite starts a gateway and RCPs. rcpEnv are more variables of the RCPs.
 func newSite(ctx context.Context, bin, dir string, rcps int, rcpEnv ...string) (*site, error) {
-	s := &site{dir: dir, bin: bin}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	dir, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+"-")
+	if err != nil {
 		return nil, err
 	}
-	err := s.startGateway(ctx)
+	s := &site{dir: dir, bin: bin}
+	err = s.startGateway(ctx)
 	for i := 0; i < rcps && err == nil; i++ {
 		err = s.startRCP(ctx, fmt.Sprintf("rcp-%d", i+1), rcpEnv)
 	}
@@ -208,8 +209,8 @@ func (s *site) forward(ctx context.Context, back addresses) (front addresses, er
 		name, to string
 		front    *string
 	}{
-		{"sink", back.sink, &front.sink}, {"source", back.source, &front.source},
-		{"http", back.http, &front.http}, {"echo", back.echo, &front.echo},
+		{"bench-sink", back.sink, &front.sink}, {"bench-source", back.source, &front.source},
+		{"bench-http", back.http, &front.http}, {"bench-echo", back.echo, &front.echo},
 	}
 	var doc strings.Builder
 	var names []string

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"time"
@@ -63,9 +64,11 @@ func (b *bench) siteUp(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if b.front, err = s.forward(ctx, b.targets); err != nil {
+		return errors.Join(err, s.close())
+	}
 	b.site = s
-	b.front, err = s.forward(ctx, b.targets)
-	return err
+	return nil
 }
 
 // counted runs a load and returns what it cost the parties of a site.
