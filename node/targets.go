@@ -118,7 +118,6 @@ func (t *targets) dial(ctx context.Context, spec wire.TargetSpec) (net.Conn, err
 	if err != nil {
 		return nil, dialError(ctx, where, err)
 	}
-	tune(conn)
 	if spec.Scheme() != wire.SchemeHTTPS {
 		return conn, nil
 	}
@@ -134,12 +133,6 @@ func (t *targets) dial(ctx context.Context, spec wire.TargetSpec) (net.Conn, err
 		return nil, dialError(ctx, where, fmt.Errorf("TLS: %w", err))
 	}
 	return secure, nil
-}
-
-// tune sends small messages at once and notices dead services in minutes.
-func tune(conn *net.TCPConn) {
-	_ = conn.SetNoDelay(true)
-	_ = conn.SetKeepAliveConfig(net.KeepAliveConfig{Enable: true, Idle: 60 * time.Second, Interval: 15 * time.Second, Count: 4})
 }
 
 func dialError(ctx context.Context, where string, err error) error {

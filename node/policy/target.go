@@ -65,24 +65,19 @@ func (r *Reach) Dial(ctx context.Context, spec wire.TargetSpec) (*net.TCPConn, e
 	return nil, first
 }
 
+// targetKeepAlive notices in minutes that a service is gone.
+var targetKeepAlive = net.KeepAliveConfig{Enable: true, Idle: 60 * time.Second, Interval: 15 * time.Second, Count: 4}
+
 // dialOne gives an address its share of the time that is left.
 func dialOne(ctx context.Context, addr netip.AddrPort, left int) (*net.TCPConn, error) {
-	if deadline, ok := ctx.Deadline(); ok {
+	if deadline, ok := ctx.Deadline(); ok && left > 1 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, time.Until(deadline)/time.Duration(left))
 		defer cancel()
 	}
-	var d net.Dialer
+	d := net.Dialer{KeepAliveConfig: targetKeepAlive}
 	d.SetMultipathTCP(false)
-	c, err := d.DialContext(ctx, "tcp", addr.String())
-	if err != nil {
-		return nil, err
-	}
-	tcp, ok := c.(*net.TCPConn)
-	if !ok {
-		return nil, errors.Join(fmt.Errorf("dial %s: %T is no TCP connection", addr, c), c.Close())
-	}
-	return tcp, nil
+	return d.DialTCP(ctx, "tcp", netip.AddrPort{}, addr)
 }
 
 // resolve returns what may be dialled of host:port, never nothing without an error.
@@ -287,6 +282,7 @@ var ErrGone = errors.New("the target's policy was removed or changed")
 
 // offer is one applied target in use.
 type offer struct {
+	spec wire.TargetSpec
 	ctx  context.Context
 	gone context.CancelCauseFunc
 }
@@ -296,15 +292,16 @@ type offer struct {
 func (e *Engine) Target(name string) (spec wire.TargetSpec, ctx context.Context, ok bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if o, ok := e.offers[name]; ok { // every connection asks
+		return o.spec, o.ctx, true
+	}
 	a, ok := e.applied[name]
 	if !ok || a.Type != wire.PolicyTarget || json.Unmarshal(a.Spec, &spec) != nil {
 		return wire.TargetSpec{}, nil, false
 	}
-	o, ok := e.offers[name]
-	if !ok {
-		o.ctx, o.gone = context.WithCancelCause(context.Background())
-		e.offers[name] = o
-	}
+	o := offer{spec: spec}
+	o.ctx, o.gone = context.WithCancelCause(context.Background())
+	e.offers[name] = o
 	return spec, o.ctx, true
 }
 
