@@ -92,7 +92,8 @@ func writeAll(w io.Writer, bufs net.Buffers, vectors bool) (total int64, err err
 // source reads blocks that begin with room for a header.
 type source struct {
 	r     io.Reader
-	sock  *socket // nil: not a bare socket
+	conn  net.Conn
+	sock  *socket // of conn; nil: not a bare socket
 	block *block
 	room  int
 	n     int
@@ -102,7 +103,7 @@ type source struct {
 func sourceOf(r io.Reader) *source {
 	from := &source{r: r}
 	if c, ok := r.(net.Conn); ok {
-		if from.sock = socketOf(c); from.sock != nil {
+		if from.conn, from.sock = c, socketOf(c); from.sock != nil {
 			from.sock.readInto = from.tryRead
 		}
 	}
@@ -120,8 +121,10 @@ func (from *source) read(room int) (b *block, n int, err error) {
 	from.block, from.room, from.n, from.err = nil, room, 0, nil
 	err = from.sock.raw.Read(from.sock.readInto)
 	b, from.block = from.block, nil
-	if err == nil {
-		err = from.err
+	if err == nil && from.err != nil {
+		if err = from.err; err != io.EOF { // as the connection's own Read says it
+			err = &net.OpError{Op: "read", Net: from.conn.LocalAddr().Network(), Source: from.conn.LocalAddr(), Addr: from.conn.RemoteAddr(), Err: err}
+		}
 	}
 	return b, from.n, err
 }
