@@ -27,7 +27,7 @@ const (
 	// nodeTunnels bounds those to one node, as RCPs bound its lanes. A tunnel
 	// keeps one core busy at most: more than there are cores gain nothing.
 	nodeTunnels = 8
-	// busyTunnel is the load, in streams and 64 KiB that wait to be sent, at
+	// busyTunnel is the load, in streams and 128 KiB that wait to be sent, at
 	// which a node gets another tunnel.
 	busyTunnel = 24
 	// idleTunnel is how long a tunnel stays open without a stream.

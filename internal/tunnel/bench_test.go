@@ -86,6 +86,7 @@ func BenchmarkBulk(b *testing.B) {
 			buf := make([]byte, size)
 			b.SetBytes(size)
 			b.ReportAllocs()
+			defer reportCPU(b)()
 			var wg sync.WaitGroup
 			for i := range streams {
 				s := w.open(b, "sink")
@@ -122,6 +123,7 @@ func BenchmarkForwardBulk(b *testing.B) {
 			buf := make([]byte, size)
 			b.SetBytes(size)
 			b.ReportAllocs()
+			defer reportCPU(b)()
 			var wg sync.WaitGroup
 			for i := range streams {
 				wg.Go(func() {
@@ -159,6 +161,7 @@ func BenchmarkPingPong(b *testing.B) {
 			defer func() { _ = c.Close() }()
 			buf := make([]byte, 100)
 			b.ReportAllocs()
+			defer reportCPU(b)()
 			for b.Loop() {
 				if _, err := c.Write(buf); err != nil {
 					b.Fatal(err)
@@ -186,6 +189,7 @@ func BenchmarkRequests(b *testing.B) {
 		}
 	}, Config{})
 	b.ReportAllocs()
+	defer reportCPU(b)()
 	b.SetParallelism(32)
 	b.RunParallel(func(pb *testing.PB) {
 		s, err := w.client.Open("echo")
@@ -216,6 +220,7 @@ func BenchmarkOpen(b *testing.B) {
 		_, _ = s.Write(buf[:n])
 	}, Config{})
 	b.ReportAllocs()
+	defer reportCPU(b)()
 	b.SetParallelism(8)
 	b.RunParallel(func(pb *testing.PB) {
 		buf := make([]byte, 100)

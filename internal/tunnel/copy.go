@@ -41,7 +41,7 @@ func (s *Stream) ReadFrom(r io.Reader) (total int64, err error) {
 func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 	s.announce()
 	_, vectors := w.(*net.TCPConn)
-	var bufs [batchSize / blockSize][]byte
+	var bufs [8][]byte
 	for {
 		s.mu.Lock()
 		if err := s.awaitLocked(1); err != nil {
@@ -53,7 +53,7 @@ func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 		}
 		var take blockList
 		k := 0
-		for ; k < len(bufs) && s.in.head != nil; k++ {
+		for ; k < len(bufs) && s.in.head != nil && take.n < batchSize; k++ {
 			b := s.in.pop()
 			bufs[k] = b.bytes()
 			take.push(b)

@@ -14,7 +14,7 @@ const headerLen = 8
 // Limits of the format. What is above them ends the tunnel.
 const (
 	// MaxPayload is the largest payload of a data frame, in bytes: with its
-	// header it fills four TLS records.
+	// header it fills eight TLS records.
 	MaxPayload = blockSize - headerLen
 	// MaxTarget is the longest name of a target, in bytes.
 	MaxTarget = 255

@@ -109,7 +109,7 @@ func (in *reader) data(h header) error {
 		in.r += h.n
 		return nil
 	}
-	b := getBlock()
+	b := getBlockFor(h.n)
 	b.w = copy(b.buf, in.buf[in.r:in.w])
 	in.r, in.w = 0, 0
 	for b.w < h.n {

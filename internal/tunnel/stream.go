@@ -175,11 +175,7 @@ func (s *Stream) copyIn(p []byte) {
 	for len(p) > 0 {
 		b := s.in.tail
 		if b == nil || b.room() == 0 {
-			if b == nil && len(p) <= smallBlock {
-				b = getSmallBlock()
-			} else {
-				b = getBlock()
-			}
+			b = getBlockFor(max(len(p), s.in.n)) // as much again: few blocks, and little of them empty
 			s.in.push(b)
 		}
 		n := copy(b.buf[b.w:], p)
@@ -437,7 +433,7 @@ func (s *Stream) Write(p []byte) (written int, err error) {
 		if n <= smallWrite {
 			err = s.sendSmall(p[:n])
 		} else {
-			b := getBlock()
+			b := getBlockFor(headerLen + n)
 			copy(b.buf[headerLen:], p[:n])
 			err = s.sendBlock(b, n)
 		}

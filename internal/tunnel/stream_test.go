@@ -102,7 +102,7 @@ func TestBytesArriveAsTheyWere(t *testing.T) {
 		var wg sync.WaitGroup
 		defer wg.Wait()
 		for i := range 8 {
-			size := []int{1, 100, 4096, 5000, 65528, 65529, 1 << 20, 6_000_001}[i]
+			size := []int{1, 100, 4096, 5000, MaxPayload, MaxPayload + 1, 1 << 20, 6_000_001}[i]
 			s := w.open(t, "echo")
 			sent := make([]byte, size)
 			_, _ = rand.Read(sent)

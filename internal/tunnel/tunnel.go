@@ -223,7 +223,7 @@ func (t *Tunnel) Streams() int {
 }
 
 // Load tells how busy a tunnel is, roughly: the streams that are open, and the
-// blocks of 64 KiB that wait to be sent.
+// blocks of 128 KiB that wait to be sent.
 func (t *Tunnel) Load() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
