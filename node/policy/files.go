@@ -75,7 +75,7 @@ func (e *Engine) applyFiles(ctx context.Context, name string, plan filesPlan, pr
 		if have.same(want) {
 			continue
 		}
-		want.UID, want.GID = have.UID, have.GID
+		want.succeed(have)
 		undo, todo = append(undo, have), append(todo, want)
 	}
 	var dropped []string

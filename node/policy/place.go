@@ -142,12 +142,27 @@ const (
 type snapshot struct {
 	Path    string   `json:"path"` // resolved
 	Kind    string   `json:"kind"`
-	Mode    uint32   `json:"mode,omitempty"`
+	Mode    uint32   `json:"mode,omitempty"` // with setuid, setgid and sticky
 	UID     int      `json:"uid,omitempty"`
 	GID     int      `json:"gid,omitempty"`
 	Content []byte   `json:"content,omitempty"`
 	Target  string   `json:"target,omitempty"`  // of a link
 	Created []string `json:"created,omitempty"` // directories that a policy made for it
+	// Extended attributes by name: ACLs, capabilities, the SELinux label.
+	Attrs map[string][]byte `json:"attrs,omitempty"`
+}
+
+// modeBits are the bits of st_mode that chmod sets.
+const modeBits = 0o7777
+
+// succeed makes s, which has content and mode alone, the successor of the file
+// that it replaces: it has its owner and its SELinux label. ACLs and
+// capabilities were given to the other content, and its mode is a policy's.
+func (s *snapshot) succeed(before snapshot) {
+	s.UID, s.GID = before.UID, before.GID
+	if label, ok := before.Attrs[attrLabel]; ok {
+		s.Attrs = map[string][]byte{attrLabel: label}
+	}
 }
 
 // same reports whether two snapshots of one path say the same; the owner does
@@ -167,10 +182,9 @@ func (p *place) take() (snapshot, error) {
 	if err != nil {
 		return s, p.fail("stat", err)
 	}
-	s.UID, s.GID = int(st.Uid), int(st.Gid)
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFLNK:
-		s.Kind = kindLink
+		s.Kind, s.UID, s.GID = kindLink, int(st.Uid), int(st.Gid)
 		b := make([]byte, unix.PathMax)
 		n, err := unix.Readlinkat(p.fd, p.name, b)
 		if err != nil {
@@ -188,16 +202,24 @@ func (p *place) take() (snapshot, error) {
 	}
 	f := os.NewFile(uintptr(fd), p.path)
 	defer func() { _ = f.Close() }()
-	fi, err := f.Stat()
-	if err != nil {
+	// All that follows is of the file that is open: the name may mean another by now.
+	if err := unix.Fstat(fd, &st); err != nil {
+		return s, p.fail("stat", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return s, p.fail("save", errors.New("it just changed its kind"))
+	}
+	s.Kind, s.Mode, s.UID, s.GID = kindFile, st.Mode&modeBits, int(st.Uid), int(st.Gid)
+	if s.Attrs, err = readAttrs(fd); err != nil {
+		return s, p.fail("read the extended attributes of", err)
+	}
+	if s.Content, err = io.ReadAll(io.LimitReader(f, maxSaved+1)); err != nil {
 		return s, err
 	}
-	if !fi.Mode().IsRegular() || fi.Size() > maxSaved {
-		return s, p.fail("save", fmt.Errorf("it is larger than the %d MiB that can be saved, or it just changed its kind", maxSaved>>20))
+	if len(s.Content) > maxSaved {
+		return s, p.fail("save", fmt.Errorf("it is larger than the %d MiB that can be saved", maxSaved>>20))
 	}
-	s.Kind, s.Mode = kindFile, uint32(fi.Mode().Perm())
-	s.Content, err = io.ReadAll(io.LimitReader(f, maxSaved))
-	return s, err
+	return s, nil
 }
 
 // put makes p as s says, atomically, and durable.
@@ -225,6 +247,11 @@ func (p *place) make(temp string, s snapshot) error {
 		if err := unix.Symlinkat(s.Target, p.fd, temp); err != nil {
 			return p.fail("link", err)
 		}
+		if os.Geteuid() == 0 {
+			if err := unix.Fchownat(p.fd, temp, s.UID, s.GID, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+				return p.fail("give away the link", err)
+			}
+		}
 		return nil
 	}
 	fd, err := unix.Openat(p.fd, temp, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
@@ -237,7 +264,10 @@ func (p *place) make(temp string, s snapshot) error {
 		err = f.Chown(s.UID, s.GID)
 	}
 	if err == nil {
-		err = f.Chmod(fs.FileMode(s.Mode)) // after chown, which clears bits
+		err = unix.Fchmod(fd, s.Mode&modeBits) // after chown, which clears bits
+	}
+	if err == nil {
+		err = writeAttrs(fd, s.Attrs) // after chown, which clears capabilities
 	}
 	if err == nil {
 		err = f.Sync()
