@@ -2,8 +2,6 @@ package node
 
 import (
 	"context"
-	"errors"
-	"net"
 	"slices"
 	"strings"
 	"sync"
@@ -154,13 +152,12 @@ func (d *dialler) note(s channel.State) {
 	if s.Err != nil && (before.Err == nil || before.Err.Error() != s.Err.Error()) {
 		d.up.in.log.Warn("upstream cannot be reached", "address", d.addr, "error", s.Err, "failures", s.Failures)
 	}
-	var op *net.OpError
 	switch {
 	case s.Connected():
 		if !s.Conn.Enrolling() {
 			d.up.in.applicant.Refused(nil)
 		}
-	case errors.As(s.Err, &op) && op.Op == "remote error":
+	case channel.RefusesUs(s.Err):
 		d.up.in.applicant.Refused(s.Err)
 	}
 }

@@ -101,6 +101,7 @@ type Applicant struct {
 	decided chan struct{}
 	changed chan struct{}
 	problem string // last complaint about codes that was logged
+	trouble bool   // a code could not be written down, and that was logged
 	first   bool   // the first refresh is done
 }
 
@@ -217,8 +218,16 @@ func (a *Applicant) refresh() error {
 	if join, id := a.pick(joins); id != a.codeID && (join != nil || a.codeID == "") {
 		// A code that vanished stays in use in memory: it is removed by
 		// tidy operators as soon as the party runs.
-		if err := a.use(join, id, enrolled); err != nil {
+		switch err := a.use(join, id, enrolled); {
+		case err != nil && first && !enrolled:
 			return err
+		case err != nil: // the disk is full: the next look tries again, and what there is goes on
+			if !a.trouble {
+				a.cfg.Log.Error("join code is not used yet; it is tried again", "source", join.Source, "error", err)
+			}
+			a.trouble = true
+		default:
+			a.trouble = false
 		}
 	}
 	a.settle()
@@ -270,10 +279,11 @@ func digest(c wire.JoinCode) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// use takes a code; mu is held.
+// use takes a code; an error says that the disk did not take it, and that the
+// code before it stays in use. mu is held.
 func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
-	a.code, a.codeID = join, id
 	if join == nil {
+		a.code, a.codeID = nil, id
 		return nil
 	}
 	if err := a.id.Pin(join.Code.Root, join.Code.TrustDomain); err != nil {
@@ -289,6 +299,7 @@ func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
 	if err := a.remember(m); err != nil {
 		return err
 	}
+	a.code, a.codeID = join, id
 	if !enrolled {
 		// Whatever was said of another code is void; the gateway reads anew.
 		a.set(Status{State: StateWaiting, Reason: a.waiting()})

@@ -219,6 +219,42 @@ func TestRefusalWaitsAMinuteOrForAnotherCode(t *testing.T) {
 	})
 }
 
+// A disk that takes no new code leaves the party with the one it had, and the
+// new one is taken as soon as there is room.
+func TestNewCodeThatTheDiskRefusesIsTakenLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		memory := filepath.Join(p.id.Dir(), "join.json")
+		if err := os.Remove(memory); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(filepath.Join(memory, "in-the-way"), 0o700); err != nil { // no file can be put there
+			t.Fatal(err)
+		}
+		put(t, file, code(t, ca, "t2", func(c *wire.JoinCode) { c.Addresses = []string{"other.example:9090"} }))
+		time.Sleep(time.Minute)
+		if req, _ := p.get(t); req.Token != "t1-secret" || p.Addresses()[0] != "rcp.example:9090" {
+			t.Errorf("token %q, addresses %v", req.Token, p.Addresses())
+		}
+		if n := strings.Count(p.log.String(), "tried again"); n != 1 {
+			t.Errorf("it was said %d times", n)
+		}
+		if err := os.RemoveAll(memory); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Second)
+		if req, _ := p.get(t); req.Token != "t2-secret" || p.Addresses()[0] != "other.example:9090" {
+			t.Errorf("token %q, addresses %v", req.Token, p.Addresses())
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestManualWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)
