@@ -119,6 +119,9 @@ func (c *Gateway) surface() []Surface {
 		localSocket(c.Common, "gateway"))
 	out = append(out, listens(c.ChannelListen, "tcp+udp", "RCPs and nodes with a certificate, or pending", "SALLYPORT_GATEWAY_CHANNEL_LISTEN")...)
 	out = append(out, listens(c.AdminListen, "tcp", adminWho, "SALLYPORT_GATEWAY_ADMIN_LISTEN")...)
+	for _, v := range c.Accept {
+		out = append(out, Surface{kindDial, "tcp " + v.Addr, "clients at the proxies of RCPs and nodes, who ask for " + v.Name, "SALLYPORT_GATEWAY_ACCEPT"})
+	}
 	return append(out, dials(c.RCPs, "RCPs of this trust domain, beside those of rcp add", "SALLYPORT_GATEWAY_RCPS")...)
 }
 
@@ -134,6 +137,7 @@ func (c *RCP) surface() []Surface {
 	}
 	out = append(out, localSocket(c.Common, "rcp"))
 	out = append(out, listens(c.AdminListen, "tcp", adminWho, "SALLYPORT_RCP_ADMIN_LISTEN")...)
+	out = append(out, listens(c.ProxyListen, "tcp", "anybody who reaches it: asks for services of SALLYPORT_GATEWAY_ACCEPT", "SALLYPORT_RCP_PROXY_LISTEN")...)
 	out = append(out, dials(c.Upstreams, "as downstream: takes requests from it", "SALLYPORT_RCP_UPSTREAMS")...)
 	return append(out, dials(c.Downstreams, "as upstream", "SALLYPORT_RCP_DOWNSTREAMS")...)
 }
@@ -142,6 +146,7 @@ func (c *Node) surface() []Surface {
 	out := []Surface{localSocket(c.Common, "node")}
 	out = append(out, listens(c.Listen, "tcp+udp", "RCPs with a certificate", "SALLYPORT_NODE_LISTEN")...)
 	out = append(out, listens(c.AdminListen, "tcp", adminWho, "SALLYPORT_NODE_ADMIN_LISTEN")...)
+	out = append(out, listens(c.ProxyListen, "tcp", "anybody who reaches it: asks for services of SALLYPORT_GATEWAY_ACCEPT", "SALLYPORT_NODE_PROXY_LISTEN")...)
 	out = append(out, dials(c.Upstreams, "as downstream: takes requests that a gateway signed", "SALLYPORT_NODE_UPSTREAMS")...)
 	if c.Join.IsZero() && len(c.Upstreams) == 0 {
 		out = append(out, Surface{kindDial, "what the identity on disk and the gateway's RCP list say", "as downstream", "SALLYPORT_NODE_UPSTREAMS"})

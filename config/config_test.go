@@ -105,6 +105,19 @@ func TestValues(t *testing.T) {
 	}
 }
 
+func TestAccept(t *testing.T) {
+	g, err := LoadGateway([]string{"SALLYPORT_DATA=/d", "SALLYPORT_GATEWAY_ACCEPT= acme=10.0.0.1:443 ; otlp.internal=[::1]:4318;"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, ok := g.Accept.Find("otlp.internal"); !ok || s.Addr != "[::1]:4318" || len(g.Accept) != 2 {
+		t.Errorf("%+v", g.Accept)
+	}
+	if _, ok := g.Accept.Find("else"); ok {
+		t.Error("found what is not there")
+	}
+}
+
 func TestAllowTargets(t *testing.T) {
 	for value, want := range map[string]string{
 		"": "none", "none": "none", "*": "*:*", " DB.Example.com.:5432 ; *.lan:4?? ": "db.example.com:5432;*.lan:4??",
@@ -156,7 +169,12 @@ func TestRefusals(t *testing.T) {
 		{node, "SALLYPORT_LOG_FORMAT=xml", "want text or json"},
 		{node, "SALLYPORT_DATA=/" + long, "choose a shorter directory"},
 		{rcp, "SALLYPORT_RCP_LANES=maybe", "want on or off"},
-		{rcp, "SALLYPORT_RCP_PROXY_LISTEN=:20080", "not supported yet"},
+		{rcp, "SALLYPORT_RCP_PROXY_LISTEN=20080", "want host:port"},
+		{node, "SALLYPORT_NODE_PROXY_LISTEN=localhost", "want host:port"},
+		{gateway, "SALLYPORT_GATEWAY_ACCEPT=acme", "want name=host:port"},
+		{gateway, "SALLYPORT_GATEWAY_ACCEPT=acme=host", "service acme"},
+		{gateway, "SALLYPORT_GATEWAY_ACCEPT=*=host:1", "want name=host:port"},
+		{gateway, "SALLYPORT_GATEWAY_ACCEPT=acme=a:1;acme=b:2", "stands there twice"},
 		{rcp, "SALLYPORT_RCP_LISTEN=:1@sideways", "want upstream or downstream"},
 		{rcp, "SALLYPORT_RCP_PENDING_MAX=0", "at least 1"},
 		{gateway, "SALLYPORT_GATEWAY_NATS=nats://h:4222", "not supported yet"},

@@ -16,6 +16,7 @@ type Gateway struct {
 	Database      string    `env:"SALLYPORT_GATEWAY_DATABASE" doc:"SQLite file" form:"a path; postgres://... is not supported yet" why:"$SALLYPORT_DATA/gateway/sallyport.db: embedded, no server to run"`
 	NATS          string    `env:"SALLYPORT_GATEWAY_NATS" doc:"message bus between several gateways" form:"empty; other values are not supported yet" why:"empty: one gateway needs none"`
 	TargetLimit   int       `env:"SALLYPORT_GATEWAY_TARGET_LIMIT" envDefault:"1000" doc:"connections and relayed requests at once through one target; more are refused (429)" form:"a number from 1 on" why:"one busy target leaves files and memory to the others"`
+	Accept        Services  `env:"SALLYPORT_GATEWAY_ACCEPT" doc:"services of the trusted network that clients at the proxies of RCPs and nodes may reach, by these names and no others" form:"name=host:port;..." why:"none: it is the one way from outside into the trusted network"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	AdminListen   Listen    `env:"SALLYPORT_GATEWAY_ADMIN_LISTEN" envDefault:"127.0.0.1:9190" doc:"address of /metrics, /livez and /readyz" form:"host:port or off" why:"loopback: metrics name nodes"`
 }

@@ -38,7 +38,7 @@ type RCP struct {
 	Downstreams      Endpoints   `env:"SALLYPORT_RCP_DOWNSTREAMS" doc:"listening nodes or RCPs to dial" form:"host:port[,uuid];..." why:"none: an RCP that dials nothing needs no outbound rule"`
 	Join             Join        `env:"SALLYPORT_RCP_JOIN" doc:"join code, or where it is" form:"sp1..., a file, a directory of files or -" why:"none: without an identity a party needs a code, later none"`
 	Lanes            Switch      `env:"SALLYPORT_RCP_LANES" envDefault:"on" doc:"lanes: joined TCP connections for bulk, in which the RCP reads nothing" form:"on or off" why:"on: a fifth of the CPU for the same bytes; off: the channels carry everything"`
-	ProxyListen      Listen      `env:"SALLYPORT_RCP_PROXY_LISTEN" doc:"HTTP proxy for local clients" form:"off; addresses are not supported yet" why:"off: nobody at the remote site starts requests"`
+	ProxyListen      Listen      `env:"SALLYPORT_RCP_PROXY_LISTEN" doc:"HTTP proxy for clients in the RCP's network: their way to the services that a gateway names in SALLYPORT_GATEWAY_ACCEPT; 20080 by custom" form:"host:port or off" why:"off: nobody at the remote site starts requests"`
 	Carrier          Carrier     `env:"SALLYPORT_RCP_CARRIER" envDefault:"auto" doc:"carrier of the channels that the RCP dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	PendingMax       Count       `env:"SALLYPORT_RCP_PENDING_MAX" envDefault:"10000" doc:"parties without a certificate that may wait at once" form:"a number" why:"a site that is rolled out at once, in less than 1 GiB"`
 	PendingPerSource Count       `env:"SALLYPORT_RCP_PENDING_PER_SOURCE" envDefault:"1000" doc:"the same per source address (per /64 for IPv6)" form:"a number" why:"a thousand honest nodes may share one address behind NAT"`
@@ -55,9 +55,6 @@ func LoadRCP(environ []string) (RCP, error) {
 func (c *RCP) common() *Common { return &c.Common }
 
 func (c *RCP) validate() error {
-	if c.ProxyListen != "" {
-		return wrong("SALLYPORT_RCP_PROXY_LISTEN", "the HTTP proxy for local clients is not supported yet; leave it empty")
-	}
 	if err := c.Downstreams.needAddresses("SALLYPORT_RCP_DOWNSTREAMS"); err != nil {
 		return err
 	}

@@ -99,6 +99,7 @@ type fleet struct {
 	log          *slog.Logger
 	installation string
 	started      time.Time
+	onParked     func(node wire.ID) // hears hints, under mu; nil: nobody does
 
 	mu      sync.Mutex
 	members map[wire.ID]*member

@@ -226,4 +226,7 @@ func (f *fleet) hint(m *member, w *way, digest string, hints []string) {
 	if slices.Contains(hints, wire.HintAction) {
 		f.want(m, wantActions, true)
 	}
+	if f.onParked != nil && m.role == wire.RoleNode && m.known && m.revoked == "" && slices.Contains(hints, wire.HintParked) {
+		f.onParked(m.id)
+	}
 }

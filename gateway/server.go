@@ -77,6 +77,7 @@ type Server struct {
 	enrolment *enrolment
 	targets   *targets
 	forwards  *forwards
+	acceptor  *acceptor
 	hooks     hooks
 	started   time.Time
 }
@@ -102,6 +103,9 @@ func New(cfg Config, d Deps) (*Server, error) {
 	s.links = newLinks(s)
 	s.sessions = newSessions(s.fleet, s.metrics, s.links.connect, s.dialSession)
 	if s.tunnels, err = newTunnels(s, d.Metrics); err != nil {
+		return nil, fmt.Errorf("gateway: register metrics: %w", err)
+	}
+	if s.acceptor, err = newAcceptor(s, cfg.Accept, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
 	s.actions = newRunner(s)

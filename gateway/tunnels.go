@@ -363,7 +363,7 @@ func (p *tunnels) over(ctx context.Context, within time.Duration, node wire.ID, 
 	if err != nil {
 		return nil, err
 	}
-	t, err := p.dial(ctx, conn, p.party(wire.RoleNode, node))
+	t, err := p.dial(ctx, conn, p.party(p.fleet.roleOf(node), node))
 	if err != nil {
 		return nil, err
 	}

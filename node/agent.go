@@ -23,6 +23,7 @@ import (
 	"sallyport/internal/identity"
 	"sallyport/internal/local"
 	"sallyport/internal/lockdir"
+	"sallyport/internal/parking"
 	"sallyport/internal/wire"
 	"sallyport/node/policy"
 )
@@ -47,11 +48,13 @@ type Agent struct {
 	started time.Time
 	claims  policy.Claims
 	join    *identity.JoinSource
+	lot     *parking.Lot  // nil without SALLYPORT_NODE_PROXY_LISTEN
 	look    chan struct{} // holds a wake-up: a join code may be there
 
 	listening chan struct{} // closed when addr and adminAddr are known
 	addr      net.Addr
 	adminAddr net.Addr
+	proxyAddr net.Addr
 
 	mu        sync.Mutex
 	instances map[string]*instance
@@ -62,6 +65,9 @@ func New(cfg Config, log *slog.Logger, reg *prometheus.Registry) (*Agent, error)
 	a := &Agent{
 		cfg: cfg, log: log, reg: reg, boot: string(wire.NewID()), started: time.Now().UTC(),
 		look: make(chan struct{}, 1), listening: make(chan struct{}), instances: map[string]*instance{},
+	}
+	if cfg.ProxyListen != "" {
+		a.lot = a.newLot()
 	}
 	if err := reg.Register(collector{a}); err != nil {
 		return nil, fmt.Errorf("node: %w", err)
@@ -166,7 +172,7 @@ func plainName(td string) bool {
 }
 
 func (a *Agent) add(td string) (*instance, error) {
-	in, err := openInstance(a.cfg, td, a.join, &a.claims, a.boot, a.log)
+	in, err := openInstance(a.cfg, td, a.join, &a.claims, a.lot, a.boot, a.log)
 	if err != nil {
 		return nil, err
 	}
@@ -271,6 +277,13 @@ func (a *Agent) listen(ctx context.Context, dir string) (ports []port, err error
 		}
 		a.adminAddr = adm.Addr()
 		ports = append(ports, port{adm.Run, adm.Close})
+	}
+	if a.lot != nil {
+		p, err := a.listenProxy()
+		if err != nil {
+			return ports, err
+		}
+		ports = append(ports, p)
 	}
 	close(a.listening)
 	return ports, ctx.Err()

@@ -17,6 +17,7 @@ import (
 	"sallyport/config"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
+	"sallyport/internal/parking"
 	"sallyport/internal/wire"
 	"sallyport/node/policy"
 	"sallyport/node/proc"
@@ -49,6 +50,7 @@ type instance struct {
 	lanes      *lanes
 	signals    signals
 	targets    *targets
+	lot        *parking.Lot // of all instances; nil: no local clients
 	sessionAPI http.Handler
 	generation atomic.Int64
 	outboxes   atomic.Int32
@@ -58,10 +60,10 @@ type instance struct {
 
 // openInstance reads an instance's directory, or makes it, and repairs what a
 // crash left. Nothing runs before Run.
-func openInstance(cfg Config, td string, join *identity.JoinSource, claims *policy.Claims, boot string, log *slog.Logger) (_ *instance, err error) {
+func openInstance(cfg Config, td string, join *identity.JoinSource, claims *policy.Claims, lot *parking.Lot, boot string, log *slog.Logger) (_ *instance, err error) {
 	in := &instance{
 		cfg: cfg, td: td, dir: filepath.Join(cfg.Dir(string(wire.RoleNode)), td), boot: boot, salt: string(wire.NewID()),
-		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, dropped: make(chan int64, 1),
+		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, lot: lot, dropped: make(chan int64, 1),
 	}
 	defer func() {
 		if err != nil && in.spool != nil {

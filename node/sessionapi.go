@@ -35,6 +35,7 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux.HandleFunc("POST "+wire.PathDrain, in.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, in.endDrain)
 	mux.HandleFunc("POST "+wire.PathEcho, echo)
+	mux.Handle(wire.PathParked, in.lot.API(in.td))
 	return mux
 }
 

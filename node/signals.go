@@ -101,5 +101,8 @@ func (in *instance) signal(generation int64) wire.Signal {
 	if in.actions.uncollected() {
 		s.Hints = append(s.Hints, wire.HintAction)
 	}
+	if in.lot != nil && in.lot.Waits(in.td) {
+		s.Hints = append(s.Hints, wire.HintParked)
+	}
 	return s
 }

@@ -178,6 +178,10 @@ func (t *targets) refusalsByCode() map[tunnel.Code]int64 {
 // serveTarget serves a stream that a gateway opened. A read-only node serves
 // it: nothing on the host changes.
 func (in *instance) serveTarget(ctx context.Context, target string, s *tunnel.Stream) {
+	if id, ok := wire.ParseParkedTarget(target); ok {
+		in.serveParked(ctx, id, s)
+		return
+	}
 	in.targets.serve(ctx, target, s)
 }
 

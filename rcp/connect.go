@@ -245,7 +245,7 @@ func (r *Relay) answerSelf(w http.ResponseWriter, req *http.Request, up *channel
 	if enrolling {
 		return session.ServeEnroll(req.Context(), stream, r.id, r.applicant.Handler())
 	}
-	return session.Serve(req.Context(), stream, r.id, r.selfHandler())
+	return session.Handlers{API: r.selfHandler(), Targets: r.serveTarget}.Serve(req.Context(), stream, r.id)
 }
 
 // traffic counts the bytes of one stream: down is from the gateway.

@@ -24,6 +24,7 @@ import (
 	"sallyport/internal/identity"
 	"sallyport/internal/local"
 	"sallyport/internal/lockdir"
+	"sallyport/internal/parking"
 	"sallyport/internal/wire"
 )
 
@@ -53,6 +54,7 @@ type Relay struct {
 	started     time.Time
 	upstreamIDs []wire.ID // RCPs that may be upstream of us
 
+	lot        *parking.Lot // nil without SALLYPORT_RCP_PROXY_LISTEN
 	metrics    *metrics
 	table      *table
 	roster     *roster
@@ -73,6 +75,7 @@ type Relay struct {
 	listening chan struct{} // closed when addrs is complete
 	addrs     []net.Addr
 	adminAddr net.Addr
+	proxyAddr net.Addr
 }
 
 // New does no I/O.
@@ -85,6 +88,9 @@ func New(cfg Config, log *slog.Logger, reg *prometheus.Registry) (*Relay, error)
 		listening: make(chan struct{}),
 	}
 	r.roster = newRoster(r.table, int(cfg.PendingMax), int(cfg.PendingPerSource), r.startRetiring)
+	if cfg.ProxyListen != "" {
+		r.lot = newLot(log)
+	}
 	r.mirrors = &mirrors{r: r, m: map[wire.ID]*mirror{}}
 	for _, e := range cfg.Upstreams {
 		if e.ID != "" {
@@ -215,6 +221,13 @@ func (r *Relay) listen(dir string) (ports []port, err error) {
 		}
 		r.adminAddr = adm.Addr()
 		ports = append(ports, port{adm.Run, adm.Close})
+	}
+	if r.lot != nil {
+		p, err := r.listenProxy()
+		if err != nil {
+			return ports, err
+		}
+		ports = append(ports, p)
 	}
 	close(r.listening)
 	return ports, nil

@@ -21,6 +21,7 @@ func (r *Relay) selfHandler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, r.hello()) })
 	mux.HandleFunc("POST "+wire.PathEcho, echo)
+	mux.Handle(wire.PathParked, r.lot.API(""))
 	mux.HandleFunc("POST "+wire.PathCSR, r.takeCSR)
 	mux.HandleFunc("PUT "+wire.PathCertificate, r.takeCertificate)
 	mux.HandleFunc("GET "+wire.PathRevocations, r.giveRevocations)
