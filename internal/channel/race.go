@@ -5,12 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"syscall"
 	"time"
 )
 
 const (
 	// headStart is what QUIC gets before HTTP/2 is tried beside it.
 	headStart = 300 * time.Millisecond
+	// lateQUIC is what QUIC gets after TCP was refused: two round trips by way
+	// of a satellite.
+	lateQUIC = 2 * time.Second
 	// probeMax bounds the time between attempts to return to QUIC.
 	probeMax = 15 * time.Minute
 )
@@ -102,9 +106,32 @@ func (d *Dialer) dialRace(ctx context.Context, enroll bool) (*Conn, error) {
 	case !h2:
 		return d.dialH3(ctx, enroll)
 	}
+	return raceOf(ctx, func(ctx context.Context) (*Conn, error) { return d.dialH3(ctx, enroll) },
+		func(ctx context.Context) (*Conn, error) { return d.dialH2(ctx, enroll) })
+}
+
+// errNobody says that a host which is there has nobody at the port.
+var errNobody = errors.New("no answer, and TCP is refused at this port")
+
+// raceOf tries QUIC, and HTTP/2 soon after. A port that refuses TCP is most
+// often closed for UDP too, which nobody says: QUIC then gets lateQUIC, instead
+// of all the time that it would take to give up.
+func raceOf(ctx context.Context, h3, h2 func(context.Context) (*Conn, error)) (*Conn, error) {
+	quicCtx, giveUp := context.WithCancelCause(ctx)
+	defer giveUp(nil)
 	return firstOf(ctx, []attempt{
-		{dial: func(ctx context.Context) (*Conn, error) { return d.dialH3(ctx, enroll) }},
-		{after: headStart, dial: func(ctx context.Context) (*Conn, error) { return d.dialH2(ctx, enroll) }},
+		{dial: func(ctx context.Context) (*Conn, error) {
+			defer context.AfterFunc(ctx, func() { giveUp(context.Cause(ctx)) })()
+			return h3(quicCtx)
+		}},
+		{after: headStart, dial: func(ctx context.Context) (*Conn, error) {
+			c, err := h2(ctx)
+			if errors.Is(err, syscall.ECONNREFUSED) {
+				late := time.AfterFunc(lateQUIC, func() { giveUp(errNobody) })
+				context.AfterFunc(quicCtx, func() { late.Stop() })
+			}
+			return c, err
+		}},
 	})
 }
 
