@@ -110,6 +110,7 @@ var figures = []figure{
 	{id: "lane.rate.1", group: groupBulk, row: rowLane, name: "throughput, 1 stream", unit: unitMiBs, higher: true},
 	{id: "lane.rate.8", group: groupBulk, row: rowLane, name: "throughput, 8 streams", unit: unitMiBs, higher: true},
 	{id: "lane.up.8", group: groupBulk, row: rowLane, name: "throughput towards the gateway, 8 streams", unit: unitMiBs, higher: true},
+	{id: "lane.up.share.8", group: groupBulk, row: rowLane, name: "throughput towards the gateway, 8 streams", unit: unitShare, higher: true},
 	{id: "lane.gateway.8", group: groupBulk, row: rowLane, name: "gateway CPU, 8 streams", unit: unitCPUGiB},
 	{id: "lane.node.8", group: groupBulk, row: rowLane, name: "node CPU, 8 streams", unit: unitCPUGiB},
 	{id: "lane.haproxy.1", group: groupBulk, row: rowLane, name: "haproxy, 1 stream", unit: unitMiBs, higher: true},

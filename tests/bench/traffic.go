@@ -173,9 +173,9 @@ func (b *bench) bulk(ctx context.Context) error {
 		return err
 	}
 	rounds, floors := make(map[int][]bulkRound), make(map[int][]float64)
-	var up []float64
+	var up, upShare []float64
 	var moved int64
-	for i := range b.rounds {
+	for range b.rounds {
 		for _, streams := range []int{1, 8} {
 			r, err := b.bulkRound(ctx, b.site, b.front, streams, fmt.Sprintf("bulk-%d", streams))
 			if err != nil {
@@ -189,12 +189,22 @@ func (b *bench) bulk(ctx context.Context) error {
 			}
 			floors[streams] = append(floors[streams], floor)
 		}
-		v, err := bulkUp(ctx, b.front.source, 8, b.time)
+		direct, err := bulkUp(ctx, b.haproxy.front.source, 8, b.time)
 		if err != nil {
-			return fmt.Errorf("bulk towards the gateway: %w", err)
+			return fmt.Errorf("bulk towards the gateway: haproxy: %w", err)
 		}
-		b.say("bulk round %d, towards the gateway: %.0f MiB/s", i+1, v.mibPerSecond())
-		up = append(up, v.mibPerSecond())
+		var v volume
+		cost, err := b.counted(ctx, b.site, "bulk-up-8", func(ctx context.Context) error {
+			var err error
+			v, err = bulkUp(ctx, b.front.source, 8, b.time)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		b.say("bulk-up-8: %.0f MiB/s, haproxy %.0f, RCP %.2f CPU-s/GiB, gateway %.2f, node %.2f", v.mibPerSecond(), direct.mibPerSecond(),
+			perGiB(cost.rcp, v.bytes), perGiB(cost.gateway, v.bytes), perGiB(cost.node, v.bytes))
+		up, upShare = append(up, v.mibPerSecond()), append(upShare, ratio(v.mibPerSecond(), direct.mibPerSecond()))
 		moved += v.bytes
 	}
 	after, err := b.site.carried(ctx)
@@ -211,6 +221,7 @@ func (b *bench) bulk(ctx context.Context) error {
 	b.put("lane.rate.1", column(one, bulkRound.rate)...)
 	b.put("lane.rate.8", column(eight, bulkRound.rate)...)
 	b.put("lane.up.8", up...)
+	b.put("lane.up.share.8", upShare...)
 	b.put("lane.gateway.8", column(eight, bulkRound.gateway)...)
 	b.put("lane.node.8", column(eight, bulkRound.node)...)
 	b.put("lane.haproxy.1", column(one, bulkRound.haproxy)...)
