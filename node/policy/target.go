@@ -77,7 +77,15 @@ func dialOne(ctx context.Context, addr netip.AddrPort, left int) (*net.TCPConn, 
 	}
 	d := net.Dialer{KeepAliveConfig: targetKeepAlive}
 	d.SetMultipathTCP(false)
-	return d.DialTCP(ctx, "tcp", netip.AddrPort{}, addr)
+	c, err := d.DialContext(ctx, "tcp", addr.String()) // DialTCP would bind a port of its own first, and run out of them
+	if err != nil {
+		return nil, err
+	}
+	tcp, ok := c.(*net.TCPConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("dial %s: %T is no TCP connection", addr, c), c.Close())
+	}
+	return tcp, nil
 }
 
 // resolve returns what may be dialled of host:port, never nothing without an error.

@@ -81,7 +81,7 @@ type crowd struct {
 
 // newCrowd starts the parties and makes a join code for the nodes.
 func (b *bench) newCrowd(ctx context.Context, name string, plan scalePlan) (*crowd, error) {
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, name), plan.rcps)
+	s, err := b.newSite(ctx, name, plan.rcps)
 	if err != nil {
 		return nil, err
 	}

@@ -37,6 +37,7 @@ type settings struct {
 	programs string
 	profiles string
 	keep     bool
+	level    string // of the roles' logs
 }
 
 func main() {
@@ -115,6 +116,7 @@ func (b *bench) parse(args []string, cores *int) error {
 	set.StringVar(&b.programs, "bin", "", "directory of the programs (default: tests/run build makes them)")
 	set.StringVar(&b.profiles, "profiles", "", "directory for CPU profiles of gateway, RCP and node under each load; profiling slows them")
 	set.BoolVar(&b.keep, "keep", false, "keep the directory with logs and data of what ran; its name is in the first lines")
+	set.StringVar(&b.level, "log-level", "info", "of the roles; debug slows them")
 	set.IntVar(cores, "cores", 2, "keep everything to that many cores; 0: all")
 	if err := set.Parse(args); err != nil {
 		return err

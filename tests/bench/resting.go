@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"path/filepath"
 	"time"
 )
 
@@ -14,7 +13,7 @@ func (b *bench) memory(ctx context.Context) error {
 	if b.quick {
 		rest = 2 * time.Second
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "memory"), 1)
+	s, err := b.newSite(ctx, "memory", 1)
 	if err != nil {
 		return err
 	}

@@ -26,6 +26,7 @@ const readyWait = 60 * time.Second
 // each with its own data directory.
 type site struct {
 	dir, bin string
+	level    string // of logs
 	gateway  *process
 	rcp      *relay   // the first of rcps
 	rcps     []*relay // one, but for the largest numbers of nodes
@@ -45,12 +46,12 @@ type relay struct {
 const nodeName = "bench"
 
 // newSite starts a gateway and RCPs. rcpEnv are more variables of the RCPs.
-func newSite(ctx context.Context, bin, dir string, rcps int, rcpEnv ...string) (*site, error) {
-	dir, err := os.MkdirTemp(filepath.Dir(dir), filepath.Base(dir)+"-")
+func (b *bench) newSite(ctx context.Context, name string, rcps int, rcpEnv ...string) (*site, error) {
+	dir, err := os.MkdirTemp(b.dir, name+"-")
 	if err != nil {
 		return nil, err
 	}
-	s := &site{dir: dir, bin: bin}
+	s := &site{dir: dir, bin: b.bin, level: b.level}
 	err = s.startGateway(ctx)
 	for i := 0; i < rcps && err == nil; i++ {
 		err = s.startRCP(ctx, fmt.Sprintf("rcp-%d", i+1), rcpEnv)
@@ -65,7 +66,7 @@ func newSite(ctx context.Context, bin, dir string, rcps int, rcpEnv ...string) (
 func (s *site) data(party string) string { return filepath.Join(s.dir, party) }
 
 func (s *site) env(party string, extra ...string) []string {
-	return environment(append(extra, "SALLYPORT_DATA="+s.data(party))...)
+	return environment(append(extra, "SALLYPORT_DATA="+s.data(party), "SALLYPORT_LOG_LEVEL="+s.level)...)
 }
 
 func (s *site) startGateway(ctx context.Context) error {

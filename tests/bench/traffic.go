@@ -60,7 +60,7 @@ func (b *bench) siteUp(ctx context.Context) error {
 	if err := b.yardstickUp(ctx); err != nil || b.site != nil {
 		return err
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "lane"), 1, "SALLYPORT_RCP_LANES=on")
+	s, err := b.newSite(ctx, "lane", 1, "SALLYPORT_RCP_LANES=on")
 	if err != nil {
 		return err
 	}
@@ -236,7 +236,7 @@ func (b *bench) stream(ctx context.Context) error {
 	if err := b.yardstickUp(ctx); err != nil {
 		return err
 	}
-	s, err := newSite(ctx, b.bin, filepath.Join(b.dir, "stream"), 1, "SALLYPORT_RCP_LANES=off")
+	s, err := b.newSite(ctx, "stream", 1, "SALLYPORT_RCP_LANES=off")
 	if err != nil {
 		return err
 	}
