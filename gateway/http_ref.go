@@ -83,7 +83,15 @@ func (r *rest) node(ctx context.Context, ref string, changing bool) (*store.Node
 	if err != nil {
 		return nil, err
 	}
-	return pick("node", ref, changing, found, func(n *store.Node) (string, string) { return string(n.ID), n.Name })
+	n, err := pick("node", ref, changing, found, func(n *store.Node) (string, string) { return string(n.ID), n.Name })
+	if api.Is(err, api.CodeNotFound) {
+		for _, p := range r.s.fleet.strangers() {
+			if v := strangerView(p); v.Name == ref || beginsWith(ref, string(v.ID), "", true) {
+				return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("node %s is locked (unknown): it has a certificate of ours, and this database does not know it; restore the database, or enrol it again", wire.Quotable(ref)))
+			}
+		}
+	}
+	return n, err
 }
 
 // rcp finds the RCP that a reference means.

@@ -100,12 +100,34 @@ func TestWipedDatabase(t *testing.T) {
 	if err := fileHolds(path, "before the loss"); err != nil {
 		t.Errorf("the locked node did not keep what it had: %v", err)
 	}
-	gateway.Run("action", "run", "--node", string(id), "--", "touch", site.Path("files/obeyed")).Exits(127)
+	refused := gateway.Run("action", "run", "--node", string(id), "--", "touch", site.Path("files/obeyed")).Exits(127)
+	if !strings.Contains(refused.Stderr, "locked (unknown)") {
+		t.Errorf("the refusal does not say why: %s", refused.Stderr)
+	}
 	if _, err := os.Stat(site.Path("files/obeyed")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the locked node obeyed: %v", err)
 	}
 	node.Local("event", "send", "--severity", "minor", "reported while locked").Exits(0)
 	harness.Eventually(t, 15*time.Second, "the locked node reports", func() error { return gateway.HasEvent("reported while locked") })
+
+	// Without a backup it is enrolled anew, as docs/troubleshooting.md says.
+	if code := node.Stop(); code != 0 {
+		t.Fatalf("the node ended with %d", code)
+	}
+	for _, name := range []string{"identity", "uid"} {
+		found, err := filepath.Glob(filepath.Join(node.Data, "node", "*", name))
+		if err != nil || len(found) != 1 {
+			t.Fatalf("%s: %v, %v", name, found, err)
+		}
+		if err := os.RemoveAll(found[0]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	site.File("web-1.join", gateway.Run("join", "create", "--name", "web-1").Exits(0).Stdout)
+	node.Start()
+	harness.Eventually(t, 30*time.Second, "the node is enrolled anew and obeys", func() error {
+		return gateway.Run("action", "run", "--node", "web-1", "--", "true").Err()
+	})
 }
 
 func mustStatus(t *testing.T, r *harness.Role) localStatus {
