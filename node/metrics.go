@@ -27,18 +27,27 @@ var (
 	descTargetsN  = prometheus.NewDesc("sallyport_node_target_connections_total", "Connections to targets that came about.", []string{"instance"}, nil)
 	descTargetsNo = prometheus.NewDesc("sallyport_node_target_refused_total", "Connections to targets that did not, by reason.", []string{"instance", "reason"}, nil)
 	descTargetsB  = prometheus.NewDesc("sallyport_node_target_bytes_total", "Bytes to and from targets, counted when a connection ends.", []string{"instance", "direction"}, nil)
+	descParked    = prometheus.NewDesc("sallyport_node_proxy_connections", "Connections of local clients, by whether they wait for a gateway or are joined.", []string{"state"}, nil)
+	descParkedN   = prometheus.NewDesc("sallyport_node_proxy_connections_total", "Connections of local clients by what became of them.", []string{"result"}, nil)
 	descPerf      = prometheus.NewDesc("sallyport_node_check_perfdata", "Performance data of the last run, in the plugin's own unit.", []string{"instance", "policy", "label", "unit"}, nil)
 )
 
 // Describe names what Collect brings.
 func (collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descDepth, descBytes, descDropped, descUp, descLanes, descPolicies, descLocked, descExpiry, descCheck, descCheckDur, descPerf, descTargets, descTargetsN, descTargetsNo, descTargetsB} {
+	for _, d := range []*prometheus.Desc{descDepth, descBytes, descDropped, descUp, descLanes, descPolicies, descLocked, descExpiry, descCheck, descCheckDur, descPerf, descTargets, descTargetsN, descTargetsNo, descTargetsB, descParked, descParkedN} {
 		ch <- d
 	}
 }
 
 // Collect reads every instance.
 func (c collector) Collect(ch chan<- prometheus.Metric) {
+	if c.a.lot != nil {
+		waiting, joined, accepted, refused := c.a.lot.Figures()
+		ch <- prometheus.MustNewConstMetric(descParked, prometheus.GaugeValue, float64(waiting), "waiting")
+		ch <- prometheus.MustNewConstMetric(descParked, prometheus.GaugeValue, float64(joined), "joined")
+		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(accepted), "accepted")
+		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(refused), "refused")
+	}
 	for _, in := range c.a.all() {
 		gauge := func(d *prometheus.Desc, v float64, labels ...string) {
 			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, append([]string{in.td}, labels...)...)

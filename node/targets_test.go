@@ -58,7 +58,7 @@ func open(t *testing.T, tun *session.Tunnel, target string) *tunnel.Stream {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.Close() })
-	if err := s.SetDeadline(time.Now().Add(30 * time.Second)); err != nil {
+	if err := s.SetDeadline(time.Now().Add(2 * time.Minute)); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -336,7 +336,7 @@ func relay(t *testing.T, tun *session.Tunnel, target string, dialled *int) *http
 		return tun.Open(target)
 	}}
 	t.Cleanup(tr.CloseIdleConnections)
-	return &http.Client{Transport: tr, Timeout: 30 * time.Second}
+	return &http.Client{Transport: tr, Timeout: 2 * time.Minute}
 }
 
 func TestBuiltinTargets(t *testing.T) {

@@ -93,12 +93,18 @@ var (
 		"Parties that are connected directly, by role; those without a certificate as pending.", []string{"role"}, nil)
 	descBehind = prometheus.NewDesc("sallyport_rcp_peers_known",
 		"Parties that the peers stream shows, those behind other RCPs included.", nil, nil)
+	descParked = prometheus.NewDesc("sallyport_rcp_proxy_connections",
+		"Connections of local clients, by whether they wait for a gateway or are joined.", []string{"state"}, nil)
+	descParkedN = prometheus.NewDesc("sallyport_rcp_proxy_connections_total",
+		"Connections of local clients by what became of them.", []string{"result"}, nil)
 	descDraining = prometheus.NewDesc("sallyport_rcp_draining", "1 while the RCP takes no new streams.", nil, nil)
 )
 
 func (counts) Describe(ch chan<- *prometheus.Desc) {
 	ch <- descPeers
 	ch <- descBehind
+	ch <- descParked
+	ch <- descParkedN
 	ch <- descDraining
 }
 
@@ -107,6 +113,13 @@ func (c counts) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(descPeers, prometheus.GaugeValue, float64(n), role)
 	}
 	ch <- prometheus.MustNewConstMetric(descBehind, prometheus.GaugeValue, float64(c.r.table.size()))
+	if c.r.lot != nil {
+		waiting, joined, accepted, refused := c.r.lot.Figures()
+		ch <- prometheus.MustNewConstMetric(descParked, prometheus.GaugeValue, float64(waiting), "waiting")
+		ch <- prometheus.MustNewConstMetric(descParked, prometheus.GaugeValue, float64(joined), "joined")
+		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(accepted), "accepted")
+		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(refused), "refused")
+	}
 	draining := 0.0
 	if c.r.draining.Load() != nil {
 		draining = 1

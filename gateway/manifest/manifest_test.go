@@ -79,7 +79,7 @@ func TestFaultsNameFileAndLine(t *testing.T) {
 		"path":            {files + "  files:\n  - path: a/b\n    content: x\n", `bad.yaml:6: spec.files[0].path: "a/b"`},
 		"mode":            {files + "  files:\n  - path: /a\n    content: x\n    mode: 7777\n", `bad.yaml:8: spec.files[0].mode`},
 		"file key":        {files + "  files:\n  - path: /a\n    contents: x\n", `bad.yaml:7: unknown key "contents" in file`},
-		"target key":      {target + "  addres: a:1\n", `bad.yaml:5: unknown key "addres" in target spec`},
+		"target key":      {target + "  where: a:1\n", `bad.yaml:5: unknown key "where" in target spec`},
 		"target address":  {target + "  address: db\n", `bad.yaml:5: spec.address: "db" is not host:port`},
 		"target url":      {target + "\n  url: ftp://a\n", `bad.yaml:6: spec.url: scheme "ftp"`},
 		"target secret":   {target + "  url: http://u:p@a\n", `bad.yaml:5: spec.url: it holds credentials`},

@@ -273,11 +273,11 @@ func (p *Port) Run(ctx context.Context) error {
 		_ = p.srv.Close() // clients that send nothing
 	}
 	if err == nil {
-		<-ended
+		err = <-ended
 	}
 	handlers.Wait()
 	if errors.Is(err, http.ErrServerClosed) {
-		err = nil
+		return nil
 	}
 	return err
 }

@@ -175,7 +175,7 @@ func TestReachDialsNextAddress(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 		t.Error(err)
 	}
 }
@@ -189,14 +189,14 @@ func TestTargetPolicy(t *testing.T) {
 		return doc{name, wire.PolicyTarget, wire.TargetSpec{Address: address}}
 	}
 	st := h.apply(target("a", "db:5432"), target("b", "db:22"), target("c", "bad:80"), target("d", "later:80"), target("ping", "db:5432"),
-		target("e", "db"), doc{"f", wire.PolicyTarget, map[string]string{"addres": "db:5432"}})
+		target("e", "db"), doc{"f", wire.PolicyTarget, map[string]string{"where": "db:5432"}})
 	state(t, st["a"], wire.PolicyApplied, "")
 	state(t, st["b"], wire.PolicyFailed, "SALLYPORT_NODE_ALLOW_TARGETS does not allow db:22")
 	state(t, st["c"], wire.PolicyFailed, "bad resolves to 10.66.0.1: refused by the node's configuration: SALLYPORT_NODE_ALLOW_TARGETS does not allow 10.66.0.1:80")
 	state(t, st["d"], wire.PolicyApplied, "") // it does not resolve now; it may when it is dialled
 	state(t, st["ping"], wire.PolicyFailed, "of its own")
 	state(t, st["e"], wire.PolicyFailed, "host:port")
-	state(t, st["f"], wire.PolicyFailed, "addres")
+	state(t, st["f"], wire.PolicyFailed, "where")
 	spec, gone, ok := h.e.Target("a")
 	if !ok || spec.Address != "db:5432" {
 		t.Fatalf("%+v, %v", spec, ok)
