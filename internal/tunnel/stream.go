@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -316,8 +317,13 @@ func (s *Stream) returnBudgetLocked() {
 	s.reserved = 0
 }
 
-// announce tells the server of the stream, once.
+// announce tells the server of the stream, once. It lets others run first: a
+// first Write that is about to happen takes the news along.
 func (s *Stream) announce() {
+	if s.announced.Load() {
+		return
+	}
+	runtime.Gosched()
 	if s.announced.Load() {
 		return
 	}
