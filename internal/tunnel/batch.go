@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -86,7 +87,7 @@ func (b *Batch) looked() {
 func (b *Batch) record() error {
 	for b.w-b.r < recordHeader {
 		if err := b.fill(); err != nil {
-			if err == io.EOF && b.w > b.r {
+			if errors.Is(err, io.EOF) && b.w > b.r {
 				b.left = b.w - b.r
 				return nil
 			}

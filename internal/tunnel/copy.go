@@ -28,7 +28,7 @@ func (s *Stream) ReadFrom(r io.Reader) (total int64, err error) {
 		} else if b != nil {
 			b.put()
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if err != nil {
@@ -46,7 +46,7 @@ func (s *Stream) WriteTo(w io.Writer) (total int64, err error) {
 		s.mu.Lock()
 		if err := s.awaitLocked(1); err != nil {
 			s.mu.Unlock()
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				err = nil
 			}
 			return total, err
@@ -122,7 +122,7 @@ func (from *source) read(room int) (b *block, n int, err error) {
 	err = from.sock.raw.Read(from.sock.readInto)
 	b, from.block = from.block, nil
 	if err == nil && from.err != nil {
-		if err = from.err; err != io.EOF { // as the connection's own Read says it
+		if err = from.err; !errors.Is(err, io.EOF) { // as the connection's own Read says it
 			err = &net.OpError{Op: "read", Net: from.conn.LocalAddr().Network(), Source: from.conn.LocalAddr(), Addr: from.conn.RemoteAddr(), Err: err}
 		}
 	}
