@@ -25,7 +25,7 @@ type Tunnel struct {
 // DialTunnel shakes hands with peer over a stream or a lane that leads to it,
 // and owns the connection from then on. Nothing in the clear names the peer.
 func DialTunnel(ctx context.Context, conn net.Conn, id *identity.Identity, peer wire.Party, cfg tunnel.Config) (*Tunnel, error) {
-	cert, err := id.Certificate()
+	cert, err := id.BriefCertificate()
 	if err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("tunnel to %s: %w", peer, err)
