@@ -216,15 +216,15 @@ func TestNoLaneCanBeHad(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer c.Close(nil)
+				if name == "QUIC only" {
+					channel.BlockTCP(c)
+				}
 				up := c
 				if !ordinary {
 					served := make(chan struct{})
 					go func() { defer close(served); p.serve(context.Background(), c) }()
 					defer func() { c.Close(nil); <-served }()
 					up = <-p.accepted
-				}
-				if name == "QUIC only" {
-					channel.BlockTCP(c)
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 				defer cancel()
@@ -279,19 +279,18 @@ func expecting(t *testing.T, v variant, lim channel.Limits) (p *plant, up *chann
 	p = newPlant(t, v, l)
 	p.limits = lim
 	up = p.connect(t)
-	result := make(chan error, 1)
+	ended := make(chan struct{})
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
-		c, err := up.OpenLane(ctx, wire.LaneRequest{}) // whose leg waits for the answer, which is held back
-		if c != nil {
+		defer close(ended)
+		if c, err := up.OpenLane(ctx, wire.LaneRequest{}); err == nil { // its leg waits for the answer, which is held back
 			_ = c.Close()
 		}
-		result <- err
 	}()
 	t.Cleanup(func() {
 		close(l.hold)
 		cancel()
-		<-result
+		<-ended
 	})
 	deadline := time.Now().Add(10 * time.Second)
 	for {
