@@ -19,8 +19,10 @@ import (
 
 const (
 	// shunTime is how long a node that failed at a target is passed over, as
-	// long as there is another.
-	shunTime = 10 * time.Second
+	// long as there is another; it doubles up to maxShunTime while the node
+	// goes on failing.
+	shunTime    = 10 * time.Second
+	maxShunTime = 2 * time.Minute
 	// maxCandidates bounds the look for the least busy node: so many that are
 	// connected, from a random place on, are as good as all of them.
 	maxCandidates = 16
@@ -57,7 +59,7 @@ type catalog struct {
 	offers  map[string]*offer
 	streams map[wire.ID]int // connections and requests that run by way of each node
 	running map[string]int  // and through each target
-	shunned map[shun]time.Time
+	shunned map[shun]shunning
 	names   map[string]wire.ID // of nodes that were asked for; each answer is checked
 }
 
@@ -74,9 +76,15 @@ type shun struct {
 	target string
 }
 
+// shunning is for how long.
+type shunning struct {
+	until time.Time
+	last  time.Duration
+}
+
 func newCatalog(f *fleet, db *store.DB, log *slog.Logger) *catalog {
 	return &catalog{fleet: f, db: db, log: log, wanted: map[wire.ID]map[string]string{}, offers: map[string]*offer{},
-		streams: map[wire.ID]int{}, running: map[string]int{}, shunned: map[shun]time.Time{}, names: map[string]wire.ID{}}
+		streams: map[wire.ID]int{}, running: map[string]int{}, shunned: map[shun]shunning{}, names: map[string]wire.ID{}}
 }
 
 // run keeps the catalog as the database is, until ctx ends.
@@ -179,9 +187,10 @@ func (c *catalog) refresh(ctx context.Context) error {
 
 // choice is a node that shall carry one connection or request.
 type choice struct {
-	node wire.ID
-	spec *wire.TargetSpec // nil: a built-in target
-	done func()           // called once, when the connection or request is over
+	node  wire.ID
+	spec  *wire.TargetSpec // nil: a built-in target
+	alone bool             // there is no other node to go to
+	done  func()           // called once, when the connection or request is over
 }
 
 // pick chooses the node for one connection or request to a target: node, if it
@@ -218,7 +227,7 @@ func (c *catalog) pick(target string, node wire.ID, tried ...wire.ID) (choice, e
 	}
 	now := time.Now()
 	best := slices.MinFunc(found, func(a, b candidate) int { return c.rank(a, target, now) - c.rank(b, target, now) })
-	ch := choice{node: best.id}
+	ch := choice{node: best.id, alone: len(found) == 1}
 	if !builtin {
 		ch.spec = o.specs[best.id]
 	}
@@ -249,7 +258,7 @@ func (c *catalog) isShunned(node wire.ID, target string, now time.Time) bool {
 	if len(c.shunned) == 0 {
 		return false
 	}
-	return now.Before(c.shunned[shun{node, target}]) || now.Before(c.shunned[shun{node, ""}])
+	return now.Before(c.shunned[shun{node, target}].until) || now.Before(c.shunned[shun{node, ""}].until)
 }
 
 // failed has others preferred to a node for a while: for one target, or, with
@@ -258,8 +267,14 @@ func (c *catalog) failed(node wire.ID, target string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
-	maps.DeleteFunc(c.shunned, func(_ shun, until time.Time) bool { return !now.Before(until) })
-	c.shunned[shun{node, target}] = now.Add(shunTime)
+	maps.DeleteFunc(c.shunned, func(_ shun, s shunning) bool { return now.After(s.until.Add(maxShunTime)) })
+	key := shun{node, target}
+	s := c.shunned[key]
+	if !now.Before(s.until) { // several that fail together count once
+		s.last = min(max(2*s.last, shunTime), maxShunTime)
+		s.until = now.Add(s.last)
+		c.shunned[key] = s
+	}
 }
 
 // worked ends what failed began.
@@ -318,8 +333,8 @@ func (c *catalog) streamsBy(node wire.ID) int {
 func (c *catalog) avoided(node wire.ID, target string) time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	until := c.shunned[shun{node, target}]
-	if all := c.shunned[shun{node, ""}]; all.After(until) {
+	until := c.shunned[shun{node, target}].until
+	if all := c.shunned[shun{node, ""}].until; all.After(until) {
 		until = all
 	}
 	if !time.Now().Before(until) {

@@ -448,7 +448,7 @@ func (w *forward) carry(j *joining) error {
 func (w *forward) carryBy(j *joining, ch choice) error {
 	defer ch.done()
 	t := w.f.t
-	stream, err := t.open(w.ctx, ch.node, w.row.Target)
+	stream, err := t.open(w.ctx, ch.node, w.row.Target, ch.alone)
 	if err != nil {
 		return err
 	}

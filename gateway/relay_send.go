@@ -55,6 +55,9 @@ func place(ch choice, target string) string {
 	return fmt.Sprintf("%s.%08x.%s", ch.node, version.Sum32(), target)
 }
 
+// aloneKey is choice.alone on its way to dial.
+type aloneKey struct{}
+
 // dial opens a stream to a place.
 func (rl *relay) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	host, _, err := net.SplitHostPort(addr)
@@ -66,12 +69,13 @@ func (rl *relay) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	if !ok {
 		return nil, fmt.Errorf("%q is not a place", addr)
 	}
-	stream, err := rl.t.open(ctx, wire.ID(node), target)
+	alone, _ := ctx.Value(aloneKey{}).(bool)
+	stream, err := rl.t.open(ctx, wire.ID(node), target, alone)
 	if err != nil {
 		return nil, &openError{err}
 	}
 	m := rl.t.metrics.bytes
-	c := &relayConn{targetStream: stream, to: m.WithLabelValues("relay", "to").Add, from: m.WithLabelValues("relay", "from").Add}
+	c := &relayConn{targetStream: stream, broke: func() { rl.t.failed(wire.ID(node), "") }, to: m.WithLabelValues("relay", "to").Add, from: m.WithLabelValues("relay", "from").Add}
 	return c, nil
 }
 
@@ -85,12 +89,16 @@ func (e *openError) Unwrap() error { return e.error }
 type relayConn struct {
 	targetStream
 	to, from func(float64)
+	broke    func() // the tunnel did, be it in the middle of an answer
 	why      atomic.Pointer[error]
 }
 
 func (c *relayConn) note(err error) {
-	if err != nil && !errors.Is(err, io.EOF) {
-		c.why.CompareAndSwap(nil, &err)
+	if err == nil || errors.Is(err, io.EOF) || !c.why.CompareAndSwap(nil, &err) {
+		return
+	}
+	if errors.Is(err, tunnel.ErrEnded) || errors.Is(err, tunnel.ErrSilent) {
+		c.broke()
 	}
 }
 
@@ -188,7 +196,7 @@ func (a *sending) send(out *http.Request) (*http.Response, error) {
 		}
 		scheme, base, host, timeout = spec.Scheme(), strings.TrimSuffix(u.EscapedPath(), "/"), u.Host, timeoutOf(spec)
 	}
-	ctx, cancel := context.WithCancel(out.Context())
+	ctx, cancel := context.WithCancel(context.WithValue(out.Context(), aloneKey{}, a.ch.alone))
 	a.x.cleanup = append(a.x.cleanup, cancel) // it ends the answer's body too
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(i httptrace.GotConnInfo) {
 		if c, ok := i.Conn.(*relayConn); ok {

@@ -17,6 +17,9 @@ const (
 	// dialTime bounds opening one stream to a target: when there is no tunnel
 	// to the node yet, one is made.
 	dialTime = 15 * time.Second
+	// dialTimeShort is the bound where another node can take over: a lane that
+	// cannot be had and the stream after it fit in.
+	dialTimeShort = 5 * time.Second
 	// defaultTargetLimit is that of the configuration.
 	defaultTargetLimit = 1000
 	// maxNodeTries is how many nodes one connection or request is tried at.
@@ -49,8 +52,12 @@ func newTargets(s *Server, reg prometheus.Registerer) (*targets, error) {
 
 // open opens a stream to a target at a node. That it opens says only that there
 // is a tunnel: whether the node reached the target shows at the first read.
-func (t *targets) open(ctx context.Context, node wire.ID, target string) (targetStream, error) {
-	ctx, cancel := context.WithTimeout(ctx, dialTime)
+func (t *targets) open(ctx context.Context, node wire.ID, target string, alone bool) (targetStream, error) {
+	within := dialTime
+	if !alone {
+		within = dialTimeShort
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	return t.dial(ctx, node, target)
 }

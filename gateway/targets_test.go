@@ -299,6 +299,15 @@ func TestPickPrefersTheLeastBusyNode(t *testing.T) {
 		if id := take(); id != ids[0] && id != ids[1] {
 			t.Error("after a while the idle node is picked again")
 		}
+		c.failed(ids[0], "web") // once more: it is left alone for longer
+		c.failed(ids[0], "web") // which counts once
+		if left := time.Until(c.avoided(ids[0], "web")); left != 2*shunTime {
+			t.Errorf("left alone for %v", left)
+		}
+		c.worked(ids[0], "web")
+		if !c.avoided(ids[0], "web").IsZero() {
+			t.Error("it worked")
+		}
 		// One that is locked carries nothing, one that drains if there is no other.
 		b.f.verifiedHello(ids[2], wire.RoleNode, wire.Hello{Versions: wire.OwnVersions, Installation: "other", State: wire.StateRunning}, 0)
 		b.f.verifiedHello(ids[3], wire.RoleNode, wire.Hello{Versions: wire.OwnVersions, Installation: "inst", State: wire.StateDraining}, 0)
