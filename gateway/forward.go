@@ -452,7 +452,7 @@ func (w *forward) carryBy(j *joining, ch choice) error {
 	if err != nil {
 		return err
 	}
-	stop := context.AfterFunc(w.ctx, func() { _ = stream.Close() })
+	stop := context.AfterFunc(w.ctx, func() { abort(stream) })
 	defer stop()
 	if err := j.run(stream); err != nil {
 		return err

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sallyport/internal/tunnel"
 )
 
 const (
@@ -58,7 +60,7 @@ func (j *joining) run(stream targetStream) error {
 		var ours clientError
 		if errors.As(err, &ours) {
 			left.Store(true)
-			_ = stream.Close() // the way back is of no more use either
+			abort(stream) // the way back is of no more use either
 		}
 		up <- err
 	}()
@@ -75,11 +77,21 @@ func (j *joining) run(stream targetStream) error {
 	if left.Load() {
 		return <-up
 	}
-	_ = stream.Close()
+	abort(stream)
 	_ = j.client.SetReadDeadline(time.Unix(1, 0)) // wakes up; the connection is gone if it fails
 	_ = <-up                                      // it was woken up, or broke for the same reason
 	_ = j.client.SetReadDeadline(time.Time{})
 	return err
+}
+
+// abort ends a stream so that the target sees a reset, not an end in order.
+func abort(stream targetStream) {
+	if s, ok := stream.(interface {
+		Refuse(code tunnel.Code, reason string)
+	}); ok {
+		s.Refuse(tunnel.Reset, "")
+	}
+	_ = stream.Close()
 }
 
 func (j *joining) up(stream targetStream) error {

@@ -205,6 +205,7 @@ func TestRelayStreaming(t *testing.T) {
 		switch r.URL.Path {
 		case "/events":
 			w.Header().Set("Content-Type", "text/event-stream")
+			_ = rc.Flush()
 			for text := range next {
 				_, _ = fmt.Fprintf(w, "data: %s\n\n", text)
 				_ = rc.Flush()
