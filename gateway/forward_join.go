@@ -54,32 +54,35 @@ func (j *joining) untouched() bool { return j.again() && len(j.early) == 0 && !j
 func (j *joining) run(stream targetStream) error {
 	defer func() { _ = stream.Close() }() // it is over, or broken
 	var left atomic.Bool                  // the client's connection broke, or ours to it
-	up := make(chan error, 1)
+	var upErr error
+	up := make(chan struct{})
 	go func() {
-		err := j.up(stream)
+		defer close(up)
+		upErr = j.up(stream)
 		var ours clientError
-		if errors.As(err, &ours) {
+		if errors.As(upErr, &ours) {
 			left.Store(true)
 			abort(stream) // the way back is of no more use either
 		}
-		up <- err
 	}()
 	err := j.down(stream)
 	if err == nil {
 		// The target ended its direction in order; whether it read what came
 		// to it after that is its own affair.
+		<-up
 		var ours clientError
-		if err = <-up; errors.As(err, &ours) {
-			return err
+		if errors.As(upErr, &ours) {
+			return upErr
 		}
 		return nil
 	}
 	if left.Load() {
-		return <-up
+		<-up
+		return upErr
 	}
 	abort(stream)
 	_ = j.client.SetReadDeadline(time.Unix(1, 0)) // wakes up; the connection is gone if it fails
-	_ = <-up                                      // it was woken up, or broke for the same reason
+	<-up
 	_ = j.client.SetReadDeadline(time.Time{})
 	return err
 }

@@ -122,7 +122,7 @@ func TestRelayStatus(t *testing.T) {
 	defer backend.Close()
 	s.offer("slow", "url: 'http://"+backend.Listener.Addr().String()+"', timeout: 1s")
 	s.offer("closed", fmt.Sprintf("url: 'http://127.0.0.1:%d'", harness.FreePort(t)))
-	s.offer("garbage", "url: 'http://"+service(t, func(c *net.TCPConn) {
+	s.offer("garbage", "url: 'http://"+tcpService(t, func(c *net.TCPConn) {
 		_, _ = c.Read(make([]byte, 100))
 		_, _ = io.WriteString(c, "this is not HTTP\r\n\r\n")
 	})+"'")

@@ -111,8 +111,8 @@ http {
 	return addr
 }
 
-// service starts a TCP service that hands each connection to f.
-func service(t *testing.T, f func(c *net.TCPConn)) (addr string) {
+// tcpService starts a TCP service that hands each connection to f.
+func tcpService(t *testing.T, f func(c *net.TCPConn)) (addr string) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -180,14 +180,14 @@ func TestForward(t *testing.T) {
 func TestForwardHalfClose(t *testing.T) {
 	s := newTargetSite(t, []string{"web-1"})
 	late := make(chan string, 1)
-	s.offer("client-first", "address: '"+service(t, func(c *net.TCPConn) {
+	s.offer("client-first", "address: '"+tcpService(t, func(c *net.TCPConn) {
 		n, err := io.Copy(io.Discard, c)
 		if err != nil {
 			t.Error(err)
 		}
 		_, _ = fmt.Fprintf(c, "%d bytes", n)
 	})+"'")
-	s.offer("server-first", "address: '"+service(t, func(c *net.TCPConn) {
+	s.offer("server-first", "address: '"+tcpService(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "that is all")
 		_ = c.CloseWrite()
 		b, err := io.ReadAll(c)
@@ -196,13 +196,13 @@ func TestForwardHalfClose(t *testing.T) {
 		}
 		late <- string(b)
 	})+"'")
-	s.offer("resets", "address: '"+service(t, func(c *net.TCPConn) {
+	s.offer("resets", "address: '"+tcpService(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "partial")
 		_, _ = io.ReadFull(c, make([]byte, 1))
 		_ = c.SetLinger(0)
 	})+"'")
 	gone := make(chan error, 1)
-	s.offer("watches", "address: '"+service(t, func(c *net.TCPConn) {
+	s.offer("watches", "address: '"+tcpService(t, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "x")
 		_, err := io.Copy(io.Discard, c)
 		gone <- err
@@ -254,7 +254,7 @@ func TestForwardHalfClose(t *testing.T) {
 func TestForwardSlowReader(t *testing.T) {
 	s := newTargetSite(t, []string{"web-1"})
 	const size = 16 << 20
-	s.offer("source", "address: '"+service(t, func(c *net.TCPConn) {
+	s.offer("source", "address: '"+tcpService(t, func(c *net.TCPConn) {
 		_, _ = io.CopyN(c, zeros{}, size)
 	})+"'")
 	addr := s.forward("source")
