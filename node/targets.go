@@ -132,7 +132,30 @@ func (t *targets) dial(ctx context.Context, spec wire.TargetSpec) (net.Conn, err
 		_ = conn.Close()
 		return nil, dialError(ctx, where, fmt.Errorf("TLS: %w", err))
 	}
-	return secure, nil
+	return &tlsConn{Conn: secure, raw: conn}, nil
+}
+
+// tlsConn says goodbye to its service only where our direction ended well: a
+// gateway that died must not look like the end of a body.
+type tlsConn struct {
+	*tls.Conn
+	raw   *net.TCPConn
+	ended atomic.Bool
+}
+
+// CloseWrite ends our direction.
+func (c *tlsConn) CloseWrite() error {
+	c.ended.Store(true)
+	return c.Conn.CloseWrite()
+}
+
+// Close resets the connection unless our direction has ended.
+func (c *tlsConn) Close() error {
+	if c.ended.Load() {
+		return c.Conn.Close()
+	}
+	_ = c.raw.SetLinger(0)
+	return c.raw.Close()
 }
 
 func dialError(ctx context.Context, where string, err error) error {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -420,8 +421,13 @@ func TestTargetTLS(t *testing.T) {
 	}))
 	defer srv.Close()
 	srv.Config.ErrorLog = nil
+	ended := make(chan error, 2)
+	raw := service(t, func(c *net.TCPConn) {
+		_, err := io.Copy(io.Discard, tls.Server(c, srv.TLS))
+		ended <- err
+	})
 	ag := newPlant(t).node("SALLYPORT_NODE_ALLOW_TARGETS=*")
-	ag.offer(map[string]string{"web": srv.URL})
+	ag.offer(map[string]string{"web": srv.URL, "raw": "https://" + raw})
 	tun := ag.tunnel()
 	if no := refusedWith(t, open(t, tun, "web")); no.Code != tunnel.Unreachable || !strings.Contains(no.Reason, "certificate") {
 		t.Errorf("a service that nobody vouches for: %v", no)
@@ -439,4 +445,22 @@ func TestTargetTLS(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 	_ = res.Body.Close()
+	// An end is an end, a reset is none.
+	for n, end := range []func(*tunnel.Stream) error{
+		(*tunnel.Stream).CloseWrite,
+		func(s *tunnel.Stream) error { s.Refuse(tunnel.Reset, ""); return nil },
+	} {
+		accepted := ag.in().targets.accepted.Load()
+		s := open(t, tun, "raw")
+		if _, err := io.WriteString(s, "half of a"); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "connected", func() bool { return ag.in().targets.accepted.Load() > accepted })
+		if err := end(s); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-ended; (err == nil) != (n == 0) {
+			t.Errorf("way %d came to the service as %v", n, err)
+		}
+	}
 }

@@ -197,9 +197,13 @@ func requestHead(r *http.Request) []byte {
 	} else {
 		header.Set("Connection", "close")
 	}
-	if len(r.TransferEncoding) > 0 {
+	// Where the body ends is no option of the connection, whatever it lists.
+	switch length := r.Header.Get("Content-Length"); {
+	case len(r.TransferEncoding) > 0:
 		header.Del("Content-Length")
 		header.Set("Transfer-Encoding", "chunked")
+	case length != "":
+		header.Set("Content-Length", length)
 	}
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "%s %s HTTP/1.1\r\nHost: %s\r\n", r.Method, r.URL.RequestURI(), r.URL.Host)
