@@ -36,6 +36,9 @@ const (
 	openLane = 3 * time.Second
 	// laneless is how long a way that gave no lane is not asked for one again.
 	laneless = 5 * time.Minute
+	// brokenLane is the age below which a lane that ends is taken for one
+	// that does not work.
+	brokenLane = 5 * time.Second
 	// growPause is the time between two looks whether a node needs another
 	// tunnel, growRetry that after one failed.
 	growPause = time.Second
@@ -91,9 +94,16 @@ type tunnelled struct {
 
 type openTunnel struct {
 	*session.Tunnel
-	kind string
-	via  wire.ID // the first hop
-	used time.Time
+	kind   string
+	via    wire.ID // the first hop
+	opened time.Time
+	used   time.Time // under tunnels.mu
+}
+
+// broken says of a lane that ended that its way is no good for lanes: the
+// handshake went through, and then it was cut at once, or nothing came.
+func (t *openTunnel) broken(why error) bool {
+	return t.kind == kindLane && (errors.Is(why, tunnel.ErrSilent) || time.Since(t.opened) < brokenLane && !errors.Is(why, tunnel.ErrClosed) && !errors.Is(why, errSessionsClosed))
 }
 
 func newTunnels(s *Server, reg prometheus.Registerer) (*tunnels, error) {
@@ -280,6 +290,9 @@ func (p *tunnels) run(node wire.ID, n *tunnelled, t *openTunnel) {
 	p.metrics.open.WithLabelValues(t.kind).Dec()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if t.broken(err) {
+		p.laneless[laneWay{t.via, node}] = time.Now().Add(laneless)
+	}
 	p.total--
 	n.open = slices.DeleteFunc(n.open, func(o *openTunnel) bool { return o == t })
 	p.forgetLocked(node, n)
@@ -367,7 +380,7 @@ func (p *tunnels) over(ctx context.Context, within time.Duration, node wire.ID, 
 	if err != nil {
 		return nil, err
 	}
-	return &openTunnel{Tunnel: t, kind: kind, via: r.link, used: time.Now()}, nil
+	return &openTunnel{Tunnel: t, kind: kind, via: r.link, opened: time.Now(), used: time.Now()}, nil
 }
 
 // cut ends at once what runs to a party or, if it is a first hop, through it.

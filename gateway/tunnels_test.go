@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,8 +19,10 @@ import (
 
 // fakeLanes takes lanes as a node does.
 type fakeLanes struct {
-	ctx context.Context
-	wg  sync.WaitGroup
+	ctx    context.Context
+	broken bool // cut as soon as a stream comes
+	taken  atomic.Int64
+	wg     sync.WaitGroup
 }
 
 func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
@@ -36,9 +39,15 @@ func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
 	l.wg.Go(func() {
 		defer leg.Close()
 		conn, err := leg.Accept(l.ctx)
-		if err == nil {
-			_ = session.ServeLane(l.ctx, conn, n.id, n.targets)
+		if err != nil {
+			return
 		}
+		l.taken.Add(1)
+		targets := n.targets
+		if l.broken {
+			targets = func(context.Context, string, *tunnel.Stream) { _ = conn.Close() }
+		}
+		_ = session.ServeLane(l.ctx, conn, n.id, targets)
 	})
 	w.WriteHeader(http.StatusOK)
 }
@@ -158,26 +167,7 @@ func TestTargetOfAnAbsentNodeFailsAtOnce(t *testing.T) {
 }
 
 func TestTargetsOfADirectNodeOverALane(t *testing.T) {
-	w := newWorld(t)
-	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
-	n := w.enrolled(w.node("direct"))
-	n.targets = echoTarget
-	w.run()
-	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
-	ctx, cancel := context.WithCancel(context.Background())
-	lanes := &fakeLanes{ctx: ctx}
-	d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: n.id, Carrier: channel.CarrierH2, Log: testLog(t)}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = d.Run(ctx, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n: n, lanes: lanes}) })
-	}()
-	defer func() {
-		cancel()
-		<-ended
-		lanes.wg.Wait()
-	}()
-	w.state(n.id.ID(), wire.StateRunning)
+	w, n, _ := worldWithLanes(t, false)
 	for range 3 {
 		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
 			t.Fatalf("got %q, %v", got, err)
@@ -186,6 +176,49 @@ func TestTargetsOfADirectNodeOverALane(t *testing.T) {
 	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindLane {
 		t.Errorf("tunnels: %v", kinds)
 	}
+}
+
+// Lanes that are cut as soon as they carry something are given up for streams.
+func TestBrokenLanesAreGivenUp(t *testing.T) {
+	w, n, lanes := worldWithLanes(t, true)
+	if got, err := w.ask(n.id.ID(), "db", "hello"); err == nil {
+		t.Fatalf("got %q over a lane that is cut", got)
+	}
+	eventually(t, "the lane is gone", func() bool { return len(w.openTunnels()) == 0 })
+	for range 3 {
+		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
+			t.Fatalf("got %q, %v", got, err)
+		}
+	}
+	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindStream || lanes.taken.Load() != 1 {
+		t.Errorf("tunnels: %v, after %d lanes", kinds, lanes.taken.Load())
+	}
+}
+
+// worldWithLanes is a gateway with a node that dials it and takes lanes.
+func worldWithLanes(t *testing.T, broken bool) (*world, *fakeNode, *fakeLanes) {
+	t.Helper()
+	w := newWorld(t)
+	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
+	n := w.enrolled(w.node("direct"))
+	n.targets = echoTarget
+	w.run()
+	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
+	ctx, cancel := context.WithCancel(context.Background())
+	lanes := &fakeLanes{ctx: ctx, broken: broken}
+	d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: n.id, Carrier: channel.CarrierH2, Log: testLog(t)}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = d.Run(ctx, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n: n, lanes: lanes}) })
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+		lanes.wg.Wait()
+	})
+	w.state(n.id.ID(), wire.StateRunning)
+	return w, n, lanes
 }
 
 func TestTunnelsCloseWhenIdle(t *testing.T) {
