@@ -37,7 +37,7 @@ func (c *Conn) Connect(ctx context.Context, authority string, h http.Header) (ne
 	life, cut := context.WithCancel(context.WithoutCancel(ctx))
 	opening := context.AfterFunc(ctx, cut)
 	pr, pw := io.Pipe()
-	res, err := c.connect(life, authority, h, pr)
+	res, err := c.connect(life, authority, h, recordBody{pr})
 	if err == nil && !opening() {
 		_ = res.Body.Close()
 		err = ctx.Err()
@@ -189,6 +189,18 @@ func Forward(w http.ResponseWriter, r *http.Request, next *Conn, authority strin
 	}
 }
 
+// recordPayload is what a DATA frame may hold to fill one TLS record with its
+// header of 9 bytes. A frame of 16 KiB takes two records, the second one of 9
+// bytes, and each is sealed, written and read by itself.
+const recordPayload = 16<<10 - 9
+
+// recordBody is a request body that is read in pieces of one TLS record.
+type recordBody struct{ io.ReadCloser }
+
+func (b recordBody) Read(p []byte) (int, error) {
+	return b.ReadCloser.Read(p[:min(len(p), recordPayload)])
+}
+
 func eofIsNil(err error) error {
 	if errors.Is(err, io.EOF) {
 		return nil
@@ -213,7 +225,7 @@ func (b *lentBody) Read(p []byte) (int, error) {
 	if b.gone {
 		return 0, net.ErrClosed
 	}
-	n, err := b.r.Read(p)
+	n, err := b.r.Read(p[:min(len(p), recordPayload)])
 	if errors.Is(err, os.ErrDeadlineExceeded) { // our own doing
 		err = net.ErrClosed
 	}

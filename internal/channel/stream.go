@@ -15,8 +15,8 @@ import (
 // then for the other side to end too, before it is cut.
 const linger = 5 * time.Second
 
-// chunkSize is the largest piece in which a stream moves data.
-const chunkSize = 32 << 10
+// chunkSize is the largest piece in which a stream moves data: two DATA frames.
+const chunkSize = 2 * recordPayload
 
 var chunks = sync.Pool{New: func() any { b := make([]byte, chunkSize); return &b }}
 
