@@ -151,7 +151,7 @@ func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, 
 	// A stream can be over while we wait for the connection's next bytes.
 	s.onStop(func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	back := make(chan struct{})
-	go func() {
+	s.t.spawn(func() {
 		defer close(back)
 		var err error
 		if sent, err = s.ReadFrom(conn); err == nil {
@@ -168,7 +168,7 @@ func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, 
 		if !errors.Is(err, ErrStopped) {
 			give(err)
 		}
-	}()
+	})
 	received, err = s.WriteTo(conn)
 	if err == nil {
 		err = closeWrite(conn)

@@ -59,7 +59,7 @@ type Tunnel struct {
 	fresh    map[*Stream]struct{} // of a client: the server has not heard of them
 	last     uint32               // id of the stream opened last
 	serving  int                  // handlers that run
-	handlers sync.WaitGroup
+	handlers *Crew
 
 	// Output, under mu as well.
 	pen     bool      // somebody writes: only he takes from what follows
@@ -89,7 +89,7 @@ func newTunnel(conn net.Conn, below *Batch, h Handler, cfg Config) *Tunnel {
 		cfg.Budget = NewBudget(tunnelBudget)
 	}
 	t := &Tunnel{conn: conn, below: below, handler: h, cfg: cfg, streams: make(map[uint32]*Stream), fresh: make(map[*Stream]struct{}),
-		done: make(chan struct{}), wake: make(chan struct{}, 1)}
+		done: make(chan struct{}), wake: make(chan struct{}, 1), handlers: NewCrew()}
 	t.in.t = t
 	if below != nil {
 		below.beforeRead = t.in.wakeReaders
@@ -114,7 +114,7 @@ func (t *Tunnel) Run(ctx context.Context) error {
 	t.fail(err)
 	cancel()
 	wg.Wait()
-	t.handlers.Wait()
+	t.handlers.Close()
 	return t.Err()
 }
 
@@ -194,6 +194,15 @@ func (t *Tunnel) accept(id uint32, target string) error {
 		t.handler(ctx, target, s)
 	})
 	return nil
+}
+
+// spawn runs a part of a handler: where there are handlers there is a crew.
+func (t *Tunnel) spawn(task func()) {
+	if t.handler == nil {
+		go task()
+		return
+	}
+	t.handlers.Go(task)
 }
 
 func (t *Tunnel) served() {
