@@ -636,7 +636,9 @@ func TestOneStreamTooMany(t *testing.T) {
 		t.Fatalf("one too many: %v", err)
 	}
 	stop()
-	<-ended
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("the stream ended with %v", err)
+	}
 	eventually(t, "there is room again", func() bool {
 		w.s.live.mu.Lock()
 		defer w.s.live.mu.Unlock()

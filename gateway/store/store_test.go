@@ -384,7 +384,7 @@ func TestRaisedGenerationLeadsEveryRevision(t *testing.T) {
 func TestTimesOfPeersThatNoYearHolds(t *testing.T) {
 	db := temp(t)
 	id := addNode(t, db, "web-1")
-	for _, text := range []string{"9999-12-31T23:59:59-23:00", "0000-01-01T00:00:00+23:00"} {
+	for i, text := range []string{"9999-12-31T23:59:59-23:00", "0000-01-01T00:00:00+23:00"} {
 		bad, err := time.Parse(time.RFC3339, text) // as JSON takes it
 		if err != nil {
 			t.Fatal(err)
@@ -407,10 +407,15 @@ func TestTimesOfPeersThatNoYearHolds(t *testing.T) {
 		if _, err := db.PolicyStatus(ctx, id); err != nil {
 			t.Errorf("%s: %v", text, err)
 		}
-		up := event(1, "", "normal")
+		up := event(int64(i+1), "", "normal")
 		up.Event.Time = bad
-		if _, err := db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{up}); !errors.Is(err, ErrInvalid) {
-			t.Errorf("event at %s: %v", text, err)
+		if st, err := db.StoreOutbox(ctx, id, "s", []wire.OutboxUp{up}); err != nil || st.New != 1 {
+			t.Errorf("event at %s: %+v, %v", text, st, err)
+		}
+		for _, e := range events(t, db, EventFilter{}) {
+			if _, err := e.Time.MarshalJSON(); err != nil {
+				t.Errorf("%s: %v", text, err)
+			}
 		}
 	}
 }
