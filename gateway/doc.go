@@ -10,6 +10,10 @@
 // lies can therefore keep the gateway from reaching a node, and can do nothing
 // else.
 //
+// Services that nodes can reach are offered by TCP forwards (forward.go) and an
+// HTTP relay (relay.go). Both ask the catalog (catalog.go) which node offers a
+// target, and reach it by a tunnel (tunnels.go).
+//
 // Presence is kept in memory; the database sees transitions, and last_seen in
 // batches.
 package gateway
