@@ -22,7 +22,7 @@ import (
 
 const (
 	// maxTunnels bounds the tunnels to all nodes together; those that are
-	// idle make room. An idle one takes about 60 KiB here.
+	// idle make room. An idle one takes about 30 KiB here.
 	maxTunnels = 1024
 	// nodeTunnels bounds those to one node, as RCPs bound its lanes. A tunnel
 	// keeps one core busy at most: more than there are cores gain nothing.
