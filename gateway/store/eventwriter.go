@@ -23,8 +23,7 @@ type eventWriter struct {
 	queue      []*Event // without keys, not inserted yet
 	args       []any
 	taken      []*Event // whose ID or place another event holds
-	added      int
-	received   string // receivedAt as text
+	received   string   // receivedAt as text
 	receivedAt time.Time
 }
 
@@ -140,7 +139,6 @@ func (w *eventWriter) insertChunk(ctx context.Context, chunk []*Event) error {
 		w.row(e)
 	}
 	n, err := w.exec(ctx, insertMany)
-	w.added += int(n)
 	if err != nil || int(n) == len(chunk) {
 		return err
 	}
@@ -202,7 +200,6 @@ func (w *eventWriter) insert(ctx context.Context, e *Event) error {
 		w.taken = append(w.taken, e)
 		return nil
 	}
-	w.added++
 	if head == "" {
 		return nil
 	}

@@ -5,6 +5,8 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 
 	"sallyport/gateway/bus"
 	"sallyport/internal/wire"
@@ -31,56 +33,216 @@ func (r Queries) Watermark(ctx context.Context, node wire.ID, spool string) (mar
 	return mark, err
 }
 
-// StoreOutbox stores a batch of a node's spool in one transaction. An event
-// that is there already counts as stored; a hole in the sequence that no gap
-// names becomes one. After it returned without an error, Stored.Ack may be
-// acknowledged.
+// StoreOutbox stores a batch of a node's spool. An event that is there already
+// counts as stored; a hole in the sequence that no gap names becomes one. After
+// it returned without an error, Stored.Ack may be acknowledged.
 //
-// This is the hot path of the gateway: prepared inserts, no reflection.
+// This is the hot path of the gateway: prepared inserts, no reflection, and the
+// batches of many nodes share a transaction. What came while one is written
+// goes into the next; when that fails, each batch is tried in one of its own,
+// so that nobody suffers for what another node sent.
 func (db *DB) StoreOutbox(ctx context.Context, node wire.ID, spool string, batch []wire.OutboxUp) (Stored, error) {
-	var out Stored
-	err := db.Update(ctx, func(ctx context.Context, tx *Tx) (err error) {
-		out, err = tx.storeOutbox(ctx, node, spool, batch)
-		return err
-	})
+	j := &outboxJob{node: node, spool: spool, batch: batch, done: make(chan struct{})}
+	db.outbox.mu.Lock()
+	db.outbox.waiting = append(db.outbox.waiting, j)
+	db.outbox.mu.Unlock()
+	select {
+	case <-j.done:
+	case <-ctx.Done():
+		if db.outbox.leave(j) {
+			return Stored{}, context.Cause(ctx)
+		}
+		<-j.done // it is being written
+	case db.outbox.turn <- struct{}{}:
+		if !j.finished() { // by the one before
+			db.storeGroup(ctx, db.outbox.take(j))
+		}
+		<-db.outbox.turn
+	}
+	err := j.err
+	if err != nil { // alone, and with our own context
+		err = db.Update(ctx, func(ctx context.Context, tx *Tx) error { return tx.storeOutboxes(ctx, []*outboxJob{j}) })
+	}
 	if err != nil {
 		return Stored{}, fmt.Errorf("store events of node %s: %w", node.Short(), err)
 	}
-	return out, nil
+	return j.out, nil
+}
+
+// maxGroup bounds the lines of one shared transaction; one batch alone may be
+// longer.
+const maxGroup = 5000
+
+// outboxQueue is the batches that wait for the next transaction.
+type outboxQueue struct {
+	turn chan struct{} // holds a token while somebody writes
+
+	mu      sync.Mutex
+	waiting []*outboxJob
+}
+
+// outboxJob is one batch.
+type outboxJob struct {
+	node  wire.ID
+	spool string
+	batch []wire.OutboxUp
+	out   Stored
+	err   error         // of the shared transaction
+	done  chan struct{} // closed when out or err is there
+}
+
+func (j *outboxJob) finished() bool {
+	select {
+	case <-j.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// leave takes a batch back, unless it is being written.
+func (q *outboxQueue) leave(j *outboxJob) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i := slices.Index(q.waiting, j)
+	if i < 0 {
+		return false
+	}
+	q.waiting = slices.Delete(q.waiting, i, i+1)
+	return true
+}
+
+// take takes the next group, of which own is one if it still waits. Two
+// batches of one spool never share a transaction: the second builds on what
+// the first left.
+func (q *outboxQueue) take(own *outboxJob) []*outboxJob {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	group := []*outboxJob{own}
+	lines := len(own.batch)
+	type place struct {
+		node  wire.ID
+		spool string
+	}
+	there := map[place]bool{{own.node, own.spool}: true}
+	rest := q.waiting[:0:0]
+	for _, j := range q.waiting {
+		at := place{j.node, j.spool}
+		switch {
+		case j == own:
+		case there[at] || lines+len(j.batch) > maxGroup:
+			there[at] = true // and so do those behind it
+			rest = append(rest, j)
+		default:
+			there[at] = true
+			lines += len(j.batch)
+			group = append(group, j)
+		}
+	}
+	q.waiting = rest
+	return group
+}
+
+// storeGroup writes a group in one transaction. The one who writes is one of
+// them, and the others do not depend on its context.
+func (db *DB) storeGroup(ctx context.Context, group []*outboxJob) {
+	err := db.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *Tx) error { return tx.storeOutboxes(ctx, group) })
+	for _, j := range group {
+		j.err = err
+		close(j.done)
+	}
 }
 
 // maxSpoolName bounds the name that a node gives to a spool.
 const maxSpoolName = 128
 
-func (tx *Tx) storeOutbox(ctx context.Context, node wire.ID, spool string, batch []wire.OutboxUp) (out Stored, err error) {
-	if spool == "" || len(spool) > maxSpoolName {
-		return out, fmt.Errorf("%w: spool name %q", ErrInvalid, wire.Quotable(spool))
-	}
-	ref, mark, err := tx.spool(ctx, node, spool)
-	if err != nil {
-		return out, err
-	}
-	before := mark
+// storeOutboxes stores batches of different spools.
+func (tx *Tx) storeOutboxes(ctx context.Context, jobs []*outboxJob) (err error) {
 	w, err := tx.eventWriter()
 	if err != nil {
-		return out, err
+		return err
 	}
 	defer func() { err = errors.Join(err, w.close()) }()
-	last, err := tx.next(ctx, "pos", 2*int64(len(batch))) // an event, and perhaps a gap before it
+	lines := int64(0)
+	for _, j := range jobs {
+		lines += int64(len(j.batch))
+	}
+	last, err := tx.next(ctx, "pos", 2*lines) // an event, and perhaps a gap before it
 	if err != nil {
-		return out, err
+		return err
 	}
-	pos := last - 2*int64(len(batch))
+	pos := last - 2*lines
+	bySpool := make(map[int64]*outboxJob, len(jobs))
+	moved := make(map[int64]int64, len(jobs)) // watermarks
+	for _, j := range jobs {
+		ref, before, err := tx.queue(ctx, w, j, &pos)
+		if err != nil {
+			return err
+		}
+		bySpool[ref] = j
+		if j.out.Ack != before {
+			moved[ref] = j.out.Ack
+		}
+	}
+	taken, err := w.flush(ctx)
+	if err != nil {
+		return err
+	}
+	for _, e := range taken {
+		j := bySpool[e.SpoolRef]
+		if j == nil {
+			return fmt.Errorf("event %s is of no spool of this transaction", e.ID)
+		}
+		j.out.New--
+		conflict, err := tx.resolve(ctx, w, e, j.spool)
+		switch {
+		case err != nil:
+			return err
+		case conflict:
+			j.out.Conflicts++
+		default:
+			j.out.Duplicates++
+		}
+	}
+	for _, j := range jobs {
+		if j.out.New+j.out.Conflicts > 0 {
+			tx.Wake(bus.Events)
+		}
+	}
+	for ref, mark := range moved {
+		s, err := w.stmt(ctx, "UPDATE spools SET watermark = ? WHERE ref = ?")
+		if err != nil {
+			return err
+		}
+		if _, err := s.ExecContext(ctx, mark, ref); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// queue prepares the events of one batch, from pos+1 on, and fills in its
+// Stored as if none of them were there. before is the watermark that was.
+func (tx *Tx) queue(ctx context.Context, w *eventWriter, j *outboxJob, pos *int64) (ref, before int64, err error) {
+	if j.spool == "" || len(j.spool) > maxSpoolName {
+		return 0, 0, fmt.Errorf("%w: spool name %q", ErrInvalid, wire.Quotable(j.spool))
+	}
+	ref, before, err = tx.spool(ctx, j.node, j.spool)
+	if err != nil {
+		return 0, 0, err
+	}
+	mark := before
+	j.out = Stored{}
 	gap := func(from, to int64, reason string) error {
-		pos++
-		return tx.addGap(ctx, Gap{Pos: pos, NodeID: node, Spool: spool, FromSeq: from, ToSeq: to, Reason: clip(reason), Time: tx.now})
+		*pos++
+		return tx.addGap(ctx, Gap{Pos: *pos, NodeID: j.node, Spool: j.spool, FromSeq: from, ToSeq: to, Reason: clip(reason), Time: tx.now})
 	}
-	for _, up := range batch {
+	for _, up := range j.batch {
 		switch {
 		case up.Gap != nil:
 			g := *up.Gap
 			if g.From < 1 || g.To < g.From {
-				return out, fmt.Errorf("%w: gap from %d to %d", ErrInvalid, g.From, g.To)
+				return 0, 0, fmt.Errorf("%w: gap from %d to %d", ErrInvalid, g.From, g.To)
 			}
 			if g.To <= mark {
 				continue
@@ -89,54 +251,32 @@ func (tx *Tx) storeOutbox(ctx context.Context, node wire.ID, spool string, batch
 				g.From, g.Reason = mark+1, g.Reason+", and missing before it"
 			}
 			if err := gap(max(g.From, mark+1), g.To, g.Reason); err != nil {
-				return out, err
+				return 0, 0, err
 			}
 			mark = g.To
 		case up.Event != nil:
 			e := up.Event
 			if err := validEvent(e); err != nil {
-				return out, fmt.Errorf("%w: event with seq %d: %w", ErrInvalid, e.Seq, err)
+				return 0, 0, fmt.Errorf("%w: event with seq %d: %w", ErrInvalid, e.Seq, err)
 			}
 			if e.Seq > mark+1 {
 				if err := gap(mark+1, e.Seq-1, "missing"); err != nil {
-					return out, err
+					return 0, 0, err
 				}
 			}
-			pos++
+			*pos++
 			at := e.Time
 			if y := at.UTC().Year(); y < 1970 || y > 9999 { // a clock that is no clock must not keep the spool for ever
 				at = tx.now
 			}
-			w.add(&Event{Pos: pos, ID: e.ID, SpoolRef: ref, Seq: e.Seq, NodeID: node, Time: at, ReceivedAt: tx.now, Severity: e.Severity,
+			w.add(&Event{Pos: *pos, ID: e.ID, SpoolRef: ref, Seq: e.Seq, NodeID: j.node, Time: at, ReceivedAt: tx.now, Severity: e.Severity,
 				Application: e.Application, Object: e.Object, Key: e.Key, Text: e.Text, Instance: e.Instance, State: eventOpen, Count: 1})
+			j.out.New++
 			mark = max(mark, e.Seq)
 		}
 	}
-	taken, err := w.flush(ctx)
-	if err != nil {
-		return out, err
-	}
-	out.New = w.added
-	for _, e := range taken {
-		conflict, err := tx.resolve(ctx, w, e, spool)
-		switch {
-		case err != nil:
-			return out, err
-		case conflict:
-			out.Conflicts++
-		default:
-			out.Duplicates++
-		}
-	}
-	out.Ack = mark
-	if out.New+out.Conflicts > 0 {
-		tx.Wake(bus.Events)
-	}
-	if mark == before {
-		return out, nil
-	}
-	_, err = tx.q.NewRaw("UPDATE spools SET watermark = ? WHERE ref = ?", mark, ref).Exec(ctx)
-	return out, err
+	j.out.Ack = mark
+	return ref, before, nil
 }
 
 func validEvent(e *wire.Event) error {

@@ -70,6 +70,8 @@ type DB struct {
 	bus  bus.Bus
 	now  func() time.Time
 	inst Installation
+
+	outbox outboxQueue
 }
 
 // Queries are the reading queries.
@@ -86,7 +88,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now}
+	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: outboxQueue{turn: make(chan struct{}, 1)}}
 	if db.now == nil {
 		db.now = time.Now
 	}
