@@ -23,6 +23,10 @@ const (
 	// outboxSlice ends a pull that never becomes idle, so that other nodes
 	// behind the same RCP get their turn.
 	outboxSlice = 20 * time.Second
+	// While other nodes behind the same first hop wait for their turn, a pull ends
+	// after outboxTurn, or when the outbox is empty for outboxHurry.
+	outboxTurn  = 500 * time.Millisecond
+	outboxHurry = 20 * time.Millisecond
 	// outboxGrace is how long a node may take to end its side.
 	outboxGrace = 5 * time.Second
 )
@@ -38,7 +42,7 @@ func (s *Server) pullOutbox(ctx context.Context, t task) (again want, delay time
 	}
 	var left int64
 	err := s.sessions.Do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) (err error) {
-		left, err = s.drainOutbox(ctx, c)
+		left, err = s.drainOutbox(ctx, c, func() bool { return s.fleet.crowded(choreOutbox, t) })
 		return err
 	})
 	switch {
@@ -65,7 +69,8 @@ type outboxLine struct {
 }
 
 // drainOutbox runs one POST /v1/outbox. It returns how many events are left.
-func (s *Server) drainOutbox(ctx context.Context, c *conversation) (left int64, err error) {
+// crowded tells whether others wait for their turn.
+func (s *Server) drainOutbox(ctx context.Context, c *conversation, crowded func() bool) (left int64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	down, body := io.Pipe()
@@ -105,7 +110,7 @@ func (s *Server) drainOutbox(ctx context.Context, c *conversation) (left int64, 
 	}()
 	defer func() { cancel(nil); _ = res.Body.Close(); <-read }()
 
-	p := &pull{s: s, node: c.party.ID, down: body, stuck: func() {
+	p := &pull{s: s, node: c.party.ID, down: body, crowded: crowded, stuck: func() {
 		err := c.mute()
 		cancel(err)
 		_ = body.CloseWithError(err) // ends the write that waits
@@ -120,10 +125,12 @@ type pull struct {
 	node  wire.ID
 	down  *io.PipeWriter
 	stuck func() // gives the session up: its other end reads nothing
-	spool string
-	last  wire.OutboxState
-	mark  int64 // on disk
-	batch []wire.OutboxUp
+	// crowded tells whether other nodes wait for their turn.
+	crowded func() bool
+	spool   string
+	last    wire.OutboxState
+	mark    int64 // on disk
+	batch   []wire.OutboxUp
 }
 
 // state answers a state with the watermark of its spool.
@@ -156,6 +163,8 @@ func (p *pull) run(ctx context.Context, lines *intake[outboxLine], answer *time.
 	defer idle.Stop()
 	slice := time.NewTimer(outboxSlice)
 	defer slice.Stop()
+	turn := time.NewTicker(outboxTurn)
+	defer turn.Stop()
 	ending := false
 	end := func() {
 		// Ending our side asks the node to end its own, after what is under way.
@@ -179,11 +188,19 @@ func (p *pull) run(ctx context.Context, lines *intake[outboxLine], answer *time.
 			if err != nil {
 				return p.left(), fmt.Errorf("outbox: %w", err)
 			}
-			idle.Reset(outboxIdle)
+			if p.crowded() {
+				idle.Reset(outboxHurry)
+			} else {
+				idle.Reset(outboxIdle)
+			}
 		case <-idle.C:
 			end()
 		case <-slice.C:
 			end()
+		case <-turn.C:
+			if p.crowded() {
+				end()
+			}
 		case <-ctx.Done():
 			if ending { // it was ours to end; nothing is lost
 				return p.left(), nil

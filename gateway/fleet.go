@@ -451,6 +451,13 @@ func (f *fleet) take(c chore) (t task, ok bool) {
 	return task{}, false
 }
 
+// crowded tells whether others wait for a chore behind the first hop of a task.
+func (f *fleet) crowded(c chore, t task) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(t.hop.queues[c]) > 0
+}
+
 // done gives a task back. again is wanted after the delay, beside what was
 // asked for in the meantime.
 func (f *fleet) done(c chore, t task, again want, delay time.Duration) {
