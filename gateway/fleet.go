@@ -455,7 +455,7 @@ func (f *fleet) take(c chore) (t task, ok bool) {
 func (f *fleet) crowded(c chore, t task) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return len(t.hop.queues[c]) > 0
+	return t.hop != nil && len(t.hop.queues[c]) > 0
 }
 
 // done gives a task back. again is wanted after the delay, beside what was
