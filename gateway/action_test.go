@@ -399,6 +399,10 @@ func TestRunOutlivesItsRCPAndSaysThatItWaits(t *testing.T) {
 	w, r, n := running(t)
 	a := w.act(n, 0, "long")
 	run := n.started(t, "long")
+	eventually(t, "the gateway knows that it runs", func() bool {
+		now, err := w.db.Action(context.Background(), a.ID)
+		return err == nil && now.State == wire.ActionRunning
+	})
 	r.stop()
 	eventually(t, "the action says why nothing comes", func() bool {
 		now, err := w.db.Action(context.Background(), a.ID)

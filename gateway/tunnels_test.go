@@ -142,7 +142,7 @@ func TestTargetsOverConnectStreams(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.s.cutParty(n.id.ID())
-	if _, err := s.Read(make([]byte, 1)); err == nil || err == io.EOF {
+	if _, err := s.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 		t.Errorf("a cut stream gave %v", err)
 	}
 	eventually(t, "the tunnel is gone", func() bool { return len(w.openTunnels()) == 0 })

@@ -234,7 +234,12 @@ func TestFloodOfSignalsIsSlowedDown(t *testing.T) {
 	w := p.watch(gw)
 	n := p.node(r.addr)
 	w.until("the node", w.has(n.id.ID()))
-	before := r.table.pos
+	at := func() int64 {
+		r.table.mu.Lock()
+		defer r.table.mu.Unlock()
+		return r.table.pos
+	}
+	before := at()
 	for range 9000 {
 		n.signals <- wire.Signal{ID: n.id.ID(), Boot: "boot", Generation: 1, Digest: "flood"}
 	}
@@ -242,9 +247,7 @@ func TestFloodOfSignalsIsSlowedDown(t *testing.T) {
 	w.until("some of it", func(v view) bool { return v.peers[peerKey{target: target{id: n.id.ID()}}].Digest == "flood" })
 	other := p.node(r.addr)
 	w.until("another node, meanwhile", w.has(other.id.ID()))
-	r.table.mu.Lock()
-	taken := r.table.pos - before
-	r.table.mu.Unlock()
+	taken := at() - before
 	if limit := int64(signalBurst + 5 + signalRate*(1+time.Since(began).Seconds())); taken > limit {
 		t.Errorf("%d changes from a flood, want at most %d", taken, limit)
 	}

@@ -53,6 +53,7 @@ type plant struct {
 	listener *channel.Listener
 	network  *channeltest.Network
 	accepted chan *channel.Conn
+	stop     func() // the listener
 }
 
 func newPlant(t *testing.T, v variant, h http.Handler) *plant {
@@ -96,10 +97,11 @@ func (p *plant) listen(t *testing.T) {
 		defer close(ended)
 		_ = l.Run(ctx, p.serve)
 	}()
-	t.Cleanup(func() {
+	p.stop = func() {
 		cancel()
 		<-ended
-	})
+	}
+	t.Cleanup(p.stop)
 }
 
 // dialler reaches that port.
@@ -532,5 +534,35 @@ func TestCloseReachesTheOtherEnd(t *testing.T) {
 			t.Error("a request on a dead channel was answered")
 		}
 		_ = c.Close()
+	})
+}
+
+func TestStoppedListenerTellsEveryPeer(t *testing.T) {
+	each(t, func(t *testing.T, v variant) {
+		p := newPlant(t, v, echo(t))
+		p.listen(t)
+		var peers []*channel.Conn
+		var wg sync.WaitGroup
+		defer wg.Wait()
+		for range 24 {
+			c, err := p.dialler(t).Dial(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close(nil)
+			if !p.ordinary {
+				wg.Go(func() { p.serve(context.Background(), c) })
+			}
+			peers = append(peers, c)
+		}
+		p.stop()
+		late := time.After(5 * time.Second) // a silent death is noticed after 20 s and more
+		for i, c := range peers {
+			select {
+			case <-c.Done():
+			case <-late:
+				t.Fatalf("peer %d does not know that the listener has stopped", i)
+			}
+		}
 	})
 }

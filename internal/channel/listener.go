@@ -133,15 +133,23 @@ func (l *Listener) Close() error {
 	return err
 }
 
+func (l *Listener) stopAccepting() {
+	_ = l.tcp.Close()
+	if l.udp != nil {
+		_ = l.udp.ln.Close()
+	}
+}
+
 // Run answers until ctx is done, and calls f for each verified connection in a
 // goroutine of its own; when f returns, the connection is closed. For an
 // upstream peer f calls Serve. Run returns when every f has.
 func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) error {
 	ctx, cancel := context.WithCancelCause(ctx)
+	defer func() { _ = l.Close() }() // after the last connection: without the UDP socket it could not say that it ends
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel(nil)
-	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	stop := context.AfterFunc(ctx, l.stopAccepting)
 	defer stop()
 	wg.Go(func() { l.conns.watch(ctx) })
 	if l.udp != nil {

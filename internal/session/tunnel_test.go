@@ -139,7 +139,9 @@ func TestLaneServesTunnelsOfGatewaysOnly(t *testing.T) {
 		t.Errorf("got %q, %v", got, err)
 	}
 	_ = end()
-	<-served
+	if err := <-served; !errors.Is(err, tunnel.ErrEnded) {
+		t.Errorf("a lane whose gateway left: %v", err)
+	}
 
 	a, served = lane()
 	if s, err := session.Dial(t.Context(), a, gateway, party(t, node)); err == nil {

@@ -3,6 +3,7 @@
 package tunnel
 
 import (
+	"errors"
 	"io"
 	"os"
 	"syscall"
@@ -28,7 +29,7 @@ func (s *socket) tryRead(fd uintptr) bool {
 		s.in = nil
 	}
 	switch {
-	case err == syscall.EAGAIN:
+	case errors.Is(err, syscall.EAGAIN):
 		return false
 	case err == nil:
 		s.readErr = io.EOF
@@ -47,7 +48,7 @@ func (s *socket) tryWrite(fd uintptr) bool {
 			s.out = s.out[n:]
 			continue
 		}
-		if err == syscall.EAGAIN {
+		if errors.Is(err, syscall.EAGAIN) {
 			return !s.wait
 		}
 		s.writeErr = os.NewSyscallError("write", err)
@@ -84,7 +85,7 @@ func (from *source) tryRead(fd uintptr) bool {
 	}
 	b.put()
 	switch {
-	case err == syscall.EAGAIN:
+	case errors.Is(err, syscall.EAGAIN):
 		return false
 	case err == nil:
 		from.err = io.EOF

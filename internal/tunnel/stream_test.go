@@ -318,7 +318,7 @@ func TestEndOfTunnelEndsStreams(t *testing.T) {
 		}()
 		_ = w.server.Close()
 		for name, s := range map[string]*Stream{"used": s, "unused": idle} {
-			if _, err := s.Read(make([]byte, 4)); err == nil || err == io.EOF {
+			if _, err := s.Read(make([]byte, 4)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("%s: read gave %v: an end like any other", name, err)
 			}
 		}
