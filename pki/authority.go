@@ -38,6 +38,7 @@ var ErrRefused = errors.New("certificate is refused")
 // is safe for concurrent use.
 type Authority struct {
 	dir  string
+	keys keyring
 	m    *material
 	ca   *authority.Authority
 	lock *lockdir.Lock
@@ -69,7 +70,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 	if err != nil {
 		return nil, fmt.Errorf("pki: %w", err)
 	}
-	a := &Authority{dir: dir, lock: lock, log: log, leafLife: LeafLife, gatewayLife: GatewayLife}
+	a := &Authority{dir: dir, keys: keyring{dir: dir}, lock: lock, log: log, leafLife: LeafLife, gatewayLife: GatewayLife}
 	for _, o := range opts {
 		o(a)
 	}
@@ -81,9 +82,15 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 }
 
 func (a *Authority) open(ctx context.Context) error {
-	m, made, err := loadOrMake(a.dir)
+	m, made, err := loadOrMake(a.dir, a.keys)
 	if err != nil {
 		return err
+	}
+	switch sealed, err := a.keys.seal(); {
+	case err != nil:
+		return err
+	case len(sealed) > 0:
+		a.log.InfoContext(ctx, "keys of the certificate authority are encrypted now; copies in older backups are not", "files", sealed)
 	}
 	a.m = m
 	if err := a.loadRevocations(); err != nil {

@@ -1,8 +1,8 @@
 package pki
 
 import (
+	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -46,7 +46,7 @@ var ErrDamaged = errors.New("certificate authority is damaged")
 // material is what the files hold.
 type material struct {
 	root, inter *x509.Certificate
-	interKey    *ecdsa.PrivateKey
+	interKey    crypto.Signer
 	trustDomain string
 }
 
@@ -57,7 +57,7 @@ func damaged(file, cause string) error {
 // loadOrMake reads the authority in dir, or makes one in an empty directory.
 // The trust domain is written last: a directory in which nothing was ever
 // issued, because a crash interrupted the making, is made anew.
-func loadOrMake(dir string) (*material, bool, error) {
+func loadOrMake(dir string, keys keyring) (*material, bool, error) {
 	have := map[string]bool{}
 	for _, name := range []string{fileRoot, fileRootKey, fileInter, fileInterKey, fileTrustDomain, fileRevocations} {
 		_, err := os.Stat(filepath.Join(dir, name))
@@ -67,7 +67,7 @@ func loadOrMake(dir string) (*material, bool, error) {
 		have[name] = err == nil
 	}
 	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] {
-		m, err := create(dir)
+		m, err := create(dir, keys)
 		return m, true, err
 	}
 	for _, name := range []string{fileRoot, fileInter, fileInterKey} {
@@ -75,12 +75,12 @@ func loadOrMake(dir string) (*material, bool, error) {
 			return nil, false, damaged(name, "is missing")
 		}
 	}
-	m, err := load(dir)
+	m, err := load(dir, keys)
 	return m, false, err
 }
 
-func create(dir string) (*material, error) {
-	rootKey, err := newKey(dir, fileRootKey)
+func create(dir string, keys keyring) (*material, error) {
+	rootKey, err := keys.make(fileRootKey)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +88,7 @@ func create(dir string) (*material, error) {
 	tmpl := issuer(now, rootLife)
 	tmpl.Subject.CommonName = "Sallyport root"
 	tmpl.MaxPathLen = 1
-	root, err := sign(tmpl, tmpl, &rootKey.PublicKey, rootKey)
+	root, err := sign(tmpl, tmpl, rootKey.Public(), rootKey)
 	if err != nil {
 		return nil, err
 	}
@@ -96,11 +96,11 @@ func create(dir string) (*material, error) {
 	if err := writePEM(dir, fileRoot, root); err != nil {
 		return nil, err
 	}
-	interKey, err := newKey(dir, fileInterKey)
+	interKey, err := keys.make(fileInterKey)
 	if err != nil {
 		return nil, err
 	}
-	inter, err := sign(spiffeIntermediate(now, td), root, &interKey.PublicKey, rootKey)
+	inter, err := sign(spiffeIntermediate(now, td), root, interKey.Public(), rootKey)
 	if err != nil {
 		return nil, err
 	}
@@ -138,7 +138,7 @@ func spiffeIntermediate(now time.Time, trustDomain string) *x509.Certificate {
 	return tmpl
 }
 
-func sign(tmpl, parent *x509.Certificate, pub *ecdsa.PublicKey, key *ecdsa.PrivateKey) (*x509.Certificate, error) {
+func sign(tmpl, parent *x509.Certificate, pub crypto.PublicKey, key crypto.Signer) (*x509.Certificate, error) {
 	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
 	if err != nil {
 		return nil, err
@@ -151,7 +151,7 @@ func sign(tmpl, parent *x509.Certificate, pub *ecdsa.PublicKey, key *ecdsa.Priva
 	return x509.ParseCertificate(der)
 }
 
-func load(dir string) (*material, error) {
+func load(dir string, keys keyring) (*material, error) {
 	var m material
 	var err error
 	if m.root, err = readCert(dir, fileRoot); err != nil {
@@ -160,10 +160,10 @@ func load(dir string) (*material, error) {
 	if m.inter, err = readCert(dir, fileInter); err != nil {
 		return nil, err
 	}
-	if m.interKey, err = readKey(dir, fileInterKey); err != nil {
+	if m.interKey, err = keys.load(fileInterKey); err != nil {
 		return nil, err
 	}
-	if !m.interKey.PublicKey.Equal(m.inter.PublicKey) {
+	if pub, ok := m.inter.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(m.interKey.Public()) {
 		return nil, damaged(fileInterKey, "does not belong to "+fileInter)
 	}
 	if err := m.inter.CheckSignatureFrom(m.root); err != nil {
@@ -186,38 +186,6 @@ func load(dir string) (*material, error) {
 		return nil, fmt.Errorf("the SPIFFE intermediate expired on %s (is the clock of this host right?)", m.inter.NotAfter.UTC().Format(time.RFC3339))
 	}
 	return &m, nil
-}
-
-func newKey(dir, name string) (*ecdsa.PrivateKey, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, err
-	}
-	return key, writeFile(dir, name, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
-}
-
-func readKey(dir, name string) (*ecdsa.PrivateKey, error) {
-	b, err := os.ReadFile(filepath.Join(dir, name))
-	if err != nil {
-		return nil, err
-	}
-	block, _ := pem.Decode(b)
-	if block == nil {
-		return nil, damaged(name, "is not a PEM file")
-	}
-	k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, damaged(name, "holds no key: "+err.Error())
-	}
-	key, ok := k.(*ecdsa.PrivateKey)
-	if !ok {
-		return nil, damaged(name, fmt.Sprintf("holds a %T, want an ECDSA key", k))
-	}
-	return key, nil
 }
 
 func readCert(dir, name string) (*x509.Certificate, error) {

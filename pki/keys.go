@@ -1,0 +1,150 @@
+package pki
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"go.step.sm/crypto/pemutil"
+)
+
+// Types of the PEM blocks in key files.
+const (
+	pemKey       = "PRIVATE KEY"
+	pemSealedKey = "ENCRYPTED PRIVATE KEY" // PKCS #8, PBES2: PBKDF2 with 600,000 rounds of HMAC-SHA-256, AES-256-CBC
+)
+
+// ErrPassphrase says that a key file is encrypted, and that the passphrase is
+// missing or does not open it.
+var ErrPassphrase = errors.New("the key is encrypted")
+
+// keyring makes and opens the private keys of an authority: files in its
+// directory, encrypted when there is a passphrase.
+type keyring struct {
+	dir        string
+	passphrase []byte // nil: keys lie open in their files
+}
+
+// WithPassphrase encrypts the keys in their files. Those that lie open there
+// already are encrypted by Open.
+func WithPassphrase(passphrase []byte) Option {
+	return func(a *Authority) { a.keys.passphrase = passphrase }
+}
+
+// make makes a key and has it on disk before anybody can see its public half.
+func (k keyring) make(name string) (crypto.Signer, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return key, k.write(name, der)
+}
+
+// write replaces a key file.
+func (k keyring) write(name string, pkcs8 []byte) error {
+	block := &pem.Block{Type: pemKey, Bytes: pkcs8}
+	if k.passphrase != nil {
+		var err error
+		if block, err = pemutil.EncryptPKCS8PrivateKey(rand.Reader, pkcs8, k.passphrase, x509.PEMCipherAES256); err != nil {
+			return fmt.Errorf("encrypt %s: %w", name, err)
+		}
+	}
+	return writeFile(k.dir, name, pem.EncodeToMemory(block), 0o600)
+}
+
+// load opens a key file.
+func (k keyring) load(name string) (crypto.Signer, error) {
+	pkcs8, _, err := k.read(name)
+	if err != nil {
+		return nil, err
+	}
+	key, err := x509.ParsePKCS8PrivateKey(pkcs8)
+	if err != nil {
+		return nil, damaged(name, "holds no key: "+err.Error())
+	}
+	ec, ok := key.(*ecdsa.PrivateKey)
+	if !ok {
+		return nil, damaged(name, fmt.Sprintf("holds a %T, want an ECDSA key", key))
+	}
+	return ec, nil
+}
+
+// read returns what a key file holds, and whether it was encrypted.
+func (k keyring) read(name string) (pkcs8 []byte, sealed bool, err error) {
+	b, err := os.ReadFile(filepath.Join(k.dir, name))
+	if err != nil {
+		return nil, false, err
+	}
+	block, rest := pem.Decode(b)
+	if block == nil || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, false, damaged(name, "is not a PEM file with one key")
+	}
+	switch block.Type {
+	case pemKey:
+		return block.Bytes, false, nil
+	case pemSealedKey:
+		if k.passphrase == nil {
+			return nil, true, fmt.Errorf("%s: %w: set SALLYPORT_PKI_PASSPHRASE_FILE to the file with its passphrase", name, ErrPassphrase)
+		}
+		pkcs8, err := pemutil.DecryptPKCS8PrivateKey(block.Bytes, k.passphrase)
+		if err == nil {
+			_, err = x509.ParsePKCS8PrivateKey(pkcs8) // CBC has no integrity: what it yields must be a key
+		}
+		if err != nil {
+			return nil, true, fmt.Errorf("%s: %w and the passphrase in SALLYPORT_PKI_PASSPHRASE_FILE does not open it", name, ErrPassphrase)
+		}
+		return pkcs8, true, nil
+	}
+	return nil, false, damaged(name, fmt.Sprintf("holds a PEM block %q, want a private key", block.Type))
+}
+
+// names are the key files that are there.
+func (k keyring) names() ([]string, error) {
+	paths, err := filepath.Glob(filepath.Join(k.dir, "*.key"))
+	if err != nil {
+		return nil, err
+	}
+	for i, p := range paths {
+		paths[i] = filepath.Base(p)
+	}
+	return paths, nil
+}
+
+// seal encrypts the key files that lie open, and makes sure that the
+// passphrase opens the others: one that fits some keys only would be noticed
+// when the root is needed, years later. It names those that it encrypted.
+func (k keyring) seal() (done []string, err error) {
+	if k.passphrase == nil {
+		return nil, nil
+	}
+	names, err := k.names()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		pkcs8, sealed, err := k.read(name)
+		if err != nil {
+			return done, err
+		}
+		if sealed {
+			continue
+		}
+		if err := k.write(name, pkcs8); err != nil {
+			return done, err
+		}
+		done = append(done, name)
+	}
+	return done, nil
+}
