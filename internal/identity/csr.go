@@ -7,7 +7,6 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"sallyport/internal/wire"
@@ -69,9 +68,11 @@ func checkKey(pub any) (*ecdsa.PublicKey, error) {
 	return key, nil
 }
 
-// Install puts a chain (leaf first, ending with the root) in the place of the
-// one in use. The chain must lead to the pinned or a trusted root, name this
-// party, and hold the key in use or that of the last CSR.
+// Install puts a chain (leaf first, then its intermediate for each root, then
+// the roots) in the place of the one in use. The chain must lead to the pinned
+// or a trusted root that is in it, name this party, and hold the key in use or
+// that of the last CSR. Roots of the chain that are neither are not trusted
+// for it: only [Identity.ApplyTrust] brings new ones.
 func (i *Identity) Install(chain [][]byte) error {
 	certs, err := parseChain(chain)
 	if err != nil {
@@ -81,8 +82,8 @@ func (i *Identity) Install(chain [][]byte) error {
 	defer i.write.Unlock()
 
 	i.mu.RLock()
-	peer, verr := i.verifyOwn(certs)
-	key, next, roots := i.key, i.next, i.roots
+	peer, own, verr := i.verifyOwn(certs)
+	key, next, ever, trusted := i.key, i.next, i.everTrusted, i.roots
 	i.mu.RUnlock()
 	if verr != nil {
 		return fmt.Errorf("install certificate: %w", verr)
@@ -96,12 +97,11 @@ func (i *Identity) Install(chain [][]byte) error {
 		return fmt.Errorf("install certificate: it is for another key (%s)", wire.KeyOf(leaf).Fingerprint())
 	}
 
-	root := certs[len(certs)-1]
-	if !slices.ContainsFunc(roots, root.Equal) {
-		roots = append(slices.Clip(roots), root)
-		if err := i.store.Write(fileRoots, encodeCerts(roots), 0o644); err != nil {
+	if all := union(ever, own); len(all) > len(ever) {
+		if err := i.store.Write(fileRoots, encodeCerts(all), 0o644); err != nil {
 			return err
 		}
+		ever = all
 	}
 	if err := i.store.Write(fileChain, encodeCerts(certs), 0o644); err != nil {
 		return err
@@ -113,7 +113,8 @@ func (i *Identity) Install(chain [][]byte) error {
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.setRoots(roots)
+	i.everTrusted = ever
+	i.setTrusted(union(trusted, own))
 	i.chain, i.party = certs, peer.Party
 	if promote {
 		i.next = nil
@@ -126,29 +127,32 @@ func (i *Identity) Install(chain [][]byte) error {
 	return nil
 }
 
-// verifyOwn checks a chain that is offered as our own; mu is held.
-func (i *Identity) verifyOwn(certs []*x509.Certificate) (Peer, error) {
-	root := certs[len(certs)-1]
+// verifyOwn checks a chain that is offered as our own, and returns the pinned
+// or trusted roots that it holds; mu is held.
+func (i *Identity) verifyOwn(certs []*x509.Certificate) (Peer, []*x509.Certificate, error) {
 	if i.pin.Root == "" && len(i.roots) == 0 {
-		return Peer{}, ErrNotPinned
+		return Peer{}, nil, ErrNotPinned
 	}
-	if !i.trusts(wire.KeyOf(root)) {
-		return Peer{}, fmt.Errorf("%w: its root %s is not the pinned one", ErrUntrusted, wire.KeyOf(root).Fingerprint())
+	var roots []*x509.Certificate
+	for _, c := range certs[1:] {
+		if i.trusts(wire.KeyOf(c)) && c.CheckSignatureFrom(c) == nil {
+			roots = append(roots, c)
+		}
 	}
-	if err := root.CheckSignatureFrom(root); err != nil {
-		return Peer{}, fmt.Errorf("%w: root: %w", ErrUntrusted, err)
+	if len(roots) == 0 {
+		return Peer{}, nil, fmt.Errorf("%w: its root %s is not the pinned one", ErrUntrusted, wire.KeyOf(certs[len(certs)-1]).Fingerprint())
 	}
-	peer, err := i.verifyChain(certs, []*x509.Certificate{root}, time.Now())
+	peer, err := i.verifyChain(certs, roots, time.Now())
 	if err != nil {
-		return Peer{}, err
+		return Peer{}, nil, err
 	}
 	if peer.Party.Role != i.role {
-		return Peer{}, fmt.Errorf("%w: it is for a %s, this is a %s", ErrWrongRole, peer.Party.Role, i.role)
+		return Peer{}, nil, fmt.Errorf("%w: it is for a %s, this is a %s", ErrWrongRole, peer.Party.Role, i.role)
 	}
 	if peer.Party.ID != i.id {
-		return Peer{}, fmt.Errorf("%w: it is for %s, this is %s", ErrWrongParty, peer.Party.ID, i.id)
+		return Peer{}, nil, fmt.Errorf("%w: it is for %s, this is %s", ErrWrongParty, peer.Party.ID, i.id)
 	}
-	return peer, nil
+	return peer, roots, nil
 }
 
 // NewKey forgets the certificate and makes a new key; UUID, roots, pin and

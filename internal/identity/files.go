@@ -19,7 +19,8 @@ const (
 	fileKey         = "key.pem"
 	fileKeyNext     = "key-next.pem"
 	fileChain       = "chain.pem"
-	fileRoots       = "root.pem"
+	fileRoots       = "root.pem" // every root that was ever trusted; fileTrust says which still are
+	fileTrust       = "trust.json"
 	filePin         = "pin.json"
 	fileRevocations = "revocations.json"
 

@@ -1,6 +1,7 @@
 package identity
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -13,6 +14,7 @@ import (
 	"io/fs"
 	"math/big"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -37,18 +39,23 @@ type Identity struct {
 	key        *ecdsa.PrivateKey
 	keyHash    wire.KeyHash
 	next       *ecdsa.PrivateKey   // of a CSR that asked for a new key
-	chain      []*x509.Certificate // leaf, intermediate, root; empty without a certificate
+	chain      []*x509.Certificate // leaf, its intermediate (for each root), roots; empty without a certificate
 	party      wire.Party          // of the leaf
 	cert       *tls.Certificate
-	brief      *tls.Certificate // cert without the root
+	brief      *tls.Certificate // cert without roots, and without what only retired roots vouch for
 	selfSigned *tls.Certificate
 	roots      []*x509.Certificate
 	pool       *x509.CertPool
-	pin        pin
-	revoked    map[wire.KeyHash]struct{}
-	revNumber  int64
-	revEnv     *wire.Envelope
-	changed    chan struct{}
+	// everTrusted are roots and those before them: what came while they were
+	// trusted and lies on our disk stays good.
+	everTrusted []*x509.Certificate
+	trustNumber int64
+	trustEnv    *wire.Envelope
+	pin         pin
+	revoked     map[wire.KeyHash]struct{}
+	revNumber   int64
+	revEnv      *wire.Envelope
+	changed     chan struct{}
 }
 
 type pin struct {
@@ -107,7 +114,7 @@ const repairEnrol = "restore the directory from a backup, or delete it and enrol
 
 func (i *Identity) load() error {
 	files := map[string][]byte{}
-	for _, name := range []string{fileID, fileKey, fileKeyNext, fileChain, fileRoots, filePin, fileRevocations} {
+	for _, name := range []string{fileID, fileKey, fileKeyNext, fileChain, fileRoots, fileTrust, filePin, fileRevocations} {
 		b, err := i.store.Read(name)
 		if err != nil {
 			return err
@@ -128,6 +135,11 @@ func (i *Identity) load() error {
 	}
 	if err := i.loadChain(files[fileChain]); err != nil {
 		return err
+	}
+	if b := files[fileTrust]; b != nil {
+		if err := i.loadTrust(b); err != nil {
+			return damaged(fileTrust, err, repairEnrol)
+		}
 	}
 	if err := i.loadID(files[fileID]); err != nil {
 		return err
@@ -264,15 +276,34 @@ func (i *Identity) setCertificate() {
 		return
 	}
 	c := &tls.Certificate{PrivateKey: i.key, Leaf: i.chain[0]}
-	for _, x := range i.chain {
-		c.Certificate = append(c.Certificate, x.Raw)
-	}
 	b := *c
-	b.Certificate = c.Certificate[:len(c.Certificate)-1]
+	for n, x := range i.chain {
+		c.Certificate = append(c.Certificate, x.Raw)
+		if n == 0 || !selfSigned(x) && slices.ContainsFunc(i.roots, func(r *x509.Certificate) bool { return mayHaveIssued(r, x) }) {
+			b.Certificate = append(b.Certificate, x.Raw)
+		}
+	}
 	i.cert, i.brief = c, &b
 }
 
+// selfSigned and mayHaveIssued go by names and key identifiers: they choose
+// what is sent, and the receiver verifies.
+func selfSigned(c *x509.Certificate) bool {
+	return bytes.Equal(c.RawIssuer, c.RawSubject) && (len(c.AuthorityKeyId) == 0 || bytes.Equal(c.AuthorityKeyId, c.SubjectKeyId))
+}
+
+func mayHaveIssued(root, c *x509.Certificate) bool {
+	return bytes.Equal(c.RawIssuer, root.RawSubject) &&
+		(len(c.AuthorityKeyId) == 0 || len(root.SubjectKeyId) == 0 || bytes.Equal(c.AuthorityKeyId, root.SubjectKeyId))
+}
+
+// setRoots takes roots of which all are trusted; setTrust narrows that.
 func (i *Identity) setRoots(roots []*x509.Certificate) {
+	i.everTrusted = roots
+	i.setTrusted(roots)
+}
+
+func (i *Identity) setTrusted(roots []*x509.Certificate) {
 	i.roots, i.pool = roots, x509.NewCertPool()
 	for _, r := range roots {
 		i.pool.AddCert(r)
@@ -347,7 +378,7 @@ func (i *Identity) trustDomain() string {
 	return i.pin.TrustDomain
 }
 
-// Certificate is the chain in use (leaf, intermediate, root) with its key. It
+// Certificate is the chain in use (leaf, intermediate, roots) with its key. It
 // may have expired: see [Identity.NotAfter].
 func (i *Identity) Certificate() (*tls.Certificate, error) {
 	i.mu.RLock()
@@ -358,9 +389,9 @@ func (i *Identity) Certificate() (*tls.Certificate, error) {
 	return i.cert, nil
 }
 
-// BriefCertificate is Certificate without the root: for peers that have it
-// already, which is every certified one. It spares them to parse and to keep it
-// for each connection.
+// BriefCertificate is Certificate without the roots: for peers that have them
+// already, which is every certified one. It spares them to parse and to keep
+// them for each connection.
 func (i *Identity) BriefCertificate() (*tls.Certificate, error) {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
@@ -370,7 +401,7 @@ func (i *Identity) BriefCertificate() (*tls.Certificate, error) {
 	return i.brief, nil
 }
 
-// Chain is the DER of leaf, intermediate and root; nil without a certificate.
+// Chain is the DER of leaf, intermediate and roots; nil without a certificate.
 func (i *Identity) Chain() [][]byte {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
@@ -434,7 +465,7 @@ func (i *Identity) Expired() bool {
 	return !end.IsZero() && time.Now().After(end)
 }
 
-// Changed is closed at the next change of key, leaf, pin or revocations.
+// Changed is closed at the next change of key, leaf, pin, roots or revocations.
 func (i *Identity) Changed() <-chan struct{} {
 	i.mu.RLock()
 	defer i.mu.RUnlock()

@@ -36,6 +36,9 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	set, err := i.verifyRevocations(env, time.Now())
 	held := i.revNumber
 	i.mu.RUnlock()
+	if err == nil {
+		err = i.sealerRevoked(env)
+	}
 	if err != nil {
 		return false, err
 	}
@@ -68,8 +71,9 @@ func (i *Identity) loadRevocations(b []byte) error {
 	if err := json.Unmarshal(env.Payload, &at); err != nil {
 		return err
 	}
-	// It was verified when it came; the intermediate may have expired since.
-	set, err := i.verifyRevocations(env, at.Issued)
+	// It was verified when it came; the intermediate may have expired since,
+	// and its root may have been dropped.
+	set, err := VerifyRevocations(env, i.everTrusted, i.trustDomain(), at.Issued)
 	if err != nil {
 		return err
 	}
@@ -85,7 +89,7 @@ func (i *Identity) setRevocations(set wire.Revocations, env wire.Envelope) {
 	i.revNumber, i.revEnv = set.Number, &env
 }
 
-// verifyRevocations checks the signature and that the signer is the SPIFFE
+// verifyRevocations checks the signature and that the signer is a SPIFFE
 // intermediate below a trusted root; mu is held.
 func (i *Identity) verifyRevocations(env wire.Envelope, at time.Time) (wire.Revocations, error) {
 	return VerifyRevocations(env, i.roots, i.trustDomain(), at)
@@ -98,18 +102,8 @@ func VerifyRevocations(env wire.Envelope, roots []*x509.Certificate, trustDomain
 	if err != nil {
 		return set, err
 	}
-	if len(roots) == 0 {
-		return set, fmt.Errorf("revocations: %w", ErrNotPinned)
-	}
-	if !isSPIFFECA(certs[0], trustDomain) {
-		return set, fmt.Errorf("revocations: %w: not signed by the SPIFFE intermediate of %s", ErrUntrusted, trustDomain)
-	}
-	opts := x509.VerifyOptions{Roots: x509.NewCertPool(), CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}
-	for _, r := range roots {
-		opts.Roots.AddCert(r)
-	}
-	if _, err := certs[0].Verify(opts); err != nil {
-		return set, fmt.Errorf("revocations: %w: %w", ErrUntrusted, err)
+	if err := checkSealer(certs, roots, trustDomain, at); err != nil {
+		return set, fmt.Errorf("revocations: %w", err)
 	}
 	if err := json.Unmarshal(env.Payload, &set); err != nil {
 		return set, fmt.Errorf("revocations: payload: %w", err)

@@ -18,6 +18,7 @@ type Peer struct {
 	Name    string // of a node, from its certificate; empty for other roles
 	Tenant  string // likewise
 	Key     wire.KeyHash
+	Issuer  wire.KeyHash // the intermediate that vouches for Key; empty while Pending
 	Leaf    *x509.Certificate
 	Pending bool // no certificate of ours: only Key is known
 }
@@ -178,7 +179,7 @@ func (i *Identity) checkChain(chain []*x509.Certificate, at time.Time) (Peer, er
 			return Peer{}, fmt.Errorf("%s: %w (%s)", party, ErrRevoked, wire.KeyOf(c).Fingerprint())
 		}
 	}
-	peer := Peer{Party: party, Key: wire.KeyOf(leaf), Leaf: leaf}
+	peer := Peer{Party: party, Key: wire.KeyOf(leaf), Issuer: wire.KeyOf(inter), Leaf: leaf}
 	peer.Name, peer.Tenant = nameOf(leaf, party)
 	return peer, nil
 }

@@ -19,6 +19,7 @@ const (
 	PathCSR         = "/v1/csr"         // POST CSRRequest → CSR
 	PathCertificate = "/v1/certificate" // PUT Certificate
 	PathRevocations = "/v1/revocations" // PUT Envelope of Revocations
+	PathTrust       = "/v1/trust"       // PUT Envelope of Trust
 	PathUnlock      = "/v1/unlock"      // POST Envelope of Unlock
 	PathEcho        = "/v1/echo"        // POST, answers the body (at most 64 KiB)
 	PathEnroll      = "/v1/enroll"      // GET EnrollRequest, PUT EnrollVerdict: enrolment sessions only
@@ -57,9 +58,10 @@ type Hello struct {
 	Applied      Revision          `json:"applied"`
 	Policies     []PolicyStatus    `json:"policies,omitempty"`
 	Outbox       OutboxState       `json:"outbox"`
-	Revocations  int64             `json:"revocations"` // number of the set that it holds
-	NotAfter     time.Time         `json:"not_after"`   // of its leaf
-	RenewAfter   time.Time         `json:"renew_after"` // two thirds of its life
+	Revocations  int64             `json:"revocations"`     // number of the set that it holds
+	Trust        int64             `json:"trust,omitempty"` // number of the trust document that it holds
+	NotAfter     time.Time         `json:"not_after"`       // of its leaf
+	RenewAfter   time.Time         `json:"renew_after"`     // two thirds of its life
 	Upstreams    []UpstreamStatus  `json:"upstreams,omitempty"`
 	OS           string            `json:"os,omitempty"`
 	Arch         string            `json:"arch,omitempty"`
@@ -183,6 +185,7 @@ const (
 	TypeAction      = "sallyport/action/1"
 	TypeUnlock      = "sallyport/unlock/1"
 	TypeRevocations = "sallyport/revocations/1"
+	TypeTrust       = "sallyport/trust/1"
 )
 
 // Envelope carries a signed document. The signature is ECDSA (ASN.1) with
@@ -382,8 +385,9 @@ type EnrollVerdict struct {
 	Reason       string         `json:"reason,omitempty"`
 	Party        Party          `json:"party,omitzero"`
 	Name         string         `json:"name,omitempty"`
-	Chain        [][]byte       `json:"chain,omitempty"` // leaf first, ends with the root
+	Chain        [][]byte       `json:"chain,omitempty"` // leaf first, ends with the roots
 	Installation string         `json:"installation,omitempty"`
 	Revocations  *Envelope      `json:"revocations,omitempty"`
+	Trust        *Envelope      `json:"trust,omitempty"`
 	RCPs         []RCPAddresses `json:"rcps,omitempty"`
 }

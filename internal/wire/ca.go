@@ -1,0 +1,82 @@
+package wire
+
+import "time"
+
+// Trust is the CA-signed list of the roots of a trust domain. It is signed by
+// the SPIFFE intermediate that issues, whose certificates in the envelope lead
+// to every root that parties may know: so a root that is new is vouched for by
+// one that is trusted already. A lower Number than the one held is refused.
+type Trust struct {
+	TrustDomain string    `json:"trust_domain"`
+	Number      int64     `json:"number"`
+	Issued      time.Time `json:"issued"`
+	Roots       [][]byte  `json:"roots"` // DER; all others are trusted no longer
+}
+
+// MaxRoots bounds the roots of one trust domain, so that a chain with all of
+// them stays small.
+const MaxRoots = 3
+
+// States of an issuer.
+const (
+	IssuerIssuing = "issuing" // signs new certificates
+	IssuerTrusted = "trusted" // the other one, while a rollover lasts
+	IssuerRetired = "retired" // trusted no more; of a root: still vouched for, towards parties that were away
+)
+
+// Kinds of a rollover.
+const (
+	RolloverIntermediate = "intermediate"
+	RolloverRoot         = "root"
+)
+
+// CAIssuer is a root or a SPIFFE intermediate.
+type CAIssuer struct {
+	N         int       `json:"n"` // 1 is the first, whose file name has no number
+	Key       KeyHash   `json:"key"`
+	Root      int       `json:"root,omitempty"` // of an intermediate: the N of its root
+	State     string    `json:"state"`
+	NotBefore time.Time `json:"not_before"`
+	NotAfter  time.Time `json:"not_after"`
+	Retired   time.Time `json:"retired,omitzero"`
+}
+
+// CARollover is a change of issuers that is under way. An abort turns it round.
+type CARollover struct {
+	Kind    string    `json:"kind"` // RolloverIntermediate, RolloverRoot
+	From    KeyHash   `json:"from"` // the intermediate that is given up
+	To      KeyHash   `json:"to"`   // the one that issues
+	Since   time.Time `json:"since"`
+	Aborted bool      `json:"aborted,omitempty"`
+}
+
+// CAState is what a certificate authority says of itself.
+type CAState struct {
+	TrustDomain   string      `json:"trust_domain"`
+	Number        int64       `json:"number"` // of the trust document; 0 before the first rollover
+	Roots         []CAIssuer  `json:"roots"`
+	Intermediates []CAIssuer  `json:"intermediates"`
+	Rollover      *CARollover `json:"rollover,omitempty"`
+}
+
+// Issuing returns the intermediate that signs new certificates.
+func (s *CAState) Issuing() CAIssuer {
+	for _, i := range s.Intermediates {
+		if i.State == IssuerIssuing {
+			return i
+		}
+	}
+	return CAIssuer{}
+}
+
+// RootOf returns the root of an intermediate.
+func (s *CAState) RootOf(inter KeyHash) CAIssuer {
+	for _, i := range s.Intermediates {
+		for _, r := range s.Roots {
+			if i.Key == inter && r.N == i.Root {
+				return r
+			}
+		}
+	}
+	return CAIssuer{}
+}
