@@ -75,19 +75,3 @@ func checkSocketPath(variable, path string) error {
 	}
 	return nil
 }
-
-// PKI is the configuration of the CA.
-type PKI struct {
-	Common
-	AdminListen Listen `env:"SALLYPORT_PKI_ADMIN_LISTEN" envDefault:"127.0.0.1:9193" doc:"address of /metrics, /livez and /readyz of a CA in a process of its own; inside a gateway it has none" form:"host:port or off" why:"loopback: metrics name nodes"`
-}
-
-// LoadPKI reads environ, as os.Environ returns it.
-func LoadPKI(environ []string) (PKI, error) {
-	var c PKI
-	err := load(&c, environ)
-	return c, err
-}
-
-func (c *PKI) common() *Common { return &c.Common }
-func (c *PKI) validate() error { return nil }

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 
 	"go.step.sm/crypto/pemutil"
+
+	"sallyport/internal/lockdir"
 )
 
 // Types of the PEM blocks in key files.
@@ -147,4 +149,36 @@ func (k keyring) seal() (done []string, err error) {
 		done = append(done, name)
 	}
 	return done, nil
+}
+
+// Reseal encrypts the keys in dir under another passphrase, or under none if
+// next is nil; old is the one in force. Nobody may have the directory open. It
+// can be repeated after a failure: keys that next opens already are left.
+func Reseal(dir string, old, next []byte) (err error) {
+	if _, err := os.Stat(filepath.Join(dir, fileTrustDomain)); err != nil {
+		return fmt.Errorf("pki: there is no certificate authority in %s: %w", dir, err)
+	}
+	lock, err := lockdir.Acquire(dir)
+	if err != nil {
+		return fmt.Errorf("pki: %w", err)
+	}
+	defer func() { err = errors.Join(err, lock.Release()) }()
+	from, to := keyring{dir: dir, passphrase: old}, keyring{dir: dir, passphrase: next}
+	names, err := from.names()
+	if err != nil {
+		return fmt.Errorf("pki: %w", err)
+	}
+	for _, name := range names {
+		if _, sealed, err := to.read(name); err == nil && sealed == (next != nil) {
+			continue
+		}
+		pkcs8, _, err := from.read(name)
+		if err != nil {
+			return fmt.Errorf("pki in %s: %w", dir, err)
+		}
+		if err := to.write(name, pkcs8); err != nil {
+			return fmt.Errorf("pki in %s: %w", dir, err)
+		}
+	}
+	return nil
 }

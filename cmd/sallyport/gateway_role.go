@@ -20,7 +20,6 @@ import (
 	"sallyport/internal/local"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
-	"sallyport/pki"
 )
 
 // gatewayHost is a gateway with what it needs on its host: the lock on its
@@ -28,6 +27,7 @@ import (
 // socket and the admin listener.
 type gatewayHost struct {
 	cfg config.Gateway
+	pki config.PKI
 	log *slog.Logger
 	reg *prometheus.Registry
 }
@@ -37,8 +37,12 @@ func (a *app) gatewayRole() (cli.Role, error) {
 	if err != nil {
 		return cli.Role{}, err
 	}
+	p, err := config.LoadPKI(a.streams.Env)
+	if err != nil {
+		return cli.Role{}, err
+	}
 	return cli.NewRole("gateway", c.Common, a.streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
-		h := &gatewayHost{cfg: c, log: log, reg: reg}
+		h := &gatewayHost{cfg: c, pki: p, log: log, reg: reg}
 		return h.run, nil
 	})
 }
@@ -60,7 +64,7 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 		return err
 	}
 	closers = append(closers, lock.Release)
-	ca, err := pki.Open(ctx, h.cfg.Dir("pki"), h.log)
+	ca, err := openAuthority(ctx, h.pki, h.log)
 	if err != nil {
 		return err
 	}

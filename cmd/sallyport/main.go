@@ -29,9 +29,9 @@ func newRoot(streams cli.IO) *cobra.Command {
 	root.AddCommand(
 		a.runCommand(), a.demoCommand(), a.simCommand(), a.backupCommand(), a.restoreCommand(),
 		a.applyCommand(), a.rcpCommand(), a.joinCommand(), a.requestCommand(), a.nodeCommand(), a.policyCommand(),
-		a.deploymentCommand(), a.actionCommand(), a.targetCommand(), a.eventCommand(), a.tokenCommand(), a.auditCommand(),
+		a.deploymentCommand(), a.actionCommand(), a.targetCommand(), a.eventCommand(), a.tokenCommand(), a.auditCommand(), a.caCommand(),
 		cli.LocalCommand(a.out, streams, wire.RoleNode, wire.RoleRCP, wire.RoleGateway),
-		cli.ConfigCommand(a.out, streams, "gateway", "rcp", "node", "operator"),
+		cli.ConfigCommand(a.out, streams, "gateway", "rcp", "node", "pki", "operator"),
 		cli.VersionCommand(a.out),
 	)
 	explainErrors(root)

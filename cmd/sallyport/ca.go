@@ -1,0 +1,11 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+
+	"sallyport/internal/cli"
+)
+
+func (a *app) caCommand() *cobra.Command {
+	return cli.Group("ca", "The certificate authority", a.caPassphraseCommand())
+}

@@ -1,0 +1,65 @@
+package config
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"strings"
+)
+
+// PKI is the configuration of the CA, read by the process that holds it: the
+// gateway, or `run pki`.
+type PKI struct {
+	Common
+	PassphraseFile string `env:"SALLYPORT_PKI_PASSPHRASE_FILE" doc:"file with the passphrase of the CA's keys: they are encrypted in their files, also those that lie open there already" form:"a path" why:"none: a passphrase beside the keys protects backups and copies, not the host itself"`
+	AdminListen    Listen `env:"SALLYPORT_PKI_ADMIN_LISTEN" envDefault:"127.0.0.1:9193" doc:"address of /metrics, /livez and /readyz of a CA in a process of its own; inside a gateway it has none" form:"host:port or off" why:"loopback: metrics name nodes"`
+}
+
+// LoadPKI reads environ, as os.Environ returns it.
+func LoadPKI(environ []string) (PKI, error) {
+	var c PKI
+	err := load(&c, environ)
+	return c, err
+}
+
+func (c *PKI) common() *Common { return &c.Common }
+
+func (c *PKI) validate() error { return nil }
+
+// Passphrase reads the passphrase of the CA's keys. It is empty without a file.
+func (c PKI) Passphrase() (Secret, error) {
+	if c.PassphraseFile == "" {
+		return "", nil
+	}
+	return ReadPassphrase("SALLYPORT_PKI_PASSPHRASE_FILE", c.PassphraseFile)
+}
+
+// Bounds of a passphrase, in bytes.
+const (
+	minPassphrase = 12
+	maxPassphrase = 1 << 10
+)
+
+// ReadPassphrase reads a file that holds one passphrase on one line. name is
+// the variable or argument that named the file.
+func ReadPassphrase(name, file string) (Secret, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", fmt.Errorf("read %s: %w", name, err)
+	}
+	defer func() { _ = f.Close() }()
+	b, err := io.ReadAll(io.LimitReader(f, maxPassphrase+3))
+	if err != nil {
+		return "", fmt.Errorf("read %s: %w", name, err)
+	}
+	s := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	switch {
+	case strings.ContainsAny(s, "\r\n\x00"):
+		return "", wrong(name, "%s holds more than one line; want the passphrase alone", quote(file))
+	case len(s) < minPassphrase:
+		return "", wrong(name, "%s holds a passphrase of %d bytes; want at least %d: whoever has a copy of the keys may guess for years", quote(file), len(s), minPassphrase)
+	case len(s) > maxPassphrase:
+		return "", wrong(name, "%s holds a passphrase longer than %d bytes", quote(file), maxPassphrase)
+	}
+	return Secret(s), nil
+}

@@ -1,0 +1,47 @@
+package config_test
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"sallyport/config"
+)
+
+func TestPassphrase(t *testing.T) {
+	const good = "correct horse battery"
+	for content, want := range map[string]string{
+		good: "", good + "\n": "", good + "\r\n": "", " " + good + " \n": "", // white space counts, the end of the line does not
+		"": "at least 12", "short\n": "at least 12", good + "\nand more\n": "more than one line", good + "\x00": "more than one line",
+		strings.Repeat("x", 1025): "longer than 1024", strings.Repeat("x", 1<<20): "longer than 1024",
+	} {
+		file := filepath.Join(t.TempDir(), "pass")
+		if err := os.WriteFile(file, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := config.LoadPKI([]string{"SALLYPORT_DATA=" + t.TempDir(), "SALLYPORT_PKI_PASSPHRASE_FILE=" + file})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := c.Passphrase()
+		switch {
+		case want == "" && (err != nil || got.Reveal() != strings.TrimRight(content, "\r\n")):
+			t.Errorf("%.40q: %q, %v", content, got.Reveal(), err)
+		case want != "" && (!errors.Is(err, config.ErrConfig) || !strings.Contains(err.Error(), want)):
+			t.Errorf("%.40q: %v, want it to say %q", content, err, want)
+		case err != nil && strings.Contains(err.Error(), "horse"):
+			t.Errorf("the error repeats the passphrase: %v", err)
+		case strings.Contains(fmt.Sprintf("%v %+v %#v", got, got, got), "horse"):
+			t.Errorf("the passphrase shows itself: %v", got)
+		}
+	}
+	if got, err := (config.PKI{}).Passphrase(); got != "" || err != nil {
+		t.Errorf("without a file: %v, %v", got, err)
+	}
+	if _, err := (config.PKI{PassphraseFile: "/nowhere/at/all"}).Passphrase(); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "SALLYPORT_PKI_PASSPHRASE_FILE") {
+		t.Errorf("a file that is not there: %v", err)
+	}
+}
