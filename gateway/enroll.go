@@ -10,6 +10,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -234,25 +235,27 @@ func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.En
 			"name", wire.Quotable(d.name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
 	case d.state == wire.EnrollGranted && !d.known:
 		e.log.Info("certificate request granted", "party", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID())
-		e.settle(ctx, d.party, d.victims)
+		e.settle(ctx, []wire.Party{d.party}, d.victims)
 	}
 	return d, nil
 }
 
-// settle lets the rest of the gateway know of a new party and of those that it
-// replaced.
-func (e *enrolment) settle(ctx context.Context, party wire.Party, victims []victim) {
+// settle lets the rest of the gateway know of new parties and of those that
+// they replaced.
+func (e *enrolment) settle(ctx context.Context, parties []wire.Party, victims []victim) {
 	if len(victims) > 0 {
 		if err := e.publish(ctx, victimParties(victims)); err != nil {
 			e.log.Error("revocation set not signed; it is tried again at the next revocation and at the next start", "error", err)
 		}
 	}
 	for _, v := range victims {
-		if v.id != party.ID {
+		if !slices.ContainsFunc(parties, func(p wire.Party) bool { return p.ID == v.id }) {
 			e.changed(ctx, v.role, v.id)
 		}
 	}
-	e.changed(ctx, party.Role, party.ID)
+	for _, p := range parties {
+		e.changed(ctx, p.Role, p.ID)
+	}
 }
 
 // tell puts the verdict on the waiting party.
@@ -272,10 +275,14 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	v.Installation = e.store.Installation().UID
 	v.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {
-		return err
+		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+wire.Quotable(err.Error())))
 	}
 	if err := exchange(ctx, s, http.MethodPut, v, nil); err != nil {
-		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not delivered: "+wire.Quotable(err.Error())))
+		state := api.RequestGranted
+		if a := (*answerError)(nil); errors.As(err, &a) && a.status == http.StatusUnprocessableEntity {
+			state = api.RequestFailed // it is offered again, in case that whatever is wrong there is put right
+		}
+		return errors.Join(err, e.delivery(ctx, key, state, "not delivered: "+wire.Quotable(err.Error())))
 	}
 	if err := e.delivered(ctx, key, d, v.Chain); err != nil {
 		return err
@@ -313,8 +320,8 @@ func setRequestState(ctx context.Context, tx *store.Tx, key wire.KeyHash, state,
 	if errors.Is(err, store.ErrNotFound) {
 		return nil // renewed after expiry, by a party whose request is history
 	}
-	if err != nil || q.State != api.RequestGranted {
-		return err
+	if err != nil || q.State == state && q.Reason == reason || !store.RequestMoves(q.State, state) {
+		return err // an older request of the same key, perhaps
 	}
 	q.State, q.Reason, q.SeenAt = state, reason, tx.Now()
 	return tx.SaveRequest(ctx, q)
@@ -345,7 +352,7 @@ func exchange(ctx context.Context, s enrollSession, method string, in, out any) 
 	defer func() { _ = res.Body.Close() }()
 	if res.StatusCode/100 != 2 {
 		why, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // for people; half of it will do
-		return fmt.Errorf("%s %s: the party answers %s: %s", method, wire.PathEnroll, res.Status, wire.Quotable(string(bytes.TrimSpace(why))))
+		return &answerError{status: res.StatusCode, what: method + " " + wire.PathEnroll, why: wire.Quotable(string(bytes.TrimSpace(why)))}
 	}
 	if out == nil {
 		return nil
@@ -354,4 +361,14 @@ func exchange(ctx context.Context, s enrollSession, method string, in, out any) 
 		return fmt.Errorf("%s %s: %w", method, wire.PathEnroll, err)
 	}
 	return nil
+}
+
+// answerError is what a waiting party answers instead of doing what it is asked.
+type answerError struct {
+	status    int
+	what, why string
+}
+
+func (a *answerError) Error() string {
+	return fmt.Sprintf("%s: the party answers %d %s: %s", a.what, a.status, http.StatusText(a.status), a.why)
 }

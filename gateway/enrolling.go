@@ -98,6 +98,10 @@ func (s *Server) discard(ctx context.Context, ref string) (*store.Request, error
 	return s.enrolment.discard(ctx, ref)
 }
 
+func (s *Server) decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error) {
+	return s.enrolment.decideMany(ctx, verb, in)
+}
+
 func (s *Server) revokeNode(ctx context.Context, n *store.Node, remove bool) (int64, error) {
 	return s.enrolment.revokeNode(ctx, n, remove)
 }

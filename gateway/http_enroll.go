@@ -9,6 +9,8 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
+	"sallyport/internal/selector"
+	"sallyport/internal/wire"
 )
 
 func (r *rest) enrollRoutes() {
@@ -19,10 +21,21 @@ func (r *rest) enrollRoutes() {
 	handle(r, op("join.create", http.MethodPost, "/joins", "Make a join code for nodes"), mayCertify, r.createJoin)
 	handle(r, op("join.revoke", http.MethodPost, "/joins/{id}/revoke", "Make a join code useless"), mayCertify, r.revokeJoin)
 	handle(r, op("request.list", http.MethodGet, "/requests", "List certificate requests, newest first"), mayRead, r.listRequests)
+	for _, verb := range []string{verbGrant, verbDeny, verbDiscard} {
+		o := op("request."+verb+"-many", http.MethodPost, "/requests/"+verb, "Decide on many requests: "+verb)
+		o.MaxBodyBytes = maxBulkBody
+		handle(r, o, mayCertify, func(ctx context.Context, in *body[api.DecideRequests]) (*body[api.DecidedRequests], error) {
+			out, err := r.s.decideMany(ctx, verb, in.Body)
+			return answer(out), err
+		})
+	}
 	handle(r, op("request.grant", http.MethodPost, "/requests/{ref}/grant", "Grant a request, by ID, or by a name that only it has"), mayCertify, r.grantRequest)
 	handle(r, op("request.deny", http.MethodPost, "/requests/{ref}/deny", "Refuse a request, and tell the party so"), mayCertify, r.denyRequest)
 	handle(r, op("request.discard", http.MethodPost, "/requests/{ref}/discard", "Forget a request silently"), mayCertify, r.discardRequest)
 }
+
+// maxBulkBody is room for maxBulk names of the longest kind.
+const maxBulkBody = maxBulk * (wire.MaxName + 8)
 
 // list is never null in JSON.
 func list(s []string) []string {
@@ -94,17 +107,27 @@ func requestView(q *store.Request) api.Request {
 
 type listRequestsInput struct {
 	Page
-	State string `query:"state"`
+	State    string `query:"state"`
+	Selector string `query:"selector" doc:"Kubernetes label selector over tags."`
 }
 
 func (r *rest) listRequests(ctx context.Context, in *listRequestsInput) (*body[api.List[api.Request]], error) {
+	sel := selector.Everything
+	if in.Selector != "" {
+		var err error
+		if sel, err = selector.Parse(in.Selector); err != nil {
+			return nil, api.NewProblem(api.CodeInvalid, err.Error())
+		}
+	}
 	rows, err := r.s.store.Requests(ctx, in.State)
 	if err != nil {
 		return nil, err
 	}
-	out := make([]api.Request, len(rows))
-	for i, q := range rows {
-		out[i] = requestView(q)
+	out := make([]api.Request, 0, len(rows))
+	for _, q := range rows {
+		if sel.Matches(q.Tags) {
+			out = append(out, requestView(q))
+		}
 	}
 	l, err := slicePage(out, in.Page, func(q api.Request) string { return q.ID })
 	return answer(l), err

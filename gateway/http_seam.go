@@ -23,6 +23,8 @@ type enrolling interface {
 	grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error)
 	deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error)
 	discard(ctx context.Context, ref string) (*store.Request, error)
+	// decideMany does the same with several; verb is grant, deny or discard.
+	decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error)
 }
 
 // revoking is revoke.go and renew.go. The number is that of the set of

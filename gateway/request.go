@@ -1,10 +1,12 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -35,7 +37,7 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 		d.fresh = true
 	}
 	q.Role, q.PartyID, q.KeyHash, q.Name, q.Tenant = d.party.Role, d.party.ID, key, clip(d.name), d.tenant
-	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), boundTags(req.Tags), req.TokenID, req.CSR, clip(req.Program)
+	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), requestTags(req.Tags, d.join), req.TokenID, req.CSR, clip(req.Program)
 	q.State, q.Code, q.Reason, q.SeenAt = api.RequestPending, d.code, d.code, tx.Now()
 	if d.state == wire.EnrollGranted {
 		if err := e.grantIn(ctx, tx, d, q); err != nil {
@@ -69,6 +71,18 @@ func boundTags(tags map[string]string) map[string]string {
 			out[k] = v
 		}
 	}
+	return out
+}
+
+// requestTags are what operators select requests by: the tags of the join code,
+// which the party cannot change, and those that it asks for and may have.
+func requestTags(own map[string]string, j *store.Join) map[string]string {
+	out := boundTags(own)
+	if j == nil {
+		return out
+	}
+	maps.DeleteFunc(out, func(k, v string) bool { return !store.AllowsTag(j.AllowTags, k, v) })
+	maps.Copy(out, j.Tags)
 	return out
 }
 
@@ -189,7 +203,7 @@ func (e *enrolment) find(ctx context.Context, q store.Queries, ref, fingerprint 
 	}
 	switch {
 	case len(found) == 0:
-		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
+		return nil, noRequest(ref)
 	case len(found) > 1:
 		return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID, or by --fingerprint", len(found), wire.Quotable(ref)))
 	case fingerprint == "" && found[0].ID != ref && found[0].Name == ref:
@@ -220,24 +234,31 @@ func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store
 	var q *store.Request
 	var d *decision
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
-		if q, err = e.find(ctx, tx.Queries, ref, in.Fingerprint); err != nil {
-			return err
-		}
-		d, err = e.judge(ctx, tx.Queries, q, in.Replace)
-		if err != nil {
-			return err
-		}
-		if err := e.grantIn(ctx, tx, d, q); err != nil {
-			return err
-		}
-		return tx.SaveRequest(ctx, q)
+		q, d, err = e.grantOne(ctx, tx, ref, in)
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	e.settle(ctx, d.party, d.victims)
+	e.settle(ctx, []wire.Party{d.party}, d.victims)
 	e.again(q.KeyHash)
 	return q, nil
+}
+
+// grantOne writes nothing when it returns a *api.Problem.
+func (e *enrolment) grantOne(ctx context.Context, tx *store.Tx, ref string, in api.Grant) (*store.Request, *decision, error) {
+	q, err := e.find(ctx, tx.Queries, ref, in.Fingerprint)
+	if err != nil {
+		return nil, nil, err
+	}
+	d, err := e.judge(ctx, tx.Queries, q, in.Replace)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := e.grantIn(ctx, tx, d, q); err != nil {
+		return nil, nil, err
+	}
+	return q, d, tx.SaveRequest(ctx, q)
 }
 
 // judge looks again at what a waiting request claims: the world moved on.
@@ -274,42 +295,47 @@ func (e *enrolment) judge(ctx context.Context, q store.Queries, r *store.Request
 
 // deny is an operator's no, which the party is told.
 func (e *enrolment) deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error) {
-	reason := in.Reason
-	if reason == "" {
-		reason = "an operator refused the request"
-	}
-	return e.refuse(ctx, ref, api.RequestDenied, "request.deny", clip(reason))
+	return e.refuse(ctx, ref, ruling{verb: verbDeny, reason: clip(in.Reason)})
 }
 
 // discard forgets a request; the party is not told, and stays where it is.
 func (e *enrolment) discard(ctx context.Context, ref string) (*store.Request, error) {
-	return e.refuse(ctx, ref, api.RequestDiscarded, "request.discard", "")
+	return e.refuse(ctx, ref, ruling{verb: verbDiscard})
 }
 
-func (e *enrolment) refuse(ctx context.Context, ref, state, what, reason string) (*store.Request, error) {
-	var q *store.Request
-	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
-		found, err := tx.FindRequests(ctx, ref)
-		switch {
-		case err != nil:
-			return err
-		case len(found) == 0:
-			return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
-		case len(found) > 1:
-			return api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID", len(found), wire.Quotable(ref)))
-		}
-		q = found[0]
-		q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = state, "", reason, tx.Now(), store.ActorFrom(ctx).Who
-		tx.Audit(ctx, what, q.Name, fmt.Sprintf("%s %s, %s %s", q.Role, q.PartyID, q.KeyHash.Fingerprint(), reason))
-		return tx.SaveRequest(ctx, q)
+func (e *enrolment) refuse(ctx context.Context, ref string, v ruling) (q *store.Request, err error) {
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		q, err = e.refuseOne(ctx, tx, ref, v)
+		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	if state == api.RequestDenied {
+	if err == nil && v.verb == verbDeny {
 		e.again(q.KeyHash)
 	}
-	return q, nil
+	return q, err
+}
+
+// refuseOne writes nothing when it returns a *api.Problem.
+func (e *enrolment) refuseOne(ctx context.Context, tx *store.Tx, ref string, v ruling) (*store.Request, error) {
+	found, err := tx.FindRequests(ctx, ref)
+	switch {
+	case err != nil:
+		return nil, err
+	case len(found) == 0:
+		return nil, noRequest(ref)
+	case len(found) > 1:
+		return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID", len(found), wire.Quotable(ref)))
+	}
+	q := found[0]
+	q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = api.RequestDiscarded, "", "", tx.Now(), store.ActorFrom(ctx).Who
+	if v.verb == verbDeny {
+		q.State, q.Reason = api.RequestDenied, cmp.Or(v.reason, "an operator refused the request")
+	}
+	tx.Audit(ctx, "request."+v.verb, q.Name, fmt.Sprintf("%s %s, %s %s", q.Role, q.PartyID, q.KeyHash.Fingerprint(), q.Reason))
+	return q, tx.SaveRequest(ctx, q)
+}
+
+func noRequest(ref string) error {
+	return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
 }
 
 // expire ends requests whose party was not seen for long.

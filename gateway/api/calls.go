@@ -126,7 +126,7 @@ func (c *Client) RevokeJoin(ctx context.Context, id string) (Join, error) {
 
 // Requests lists certificate requests, newest first.
 func (c *Client) Requests(ctx context.Context, q RequestQuery) ([]Request, error) {
-	return list[Request](ctx, c, "/requests", values("state", q.State), q.Page)
+	return list[Request](ctx, c, "/requests", values("state", q.State, "selector", q.Selector), q.Page)
 }
 
 // GrantRequest takes the ID of a request, or the name in exactly one.
@@ -142,6 +142,11 @@ func (c *Client) DenyRequest(ctx context.Context, ref string, in Deny) (Request,
 // DiscardRequest forgets a request without telling the party.
 func (c *Client) DiscardRequest(ctx context.Context, ref string) (Request, error) {
 	return post[Request](ctx, c, at("/requests", ref, "discard"), nil)
+}
+
+// DecideRequests decides on many requests; verb is grant, deny or discard.
+func (c *Client) DecideRequests(ctx context.Context, verb string, in DecideRequests) (DecidedRequests, error) {
+	return post[DecidedRequests](ctx, c, at("/requests", verb), in)
 }
 
 // Apply creates and changes policies and deployments.

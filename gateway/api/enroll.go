@@ -84,8 +84,36 @@ type Deny struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// DecideRequests decides on many requests with one call. Each of Refs is the
+// ID of a request, or the name in exactly one.
+type DecideRequests struct {
+	Refs    []string `json:"refs"`
+	Replace bool     `json:"replace,omitempty"` // of a grant: revoke live nodes of the same names
+	Reason  string   `json:"reason,omitempty"`  // of a denial: what the parties are told
+	DryRun  bool     `json:"dry_run,omitempty"`
+}
+
+// DecidedRequests has one result for each of the requests, in their order.
+type DecidedRequests struct {
+	Verb    string          `json:"verb"` // grant, deny, discard
+	DryRun  bool            `json:"dry_run"`
+	Decided int             `json:"decided"`
+	Failed  int             `json:"failed"`
+	Results []RequestResult `json:"results"`
+}
+
+// RequestResult is what became of one request: it was decided, or there is an
+// error.
+type RequestResult struct {
+	Ref     string   `json:"ref"`
+	Request *Request `json:"request,omitempty"`
+	Error   string   `json:"error,omitempty"`
+	Code    Code     `json:"code,omitempty"`
+}
+
 // RequestQuery filters requests.
 type RequestQuery struct {
-	State string
+	State    string
+	Selector string // Kubernetes label selector over the tags
 	Page
 }

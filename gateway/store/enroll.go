@@ -2,7 +2,9 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/uptrace/bun"
@@ -57,9 +59,40 @@ func (tx *Tx) AddRequest(ctx context.Context, q *Request) error {
 	return err
 }
 
-// SaveRequest writes a request back.
+// requestMoves says from which states a request comes into one (PK-03). A
+// state that stands in its own list may be written again: the party was seen,
+// or the reason changed. Denied, discarded and expired are final; a granted
+// request that failed was refused by its party, and is delivered when that
+// takes it after all.
+var requestMoves = map[string][]string{
+	api.RequestPending:   {api.RequestPending},
+	api.RequestGranted:   {api.RequestPending, api.RequestGranted},
+	api.RequestDelivered: {api.RequestGranted, api.RequestFailed, api.RequestDelivered},
+	api.RequestDenied:    {api.RequestPending},
+	api.RequestDiscarded: {api.RequestPending},
+	api.RequestFailed:    {api.RequestPending, api.RequestGranted, api.RequestFailed},
+	api.RequestExpired:   {api.RequestPending},
+}
+
+// RequestMoves tells whether a request may go from one state to another.
+func RequestMoves(from, to string) bool { return slices.Contains(requestMoves[to], from) }
+
+// SaveRequest writes a request back. [ErrChanged] says that its state is one
+// that does not lead to the new one: somebody else decided in the meantime.
 func (tx *Tx) SaveRequest(ctx context.Context, q *Request) error {
-	return one(tx.q.NewUpdate().Model(q).WherePK().Exec(ctx))
+	from, known := requestMoves[q.State]
+	if !known {
+		return fmt.Errorf("request %s: no state %q", q.ID, q.State)
+	}
+	err := one(tx.q.NewUpdate().Model(q).WherePK().Where("state IN (?)", bun.List(from)).Exec(ctx))
+	if !errors.Is(err, ErrNotFound) {
+		return err
+	}
+	now, err := tx.Request(ctx, q.ID)
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("request %s is %s and cannot become %s: %w", q.ID, now.State, q.State, ErrChanged)
 }
 
 // ExpireRequests ends the requests of parties that were not seen since.

@@ -1,0 +1,239 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/enroll"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// asking is a waiting party without a join code of its own: it answers with a
+// request of its key, and remembers the verdict.
+func (d *desk) asking(name, join string, tags map[string]string) (*applicant, *wire.EnrollVerdict) {
+	d.t.Helper()
+	id, err := identity.Open(d.t.TempDir(), wire.RoleNode)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	csr, err := id.CSR(false)
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	told := new(wire.EnrollVerdict)
+	a := &applicant{id: id, bend: func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		var err error
+		if r.Method == http.MethodGet {
+			err = json.NewEncoder(w).Encode(wire.EnrollRequest{Role: wire.RoleNode, ID: id.ID(), Name: name, TokenID: join, Tags: tags, CSR: csr, Versions: wire.OwnVersions})
+		} else {
+			err = json.NewDecoder(r.Body).Decode(told)
+		}
+		if err != nil {
+			d.t.Error(err)
+		}
+		return true
+	}}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.parties[id.KeyHash()] = a
+	return a, told
+}
+
+func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
+	d := newDesk(t)
+	const n = bulkAtOnce + 20
+	join := mustParse(t, d.join(api.CreateJoin{Manual: true, Tags: map[string]string{"role": "web"}, AllowTags: []string{"env=*"}})).TokenID
+	live := d.enrolled(d.join(api.CreateJoin{Name: "web-3"}), "")
+	var refs []string
+	var parties []*applicant
+	for i := range n {
+		a, _ := d.asking(fmt.Sprintf("web-%d", i), join, map[string]string{"role": "db", "env": "prod", "own": "x"})
+		d.see(a)
+		parties = append(parties, a)
+	}
+	waiting := d.requests(api.RequestPending)
+	if len(waiting) != n {
+		t.Fatalf("%d requests wait, want %d", len(waiting), n)
+	}
+	for _, q := range waiting {
+		refs = append(refs, q.ID)
+		if q.Tags["role"] != "web" || q.Tags["env"] != "prod" || q.Tags["own"] != "" {
+			t.Fatalf("the code's tags win, and only allowed ones are taken: %v", q.Tags)
+		}
+	}
+	refs = append(refs, "nobody", refs[0])
+	ctx := store.WithActor(t.Context(), store.Actor{Who: "alice", Origin: "test"})
+	dry, err := d.decideMany(ctx, verbGrant, api.DecideRequests{Refs: refs, DryRun: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := len(d.requests(api.RequestPending)); got != n || d.audited("request.grant") != 1 {
+		t.Fatalf("the dry run changed something: %d wait", got)
+	}
+	out, err := d.decideMany(ctx, verbGrant, api.DecideRequests{Refs: refs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out.Decided != n-1 || out.Failed != 3 || dry.Decided != out.Decided || dry.Failed != out.Failed {
+		t.Errorf("decided %d, failed %d (dry run %d, %d), want %d and 3", out.Decided, out.Failed, dry.Decided, dry.Failed, n-1)
+	}
+	for i, r := range out.Results {
+		switch {
+		case r.Ref == "nobody", i == n+1:
+			if r.Code != api.CodeNotFound {
+				t.Errorf("result %+v", r)
+			}
+		case r.Error != "":
+			if r.Code != api.CodeNameInUse {
+				t.Errorf("result %+v", r)
+			}
+		case r.Request.State != api.RequestGranted || r.Request.DecidedBy != "alice":
+			t.Errorf("result %+v", r.Request)
+		}
+	}
+	if d.id.Revoked(live.id.KeyHash()) {
+		t.Error("the live node gave way without --replace")
+	}
+	for i, a := range parties {
+		d.see(a)
+		if q, err := d.store.LastRequest(t.Context(), a.id.KeyHash()); err != nil || (q.State == api.RequestDelivered) == (i == 3) {
+			t.Errorf("party %d: %+v %v", i, q, err)
+		}
+	}
+	if _, err := d.decideMany(ctx, verbGrant, api.DecideRequests{}); !api.Is(err, api.CodeInvalid) {
+		t.Errorf("no request: %v", err)
+	}
+}
+
+func TestManyAreDeniedAndDiscarded(t *testing.T) {
+	d := newDesk(t)
+	a, toldA := d.asking("a", "", nil)
+	b, toldB := d.asking("b", "", nil)
+	d.see(a)
+	d.see(b)
+	if out, err := d.decideMany(t.Context(), verbDeny, api.DecideRequests{Refs: []string{"a"}, Reason: "not ours"}); err != nil || out.Decided != 1 {
+		t.Fatalf("%+v %v", out, err)
+	}
+	if out, err := d.decideMany(t.Context(), verbDiscard, api.DecideRequests{Refs: []string{"b"}}); err != nil || out.Decided != 1 {
+		t.Fatalf("%+v %v", out, err)
+	}
+	*toldB = wire.EnrollVerdict{}
+	d.see(a)
+	d.see(b)
+	if toldA.State != wire.EnrollDenied || toldA.Reason != "not ours" {
+		t.Errorf("the denied party is told %+v", toldA)
+	}
+	if toldB.State != "" {
+		t.Errorf("the discarded party is told %+v", toldB)
+	}
+	for ref, verb := range map[string]string{"a": verbGrant, "b": verbDeny} { // either is final
+		if out, err := d.decideMany(t.Context(), verb, api.DecideRequests{Refs: []string{ref}}); err != nil || out.Failed != 1 {
+			t.Errorf("%s %s: %+v %v", verb, ref, out, err)
+		}
+	}
+}
+
+// A grant waits for its party for days; one that nobody decides on ends.
+func TestGrantReachesAPartyDaysLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t)
+		late, told := d.asking("late", "", nil)
+		never, _ := d.asking("never", "", nil)
+		d.see(late)
+		d.see(never)
+		if _, err := d.grant(t.Context(), "late", api.Grant{}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * 24 * time.Hour)
+		if err := d.expire(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		d.see(late)
+		if told.State != wire.EnrollGranted || len(told.Chain) == 0 {
+			t.Errorf("told %+v", told)
+		}
+		if q := d.requests(api.RequestPending); len(q) != 1 {
+			t.Errorf("%d requests wait after 20 days, want 1", len(q))
+		}
+		time.Sleep(requestLife)
+		if err := d.expire(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if q := d.requests(api.RequestExpired); len(q) != 1 || q[0].Name != "never" {
+			t.Errorf("expired %+v", q)
+		}
+		d.see(never) // it is back: that is another request
+		if q := d.requests(api.RequestPending); len(q) != 1 {
+			t.Errorf("%d requests wait, want 1", len(q))
+		}
+	})
+}
+
+func TestRefusedCertificateIsAFailedRequest(t *testing.T) {
+	d := newDesk(t)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{}), "web")
+	status := http.StatusUnprocessableEntity
+	a.bend = func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		if r.Method == http.MethodPut {
+			http.Error(w, "not mine", status)
+		}
+		return r.Method == http.MethodPut
+	}
+	d.see(a)
+	if q := d.requests("")[0]; q.State != api.RequestFailed || q.Reason == "" {
+		t.Fatalf("request %+v", q)
+	}
+	status = http.StatusInternalServerError // it tries, and its disk is full
+	d.see(a)
+	if q := d.requests("")[0]; q.State != api.RequestFailed {
+		t.Errorf("request %+v", q)
+	}
+	a.bend = nil
+	d.see(a)
+	d.expect(a, enroll.StateEnrolled, "")
+	if q := d.requests("")[0]; q.State != api.RequestDelivered || q.Reason != "" {
+		t.Errorf("request %+v", q)
+	}
+}
+
+// Every pair of states: what the table does not name is refused by the
+// database, whoever asks.
+func TestRequestStates(t *testing.T) {
+	d := newDesk(t)
+	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
+	final := map[string]bool{api.RequestDenied: true, api.RequestDiscarded: true, api.RequestExpired: true, api.RequestDelivered: true}
+	moves := 0
+	for _, from := range states {
+		for _, to := range states {
+			q := &store.Request{ID: string(wire.NewID()), Role: wire.RoleNode, PartyID: wire.NewID(), KeyHash: d.id.KeyHash(), CSR: []byte{1}, State: from}
+			err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+				if err := tx.AddRequest(ctx, q); err != nil {
+					return err
+				}
+				q.State = to
+				return tx.SaveRequest(ctx, q)
+			})
+			if (err == nil) != store.RequestMoves(from, to) {
+				t.Errorf("%s to %s: %v", from, to, err)
+			}
+			if err == nil {
+				moves++
+				if final[from] && from != to {
+					t.Errorf("%s is final, and became %s", from, to)
+				}
+			}
+		}
+	}
+	if moves < 10 {
+		t.Errorf("only %d moves are possible", moves)
+	}
+}
