@@ -8,9 +8,13 @@
 //
 //	root.pem, root.key                  the root; every join code pins its key
 //	intermediate.pem, intermediate.key  the SPIFFE intermediate, which signs leaves and revocations
+//	doors.pem, doors.key                the intermediate for other programs, made when it is first wanted
 //	trust-domain                        the name, made once from the root
 //	revocations.json                    the highest signed revocation set
 //	lock                                one process at a time
+//
+// [Doors] certifies other programs: host names and addresses, never a party. Its
+// intermediate is barred from the trust domain and no channel trusts it.
 //
 // A leaf names one party, as a SPIFFE ID and as <uuid>.<role>.<trust-domain>.
 // Name constraints keep the intermediate inside the trust domain. Only
