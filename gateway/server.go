@@ -295,6 +295,9 @@ func (s *Server) renewOwn(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renew the gateway's certificate: %w", err)
 	}
+	if err := s.noteOwnLeaf(ctx, chain); err != nil {
+		return fmt.Errorf("renew the gateway's certificate: %w", err)
+	}
 	if err := s.id.Install(chain); err != nil {
 		return fmt.Errorf("renew the gateway's certificate: %w", err)
 	}
