@@ -92,9 +92,7 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 	case hello.Mode == "readonly":
 		return s.refused(ctx, id, want, "readonly", "its own configuration makes it read-only")
 	case hello.Applied == want.Revision():
-		if err := s.settle(ctx); err != nil {
-			return err
-		}
+		s.settleSoon()
 		return s.refused(ctx, id, want, "", "")
 	}
 	return s.push(ctx, id, want)
@@ -204,10 +202,7 @@ func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wi
 		if r.Refused != "" { // what it has is what it had
 			return nil
 		}
-		if err := tx.SetPolicyStatus(ctx, id, r.Policies); err != nil {
-			return err
-		}
-		return s.settleIn(ctx, tx)
+		return tx.SetPolicyStatus(ctx, id, r.Policies)
 	})
 	if errors.Is(err, store.ErrNotFound) {
 		return nil // removed meanwhile
@@ -215,6 +210,7 @@ func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wi
 	if err != nil {
 		return fmt.Errorf("record the answer to %s: %w", d.Revision(), err)
 	}
+	s.settleSoon()
 	return s.refused(ctx, id, d, r.Refused, r.Reason)
 }
 
@@ -267,6 +263,40 @@ func (s *Server) ahead(ctx context.Context, id wire.ID, d *store.Desired, applie
 		return fmt.Errorf("record that the node is ahead: %w", err)
 	}
 	return nil
+}
+
+// settlePause spaces the looks for deleted deployments that no node carries any
+// more: each costs as much as there are nodes, so that the answers of many are
+// looked at together, in at most a twentieth of the time.
+const settlePause = 250 * time.Millisecond
+
+// settleSoon has runSettle look.
+func (s *Server) settleSoon() {
+	select {
+	case s.settling <- struct{}{}:
+	default:
+	}
+}
+
+// runSettle looks once at the start, and when nodes have answered.
+func (s *Server) runSettle(ctx context.Context) error {
+	s.settleSoon()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.settling:
+		}
+		began := time.Now()
+		if err := s.settle(ctx); err != nil && ctx.Err() == nil {
+			s.log.Error("deleted deployments not ended; it is tried again when a node has answered", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(max(settlePause, 20*time.Since(began))):
+		}
+	}
 }
 
 // settle ends the deployments that were deleted and that no node carries any

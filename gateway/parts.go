@@ -24,6 +24,7 @@ func (s *Server) wire() {
 func (s *Server) runMore(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.enrolment.run(ctx) })
 	g.Go(func() error { return s.runDeploy(ctx) })
+	g.Go(func() error { return s.runSettle(ctx) })
 	g.Go(func() error { return s.targets.run(ctx, s.bus) })
 	g.Go(func() error { return s.forwards.run(ctx, s.bus) })
 	g.Go(func() error { return s.acceptor.run(ctx) })

@@ -79,6 +79,7 @@ type Server struct {
 	forwards  *forwards
 	acceptor  *acceptor
 	hooks     hooks
+	settling  chan struct{} // holds one token: a node may have been freed of a deleted deployment
 	started   time.Time
 }
 
@@ -90,7 +91,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 	if d.Identity.Role() != wire.RoleGateway {
 		return nil, fmt.Errorf("gateway: the identity in %s is of role %s", d.Identity.Dir(), d.Identity.Role())
 	}
-	s := &Server{cfg: cfg, store: d.Store, bus: d.Bus, ca: d.CA, id: d.Identity, log: d.Log, started: time.Now()}
+	s := &Server{cfg: cfg, store: d.Store, bus: d.Bus, ca: d.CA, id: d.Identity, log: d.Log, settling: make(chan struct{}, 1), started: time.Now()}
 	s.fleet = newFleet(defaultTimings, d.Store.Installation().UID, d.Log)
 	var err error
 	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
