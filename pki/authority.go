@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/smallstep/certificates/authority"
@@ -39,17 +40,28 @@ var ErrRefused = errors.New("certificate is refused")
 type Authority struct {
 	dir  string
 	keys keyring
-	m    *material
-	ca   *authority.Authority
 	lock *lockdir.Lock
 	log  *slog.Logger
 
 	leafLife, gatewayLife time.Duration
 
+	turning sync.Mutex // one change of issuers at a time; taken before mu
+	signer  atomic.Pointer[signer]
+
 	mu      sync.Mutex
+	former  []*authority.Authority // of issuers before; closed with us
+	trust   *wire.Envelope
+	trustNo int64
 	highest int64
 	env     *wire.Envelope
 	revoked map[wire.KeyHash]struct{}
+}
+
+// signer is what issues at a time: the material, and smallstep's authority of
+// the intermediate that issues.
+type signer struct {
+	*material
+	ca *authority.Authority
 }
 
 // An Option changes what Open makes.
@@ -92,15 +104,35 @@ func (a *Authority) open(ctx context.Context) error {
 	case len(sealed) > 0:
 		a.log.InfoContext(ctx, "keys of the certificate authority are encrypted now; copies in older backups are not", "files", sealed)
 	}
-	a.m = m
+	if err := a.use(m); err != nil {
+		return err
+	}
 	if err := a.loadRevocations(); err != nil {
 		return err
 	}
+	if err := a.loadTrust(); err != nil {
+		return err
+	}
+	if err := a.signTrust(0); err != nil { // a crash came between a change and its document
+		return err
+	}
+	if made {
+		a.log.InfoContext(ctx, "made a new certificate authority", "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
+	}
+	if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
+		a.log.WarnContext(ctx, "the SPIFFE intermediate ends soon", "not_after", m.inter.NotAfter)
+	}
+	return nil
+}
+
+// use makes a material the one that issues. What is being signed is finished
+// by the one before.
+func (a *Authority) use(m *material) error {
 	noDB, err := db.New(nil) // what was issued stands in the gateway's database
 	if err != nil {
 		return err
 	}
-	a.ca, err = authority.NewEmbedded(
+	ca, err := authority.NewEmbedded(
 		authority.WithConfig(&config.Config{
 			SkipValidation: true, // it has no listener, and would ask for an address
 			CommonName:     "Sallyport",
@@ -117,28 +149,35 @@ func (a *Authority) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if made {
-		a.log.InfoContext(ctx, "made a new certificate authority", "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
-	}
-	if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
-		a.log.WarnContext(ctx, "the SPIFFE intermediate ends soon", "not_after", m.inter.NotAfter)
+	if old := a.signer.Swap(&signer{m, ca}); old != nil {
+		a.mu.Lock()
+		a.former = append(a.former, old.ca)
+		a.mu.Unlock()
 	}
 	return nil
 }
 
+// mat is what the directory holds now. It changes with a rollover, never in
+// place.
+func (a *Authority) mat() *material { return a.signer.Load().material }
+
 // Close gives the directory up.
 func (a *Authority) Close() error {
-	return errors.Join(a.ca.Shutdown(), a.lock.Release())
+	errs := []error{a.signer.Load().ca.Shutdown()}
+	for _, ca := range a.former {
+		errs = append(errs, ca.Shutdown())
+	}
+	return errors.Join(append(errs, a.lock.Release())...)
 }
 
 // TrustDomain is the name that every identity of this authority carries.
-func (a *Authority) TrustDomain() string { return a.m.trustDomain }
+func (a *Authority) TrustDomain() string { return a.mat().trustDomain }
 
-// Root is the certificate whose key join codes pin.
-func (a *Authority) Root() *x509.Certificate { return a.m.root }
+// Root is the certificate whose key new join codes pin.
+func (a *Authority) Root() *x509.Certificate { return a.mat().root }
 
-// Issue makes the chain (leaf, intermediate, root) of a node or an RCP. It
-// never makes a gateway, whoever asks.
+// Issue makes the chain of a node or an RCP: the leaf, its intermediate as each
+// root vouches for it, and the roots. It never makes a gateway, whoever asks.
 func (a *Authority) Issue(ctx context.Context, r wire.IssueRequest) ([][]byte, error) {
 	switch r.Party.Role {
 	case wire.RoleNode:
@@ -159,7 +198,7 @@ func (a *Authority) Issue(ctx context.Context, r wire.IssueRequest) ([][]byte, e
 // the authority and must not be put behind a listener.
 func (a *Authority) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]byte, error) {
 	return a.issue(ctx, wire.IssueRequest{
-		Party: wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: a.m.trustDomain},
+		Party: wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: a.mat().trustDomain},
 		CSR:   csr,
 	}, a.gatewayLife)
 }
@@ -168,8 +207,9 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 	if _, err := wire.ParsePartyURI(r.Party.URI()); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
-	if r.Party.TrustDomain != a.m.trustDomain {
-		return nil, fmt.Errorf("%w: %s belongs to %q, this authority to %s", ErrRefused, r.Party, wire.Quotable(r.Party.TrustDomain), a.m.trustDomain)
+	sg := a.signer.Load()
+	if r.Party.TrustDomain != sg.trustDomain {
+		return nil, fmt.Errorf("%w: %s belongs to %q, this authority to %s", ErrRefused, r.Party, wire.Quotable(r.Party.TrustDomain), sg.trustDomain)
 	}
 	pub, key, err := identity.ParseCSR(r.CSR)
 	if err != nil {
@@ -184,20 +224,20 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 	}
 	// The template is replaced whole, so that no name, extension or time
 	// of the request can reach the certificate.
-	leaf := a.leaf(r, life)
+	leaf := sg.leaf(r, life)
 	leaf.PublicKey, leaf.PublicKeyAlgorithm = pub, x509.ECDSA
 	replace := provisioner.CertificateEnforcerFunc(func(cert *x509.Certificate) error {
 		*cert = *leaf
 		return nil
 	})
-	chain, err := a.ca.SignWithContext(ctx, csr, provisioner.SignOptions{}, replace)
+	chain, err := sg.ca.SignWithContext(ctx, csr, provisioner.SignOptions{}, replace)
 	if err != nil {
 		return nil, fmt.Errorf("sign certificate of %s: %w", r.Party, err)
 	}
-	return [][]byte{chain[0].Raw, a.m.inter.Raw, a.m.root.Raw}, nil
+	return sg.chain(chain[0]), nil
 }
 
-func (a *Authority) leaf(r wire.IssueRequest, life time.Duration) *x509.Certificate {
+func (m *material) leaf(r wire.IssueRequest, life time.Duration) *x509.Certificate {
 	now := time.Now()
 	leaf := &x509.Certificate{
 		NotBefore:             now.Add(-identity.Backdate),
@@ -206,14 +246,14 @@ func (a *Authority) leaf(r wire.IssueRequest, life time.Duration) *x509.Certific
 		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
 		BasicConstraintsValid: true,
 	}
-	if leaf.NotAfter.After(a.m.inter.NotAfter) {
-		leaf.NotAfter = a.m.inter.NotAfter
+	if leaf.NotAfter.After(m.inter.NotAfter) {
+		leaf.NotAfter = m.inter.NotAfter
 	}
 	leaf.Subject.CommonName = string(r.Party.ID)
 	leaf.URIs = append(leaf.URIs, r.Party.URI())
 	leaf.DNSNames = r.Party.DNSNames()
 	if r.Party.Role == wire.RoleNode {
-		leaf.DNSNames = append(leaf.DNSNames, identity.NodeName(r.Name, r.Tenant, a.m.trustDomain))
+		leaf.DNSNames = append(leaf.DNSNames, identity.NodeName(r.Name, r.Tenant, m.trustDomain))
 	}
 	return leaf
 }
@@ -242,8 +282,9 @@ func (a *Authority) SignRevocations(_ context.Context, set wire.Revocations) (wi
 	if set.Number <= a.highest {
 		return wire.Envelope{}, fmt.Errorf("sign revocations: %w: number %d was signed already, want more than %d", identity.ErrOlder, set.Number, a.highest)
 	}
-	set.TrustDomain, set.Issued = a.m.trustDomain, time.Now().UTC()
-	env, err := identity.Seal(a.m.interKey, [][]byte{a.m.inter.Raw}, wire.TypeRevocations, set)
+	m := a.mat()
+	set.TrustDomain, set.Issued = m.trustDomain, time.Now().UTC()
+	env, err := identity.Seal(m.interKey, m.sealers(), wire.TypeRevocations, set)
 	if err != nil {
 		return wire.Envelope{}, err
 	}
@@ -283,7 +324,12 @@ func (a *Authority) loadRevocations() error {
 	if err := json.Unmarshal(b, &env); err != nil {
 		return damaged(fileRevocations, err.Error())
 	}
-	set, err := identity.VerifyRevocations(env, []*x509.Certificate{a.m.root}, a.m.trustDomain, a.m.inter.NotBefore)
+	var at struct{ Issued time.Time }
+	if err := json.Unmarshal(env.Payload, &at); err != nil {
+		return damaged(fileRevocations, err.Error())
+	}
+	// It was signed here; its intermediate may have ended since.
+	set, err := identity.VerifyRevocations(env, a.mat().everyRoot(), a.mat().trustDomain, at.Issued)
 	if err != nil {
 		return damaged(fileRevocations, err.Error())
 	}

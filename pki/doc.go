@@ -7,10 +7,12 @@
 // wiped or restored gateway stays in its trust domain:
 //
 //	root.pem, root.key                  the root; every join code pins its key
-//	intermediate.pem, intermediate.key  the SPIFFE intermediate, which signs leaves and revocations
+//	intermediate.pem, intermediate.key  the SPIFFE intermediate, which signs leaves, revocations and the list of roots
 //	doors.pem, doors.key                the intermediate for other programs, made when it is first wanted
 //	trust-domain                        the name, made once from the root
 //	revocations.json                    the highest signed revocation set
+//	issuers.json, trust.json            after a rollover: which issuers there are (root-2.pem,
+//	                                    intermediate-2.key and so on), and what parties are told
 //	lock                                one process at a time
 //
 // [Doors] certifies other programs: host names and addresses, never a party. Its

@@ -66,7 +66,7 @@ func (d *Doors) open(ctx context.Context) error {
 	switch {
 	case made:
 		d.a.log.InfoContext(ctx, "made the intermediate for other programs", "fingerprint", wire.KeyOf(inter).Fingerprint(), "root", wire.KeyOf(root).Fingerprint())
-	case !root.Equal(d.a.m.root):
+	case !root.Equal(d.a.mat().root):
 		d.a.log.WarnContext(ctx, "the intermediate for other programs is not under the root of this authority; remove doors.pem and doors.key to have a new one, and give its clients the new root", "root", wire.KeyOf(root).Fingerprint())
 	}
 	if left := time.Until(inter.NotAfter); left < 365*24*time.Hour {
@@ -111,15 +111,15 @@ func (d *Doors) loadOrMake() (made bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	rootKey, err := d.a.keys.load(fileRootKey)
+	rootKey, err := d.a.keys.load(numbered(fileRootKey, d.a.mat().issuing().Root))
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, d.request()
 	}
 	if err != nil {
 		return false, err
 	}
-	root := d.a.m.root
-	inter, err := sign(doorsIntermediate(time.Now(), d.a.m.trustDomain), root, d.key.Public(), rootKey)
+	root := d.a.mat().root
+	inter, err := sign(doorsIntermediate(time.Now(), d.a.mat().trustDomain), root, d.key.Public(), rootKey)
 	if err != nil {
 		return false, err
 	}
@@ -146,7 +146,7 @@ func doorsIntermediate(now time.Time, trustDomain string) *x509.Certificate {
 // request writes a CSR for an intermediate that is signed elsewhere.
 func (d *Doors) request() error {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
-		Subject: pkix.Name{CommonName: "Sallyport doors intermediate", Organization: []string{d.a.m.trustDomain}},
+		Subject: pkix.Name{CommonName: "Sallyport doors intermediate", Organization: []string{d.a.mat().trustDomain}},
 	}, d.key)
 	if err != nil {
 		return err
@@ -155,7 +155,7 @@ func (d *Doors) request() error {
 		return err
 	}
 	return fmt.Errorf("%s is not here, which signs the intermediate for other programs: have %s signed as a CA (path length 0, excluding the names of %s and below), and put its certificate, what is above it and the root into %s",
-		fileRootKey, fileDoorsCSR, d.a.m.trustDomain, fileDoors)
+		fileRootKey, fileDoorsCSR, d.a.mat().trustDomain, fileDoors)
 }
 
 // load takes the chain in doors.pem.
@@ -168,7 +168,7 @@ func (d *Doors) load(b []byte) (err error) {
 		d.chain = append(d.chain, c)
 	}
 	if len(d.chain) > 0 && d.chain[len(d.chain)-1].CheckSignatureFrom(d.chain[len(d.chain)-1]) != nil {
-		d.chain = append(d.chain, d.a.m.root)
+		d.chain = append(d.chain, d.a.mat().root)
 	}
 	if len(d.chain) < 2 {
 		return damaged(fileDoors, "does not hold the intermediate")
@@ -201,11 +201,11 @@ func (d *Doors) load(b []byte) (err error) {
 // an intermediate that was signed elsewhere.
 func (d *Doors) outside(inter *x509.Certificate) error {
 	for _, name := range inter.ExcludedDNSDomains {
-		if strings.TrimPrefix(name, ".") == d.a.m.trustDomain && inter.IsCA {
+		if strings.TrimPrefix(name, ".") == d.a.mat().trustDomain && inter.IsCA {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s: the intermediate must be a CA whose name constraints exclude the DNS names of %s", fileDoors, d.a.m.trustDomain)
+	return fmt.Errorf("%s: the intermediate must be a CA whose name constraints exclude the DNS names of %s", fileDoors, d.a.mat().trustDomain)
 }
 
 func pemChain(chain []*x509.Certificate) (out []byte) {
@@ -219,9 +219,14 @@ func pemChain(chain []*x509.Certificate) (out []byte) {
 func (d *Doors) Chain() []*x509.Certificate { return d.chain }
 
 // Issuers are the intermediates whose leaves' status is signed here: the SPIFFE
-// one too.
-func (d *Doors) Issuers() []*x509.Certificate {
-	return []*x509.Certificate{d.a.m.inter, d.chain[0]}
+// ones too, of which there are two during a rollover.
+func (d *Doors) Issuers() (all []*x509.Certificate) {
+	for _, i := range d.a.mat().inters {
+		if i.Retired.IsZero() {
+			all = append(all, i.certs[0])
+		}
+	}
+	return append(all, d.chain[0])
 }
 
 // Issue makes a leaf with exactly the names of the request, and returns it
@@ -262,7 +267,7 @@ func (d *Doors) enforce(cert *x509.Certificate) error {
 		if !doors.ValidHost(name) {
 			return fmt.Errorf("%w: %q is not a host name", doors.ErrRefused, wire.Quotable(name))
 		}
-		if td := d.a.m.trustDomain; name == td || strings.HasSuffix(name, "."+td) {
+		if td := d.a.mat().trustDomain; name == td || strings.HasSuffix(name, "."+td) {
 			return fmt.Errorf("%w: %q is a name of the trust domain", doors.ErrRefused, name)
 		}
 	}
@@ -319,11 +324,19 @@ func checkDoorKey(pub any) error {
 
 // signer finds the key of one of [Doors.Issuers].
 func (d *Doors) signer(issuer wire.KeyHash) (*x509.Certificate, crypto.Signer, error) {
-	switch issuer {
-	case wire.KeyOf(d.chain[0]):
+	if issuer == wire.KeyOf(d.chain[0]) {
 		return d.chain[0], d.key, nil
-	case wire.KeyOf(d.a.m.inter):
-		return d.a.m.inter, d.a.m.interKey, nil
+	}
+	m := d.a.mat()
+	for _, i := range m.inters {
+		switch {
+		case wire.KeyOf(i.certs[0]) != issuer || !i.Retired.IsZero():
+		case i.N == m.ledger.Issuing:
+			return m.inter, m.interKey, nil
+		default:
+			key, err := d.a.keys.keyOf(fileInterKey, i.N)
+			return i.certs[0], key, err
+		}
 	}
 	return nil, nil, fmt.Errorf("no issuer with the key %s is here", issuer.Fingerprint())
 }

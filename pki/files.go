@@ -2,7 +2,6 @@ package pki
 
 import (
 	"crypto"
-	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -45,9 +44,15 @@ var ErrDamaged = errors.New("certificate authority is damaged")
 
 // material is what the files hold.
 type material struct {
-	root, inter *x509.Certificate
-	interKey    crypto.Signer
 	trustDomain string
+	ledger      *ledger
+	roots       []rootCA
+	inters      []spiffeCA
+
+	// Of the intermediate that issues:
+	root, inter *x509.Certificate
+	certs       []*x509.Certificate // inter, and those of the same key from other roots
+	interKey    crypto.Signer
 }
 
 func damaged(file, cause string) error {
@@ -59,58 +64,61 @@ func damaged(file, cause string) error {
 // issued, because a crash interrupted the making, is made anew.
 func loadOrMake(dir string, keys keyring) (*material, bool, error) {
 	have := map[string]bool{}
-	for _, name := range []string{fileRoot, fileRootKey, fileInter, fileInterKey, fileTrustDomain, fileRevocations} {
+	for _, name := range []string{fileInter, fileTrustDomain, fileRevocations, fileIssuers} {
 		_, err := os.Stat(filepath.Join(dir, name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, false, err
 		}
 		have[name] = err == nil
 	}
-	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] {
-		m, err := create(dir, keys)
-		return m, true, err
-	}
-	for _, name := range []string{fileRoot, fileInter, fileInterKey} {
-		if !have[name] {
-			return nil, false, damaged(name, "is missing")
+	made := false
+	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] && !have[fileIssuers] {
+		made = true
+		if err := create(dir, keys); err != nil {
+			return nil, made, err
 		}
 	}
 	m, err := load(dir, keys)
-	return m, false, err
+	return m, made, err
 }
 
-func create(dir string, keys keyring) (*material, error) {
+func create(dir string, keys keyring) error {
 	rootKey, err := keys.make(fileRootKey)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	now := time.Now()
-	tmpl := issuer(now, rootLife)
-	tmpl.Subject.CommonName = "Sallyport root"
-	tmpl.MaxPathLen = 1
-	root, err := sign(tmpl, tmpl, rootKey.Public(), rootKey)
+	root, err := signRoot(now, 1, rootKey)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	td := wire.DefaultTrustDomain(root)
 	if err := writePEM(dir, fileRoot, root); err != nil {
-		return nil, err
+		return err
 	}
 	interKey, err := keys.make(fileInterKey)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	inter, err := sign(spiffeIntermediate(now, td), root, interKey.Public(), rootKey)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := writePEM(dir, fileInter, inter); err != nil {
-		return nil, err
+		return err
 	}
-	if err := writeFile(dir, fileTrustDomain, []byte(td+"\n"), 0o600); err != nil {
-		return nil, err
+	return writeFile(dir, fileTrustDomain, []byte(td+"\n"), 0o600)
+}
+
+// signRoot makes the certificate of the n-th root.
+func signRoot(now time.Time, n int, key crypto.Signer) (*x509.Certificate, error) {
+	tmpl := issuer(now, rootLife)
+	tmpl.Subject.CommonName = "Sallyport root"
+	if n > 1 {
+		tmpl.Subject.CommonName += fmt.Sprintf(" %d", n)
 	}
-	return &material{root: root, inter: inter, interKey: interKey, trustDomain: td}, nil
+	tmpl.MaxPathLen = 1
+	return sign(tmpl, tmpl, key.Public(), key)
 }
 
 func issuer(now time.Time, life time.Duration) *x509.Certificate {
@@ -123,8 +131,8 @@ func issuer(now time.Time, life time.Duration) *x509.Certificate {
 	}
 }
 
-// spiffeIntermediate is the template of the one intermediate whose leaves may
-// open channels: its URI is the trust domain (X509-SVID, section 3.1), and the
+// spiffeIntermediate is the template of the intermediates whose leaves may
+// open channels: the URI is the trust domain (X509-SVID, section 3.1), and the
 // constraints hold whatever it signs inside that domain (RFC 5280, 4.2.1.10).
 func spiffeIntermediate(now time.Time, trustDomain string) *x509.Certificate {
 	tmpl := issuer(now, interLife)
@@ -154,23 +162,14 @@ func sign(tmpl, parent *x509.Certificate, pub crypto.PublicKey, key crypto.Signe
 func load(dir string, keys keyring) (*material, error) {
 	var m material
 	var err error
-	if m.root, err = readCert(dir, fileRoot); err != nil {
+	if m.ledger, err = loadLedger(dir); err != nil {
 		return nil, err
 	}
-	if m.inter, err = readCert(dir, fileInter); err != nil {
+	if err := m.loadIssuers(dir, keys); err != nil {
 		return nil, err
-	}
-	if m.interKey, err = keys.load(fileInterKey); err != nil {
-		return nil, err
-	}
-	if pub, ok := m.inter.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(m.interKey.Public()) {
-		return nil, damaged(fileInterKey, "does not belong to "+fileInter)
-	}
-	if err := m.inter.CheckSignatureFrom(m.root); err != nil {
-		return nil, damaged(fileInter, "was not issued by "+fileRoot)
 	}
 	if len(m.inter.URIs) != 1 || m.inter.URIs[0].Scheme != "spiffe" {
-		return nil, damaged(fileInter, "is not a SPIFFE intermediate")
+		return nil, damaged(numbered(fileInter, m.ledger.Issuing), "is not a SPIFFE intermediate")
 	}
 	m.trustDomain = m.inter.URIs[0].Host
 	b, err := os.ReadFile(filepath.Join(dir, fileTrustDomain))
@@ -190,6 +189,9 @@ func load(dir string, keys keyring) (*material, error) {
 
 func readCert(dir, name string) (*x509.Certificate, error) {
 	b, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, damaged(name, "is missing")
+	}
 	if err != nil {
 		return nil, err
 	}

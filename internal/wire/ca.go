@@ -60,7 +60,7 @@ type CAState struct {
 }
 
 // Issuing returns the intermediate that signs new certificates.
-func (s *CAState) Issuing() CAIssuer {
+func (s CAState) Issuing() CAIssuer {
 	for _, i := range s.Intermediates {
 		if i.State == IssuerIssuing {
 			return i
@@ -70,7 +70,7 @@ func (s *CAState) Issuing() CAIssuer {
 }
 
 // RootOf returns the root of an intermediate.
-func (s *CAState) RootOf(inter KeyHash) CAIssuer {
+func (s CAState) RootOf(inter KeyHash) CAIssuer {
 	for _, i := range s.Intermediates {
 		for _, r := range s.Roots {
 			if i.Key == inter && r.N == i.Root {

@@ -1,0 +1,304 @@
+package pki
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// fileTrust is the newest signed trust document; there is none before the
+// first change of roots.
+const fileTrust = "trust.json"
+
+// ErrRollover says that a change of issuers does not fit what is under way.
+var ErrRollover = errors.New("certificate authority")
+
+// State says which issuers there are, and what is under way.
+func (a *Authority) State() wire.CAState {
+	m := a.mat()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return m.state(a.trustNo)
+}
+
+// Trust is the newest trust document; false before the first change of roots.
+func (a *Authority) Trust() (wire.Envelope, bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.trust == nil {
+		return wire.Envelope{}, false
+	}
+	return *a.trust, true
+}
+
+// Rotate makes a new intermediate, for [wire.RolloverRoot] below a new root,
+// that issues from now on. Each trusted root vouches for each intermediate that
+// is in use, so that no party needs anything new to go on. What is replaced
+// stays trusted until Finish. The number of a trust document that follows is
+// above atLeast, the highest that was seen elsewhere.
+func (a *Authority) Rotate(ctx context.Context, kind string, atLeast int64) (wire.CAState, error) {
+	return a.turn(func(m *material) (*ledger, error) {
+		l := m.ledger.clone()
+		if l.Rollover != nil {
+			return nil, fmt.Errorf("%w: a rollover of the %s is under way since %s: finish or abort it first", ErrRollover, l.Rollover.Kind, l.Rollover.Since.Format(time.RFC3339))
+		}
+		now := time.Now()
+		n := 1
+		for _, r := range l.Intermediates {
+			n = max(n, r.N+1)
+		}
+		old := m.issuing()
+		l.Rollover = &rollover{Kind: kind, From: old.N, To: n, Since: now.UTC()}
+		root := old.Root
+		var err error
+		switch kind {
+		case wire.RolloverRoot:
+			root, err = a.addRoot(m, l, now)
+		case wire.RolloverIntermediate:
+		default:
+			err = fmt.Errorf("%w: %q cannot be rotated: want %s or %s", ErrRollover, kind, wire.RolloverIntermediate, wire.RolloverRoot)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if err := a.addIntermediate(l, n, root, now, m.trustDomain); err != nil {
+			return nil, err
+		}
+		l.Intermediates = append(l.Intermediates, interRecord{N: n, Root: root})
+		l.Issuing = n
+		return l, nil
+	}, atLeast, func(s wire.CAState) {
+		a.log.InfoContext(ctx, "certificate authority: a new intermediate issues", "rollover", kind, "intermediate", s.Issuing().Key.Fingerprint(), "root", wire.KeyOf(a.Root()).Fingerprint())
+	})
+}
+
+// addRoot makes the next root, and has it vouch for the intermediate that
+// issued until now.
+func (a *Authority) addRoot(m *material, l *ledger, now time.Time) (n int, err error) {
+	n = 1
+	var vouching []int
+	for i, r := range l.Roots {
+		n = max(n, r.N+1)
+		if r.vouches() {
+			vouching = append(vouching, i)
+		}
+	}
+	if len(vouching) >= wire.MaxRoots { // chains stay small; the oldest is long retired
+		l.Roots[vouching[0]].Forgotten = true
+	}
+	old := m.issuing()
+	if _, err := a.keys.keyOf(fileRootKey, old.Root); err != nil { // it is to vouch for the new intermediate
+		return 0, fmt.Errorf("rotate the root: %w", err)
+	}
+	key, err := a.keys.make(numbered(fileRootKey, n))
+	if err != nil {
+		return 0, err
+	}
+	root, err := signRoot(now, n, key)
+	if err != nil {
+		return 0, err
+	}
+	if err := writePEM(a.dir, numbered(fileRoot, n), root); err != nil {
+		return 0, err
+	}
+	tmpl := spiffeIntermediate(now, m.trustDomain)
+	tmpl.NotAfter = old.certs[0].NotAfter
+	cross, err := sign(tmpl, root, old.certs[0].PublicKey, key)
+	if err != nil {
+		return 0, err
+	}
+	l.Roots = append(l.Roots, rootRecord{N: n})
+	return n, writeCerts(a.dir, numbered(fileInter, old.N), append(m.vouched(old.certs), cross))
+}
+
+// addIntermediate makes the n-th intermediate below a root, and has the other
+// roots that parties may know vouch for it.
+func (a *Authority) addIntermediate(l *ledger, n, root int, now time.Time, trustDomain string) error {
+	key, err := a.keys.make(numbered(fileInterKey, n))
+	if err != nil {
+		return err
+	}
+	var certs []*x509.Certificate
+	for _, r := range l.Roots {
+		if !r.vouches() {
+			continue
+		}
+		rootKey, err := a.keys.keyOf(fileRootKey, r.N)
+		if err != nil {
+			if !r.Retired.IsZero() {
+				continue
+			}
+			return fmt.Errorf("sign a new intermediate: %w", err)
+		}
+		cert, err := readCert(a.dir, numbered(fileRoot, r.N))
+		if err != nil {
+			return err
+		}
+		tmpl := spiffeIntermediate(now, trustDomain)
+		if tmpl.NotAfter.After(cert.NotAfter) {
+			tmpl.NotAfter = cert.NotAfter
+		}
+		c, err := sign(tmpl, cert, key.Public(), rootKey)
+		if err != nil {
+			return err
+		}
+		if r.N == root {
+			certs = append([]*x509.Certificate{c}, certs...)
+		} else {
+			certs = append(certs, c)
+		}
+	}
+	return writeCerts(a.dir, numbered(fileInter, n), certs)
+}
+
+// Abort turns a rollover round: the intermediate that was to be replaced
+// issues again, and what replaced it is given up by Finish.
+func (a *Authority) Abort(ctx context.Context, atLeast int64) (wire.CAState, error) {
+	return a.turn(func(m *material) (*ledger, error) {
+		l := m.ledger.clone()
+		r := l.Rollover
+		if r == nil {
+			return nil, errNone
+		}
+		r.From, r.To, r.Aborted, r.Since = r.To, r.From, !r.Aborted, time.Now().UTC()
+		l.Issuing = r.To
+		return l, nil
+	}, atLeast, func(s wire.CAState) {
+		a.log.WarnContext(ctx, "certificate authority: rollover turned round", "rollover", s.Rollover.Kind, "issues", s.Rollover.To.Fingerprint())
+	})
+}
+
+var errNone = fmt.Errorf("%w: no rollover is under way", ErrRollover)
+
+// Finish ends a rollover: what was replaced is trusted no longer, and the
+// intermediate's key is deleted. A root that was replaced still vouches, for a
+// year, for the one that issues, so that parties that were away can be given a
+// new leaf; with forget it does not.
+func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wire.CAState, error) {
+	var gone []string
+	s, err := a.turn(func(m *material) (*ledger, error) {
+		l := m.ledger.clone()
+		r := l.Rollover
+		if r == nil {
+			return nil, errNone
+		}
+		now := time.Now().UTC()
+		from, to := l.inter(r.From), l.inter(r.To)
+		from.Retired, l.Rollover = now, nil
+		gone = append(gone, numbered(fileInterKey, from.N))
+		if from.Root != to.Root {
+			root := l.root(from.Root)
+			root.Retired, root.Forgotten = now, forget
+			if forget {
+				gone = append(gone, numbered(fileRootKey, root.N))
+			}
+		}
+		return l, nil
+	}, atLeast, func(s wire.CAState) {
+		a.log.InfoContext(ctx, "certificate authority: rollover finished", "intermediate", s.Issuing().Key.Fingerprint(), "forget", forget)
+	})
+	if err != nil {
+		return s, err
+	}
+	for _, name := range gone {
+		if err := os.Remove(filepath.Join(a.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			a.log.WarnContext(ctx, "a key that is not needed any more was not deleted: delete it", "file", filepath.Join(a.dir, name), "error", err)
+		}
+	}
+	return s, nil
+}
+
+// turn changes the ledger: everything that the change needs is on disk before
+// it, and what was, issues until it is done.
+func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64, done func(wire.CAState)) (wire.CAState, error) {
+	a.turning.Lock()
+	defer a.turning.Unlock()
+	l, err := change(a.mat())
+	if err != nil {
+		return wire.CAState{}, err
+	}
+	if err := saveLedger(a.dir, l); err != nil {
+		return wire.CAState{}, err
+	}
+	m, err := load(a.dir, a.keys)
+	if err != nil {
+		return wire.CAState{}, err
+	}
+	if err := a.use(m); err != nil {
+		return wire.CAState{}, err
+	}
+	if err := a.signTrust(atLeast); err != nil {
+		return wire.CAState{}, err
+	}
+	s := a.State()
+	done(s)
+	return s, nil
+}
+
+// signTrust signs a trust document if the one held says another thing, or if
+// its signer is given up.
+func (a *Authority) signTrust(atLeast int64) error {
+	m := a.mat()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	doc := wire.Trust{TrustDomain: m.trustDomain, Number: max(a.trustNo, atLeast) + 1, Issued: time.Now().UTC(), Roots: m.trusted()}
+	if a.trust == nil && len(m.roots) == 1 {
+		return nil
+	}
+	if a.trust != nil {
+		var held wire.Trust
+		if err := json.Unmarshal(a.trust.Payload, &held); err != nil {
+			return damaged(fileTrust, err.Error())
+		}
+		if slices.EqualFunc(held.Roots, doc.Roots, slices.Equal) && slices.Equal(a.trust.Chain[0], m.inter.Raw) {
+			return nil
+		}
+	}
+	env, err := identity.Seal(m.interKey, m.sealers(), wire.TypeTrust, doc)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(env)
+	if err != nil {
+		return err
+	}
+	if err := writeFile(a.dir, fileTrust, b, 0o600); err != nil {
+		return fmt.Errorf("sign the trust document: %w", err)
+	}
+	a.trust, a.trustNo = &env, doc.Number
+	return nil
+}
+
+func (a *Authority) loadTrust() error {
+	b, err := os.ReadFile(filepath.Join(a.dir, fileTrust))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var env wire.Envelope
+	if err := json.Unmarshal(b, &env); err != nil {
+		return damaged(fileTrust, err.Error())
+	}
+	var at struct{ Issued time.Time }
+	if err := json.Unmarshal(env.Payload, &at); err != nil {
+		return damaged(fileTrust, err.Error())
+	}
+	doc, _, err := identity.VerifyTrust(env, a.mat().everyRoot(), a.mat().trustDomain, at.Issued)
+	if err != nil {
+		return damaged(fileTrust, err.Error())
+	}
+	a.trust, a.trustNo = &env, doc.Number
+	return nil
+}
