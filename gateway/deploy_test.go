@@ -295,7 +295,7 @@ func TestRestoredDatabaseDoesNotPush(t *testing.T) {
 	w.stop()
 
 	w.open()
-	if err := w.db.RaiseGeneration(t.Context()); err != nil {
+	if err := w.db.RaiseGeneration(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
 	w.run()

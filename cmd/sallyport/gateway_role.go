@@ -12,6 +12,7 @@ import (
 
 	"sallyport/config"
 	"sallyport/gateway"
+	"sallyport/gateway/backup"
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
 	"sallyport/internal/admin"
@@ -64,6 +65,9 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 		return err
 	}
 	closers = append(closers, lock.Release)
+	if err := backup.Interrupted(gatewayPlace(h.cfg)); err != nil {
+		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
+	}
 	ca, err := openAuthority(ctx, h.pki, h.log)
 	if err != nil {
 		return err

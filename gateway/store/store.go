@@ -44,16 +44,6 @@ var (
 	ErrChanged  = errors.New("changed in the meantime")
 )
 
-// Installation identifies this database. Nodes obey only the UID that they
-// learned at enrolment; Generation rises when a backup is restored.
-type Installation struct {
-	bun.BaseModel `bun:"table:installation"`
-	ID            int64 `bun:",pk"`
-	UID           string
-	Generation    int64
-	CreatedAt     time.Time
-}
-
 // Config says which database to open.
 type Config struct {
 	Path string
@@ -120,20 +110,6 @@ func (db *DB) initialise(ctx context.Context) error {
 
 // Close closes the database.
 func (db *DB) Close() error { return db.sql.Close() }
-
-// Installation returns the row that identifies this database.
-// [DB.RaiseGeneration] changes it, and is not called while others use db.
-func (db *DB) Installation() Installation { return db.inst }
-
-// RaiseGeneration begins a new generation, which a database needs after it was
-// restored from a backup: revisions made from now on are above all that nodes
-// have seen, and join codes that were not used yet are void.
-func (db *DB) RaiseGeneration(ctx context.Context) error {
-	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
-		tx.Audit(ctx, "installation.restore", "installation "+db.inst.UID, fmt.Sprintf("generation %d", db.inst.Generation+1))
-		return tx.q.NewRaw("UPDATE installation SET generation = generation + 1 WHERE id = 1 RETURNING generation").Scan(ctx, &db.inst.Generation)
-	})
-}
 
 // Tx is a writing transaction.
 type Tx struct {

@@ -367,7 +367,7 @@ func TestRaisedGenerationLeadsEveryRevision(t *testing.T) {
 	}
 	put()
 	before := put()
-	if err := db.RaiseGeneration(ctx); err != nil {
+	if err := db.RaiseGeneration(ctx, 0); err != nil {
 		t.Fatal(err)
 	}
 	if after := put(); after.Compare(before) <= 0 || after.Generation != 2 {

@@ -30,11 +30,11 @@ const (
 	saltSize   = 32
 	headerSize = len(Magic) + 1 + saltSize // the one byte is the cost
 
-	// cost is the binary logarithm of scrypt's N: 128 MiB and about half a
+	// Cost is the binary logarithm of scrypt's N: 128 MiB and about half a
 	// second per guess. Readers take what the header says, up to maxCost
 	// (1 GiB): the header is not authentic before the key is made.
-	cost    = 17
-	minCost = 10
+	Cost    = 17
+	MinCost = 10 // for tests
 	maxCost = 20
 
 	chunkSize = 64 << 10
@@ -93,11 +93,8 @@ type Writer struct {
 }
 
 // NewWriter writes the header and returns a Writer, which does not close out.
-func NewWriter(out io.Writer, passphrase []byte) (*Writer, error) {
-	return newWriter(out, passphrase, cost)
-}
-
-func newWriter(out io.Writer, passphrase []byte, cost byte) (*Writer, error) {
+// cost is [Cost] but for tests.
+func NewWriter(out io.Writer, passphrase []byte, cost byte) (*Writer, error) {
 	header := append([]byte(Magic), cost)
 	salt := make([]byte, saltSize)
 	if _, err := rand.Read(salt); err != nil {
@@ -168,7 +165,7 @@ func NewReader(in io.Reader, passphrase []byte) (*Reader, error) {
 	} else if err != nil || !bytes.HasPrefix(header, []byte(Magic)) {
 		return nil, ErrFormat
 	}
-	if c := header[len(Magic)]; c < minCost || c > maxCost {
+	if c := header[len(Magic)]; c < MinCost || c > maxCost {
 		return nil, fmt.Errorf("%w: it asks for scrypt with N = 2^%d, accepted is up to 2^%d", ErrFormat, c, maxCost)
 	}
 	s, err := newStream(header, passphrase)

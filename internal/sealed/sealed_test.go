@@ -14,7 +14,7 @@ const pass = "correct horse battery staple"
 func seal(t testing.TB, text []byte) []byte {
 	t.Helper()
 	var out bytes.Buffer
-	w, err := newWriter(&out, []byte(pass), minCost)
+	w, err := NewWriter(&out, []byte(pass), MinCost)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func TestRoundTrip(t *testing.T) {
 
 func TestTheDefaultCostIsRead(t *testing.T) {
 	var out bytes.Buffer
-	w, err := NewWriter(&out, []byte(pass))
+	w, err := NewWriter(&out, []byte(pass), Cost)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,8 +138,8 @@ func FuzzReader(f *testing.F) {
 	f.Add(seal(f, text(chunkSize+1)))
 	f.Add([]byte(Magic))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) > len(Magic) && b[len(Magic)] > minCost {
-			b[len(Magic)] = minCost // the cost is the fuzzer's time
+		if len(b) > len(Magic) && b[len(Magic)] > MinCost {
+			b[len(Magic)] = MinCost // the cost is the fuzzer's time
 		}
 		r, err := NewReader(bytes.NewReader(b), []byte(pass))
 		if err != nil {

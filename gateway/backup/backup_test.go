@@ -1,0 +1,348 @@
+package backup
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"sallyport/internal/lockdir"
+	"sallyport/internal/sealed"
+)
+
+var pass = []byte("correct horse battery staple")
+
+func ask() ([]byte, error) { return pass, nil }
+
+func newPlace(t *testing.T) Place {
+	t.Helper()
+	data := t.TempDir()
+	return Place{Gateway: filepath.Join(data, "gateway"), PKI: filepath.Join(data, "pki"), Database: filepath.Join(data, "gateway", "sallyport.db"), quick: true}
+}
+
+func put(t *testing.T, path, text string, mode fs.FileMode) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), mode)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// live makes a place that looks like a gateway's.
+func live(t *testing.T) Place {
+	t.Helper()
+	p := newPlace(t)
+	put(t, filepath.Join(p.Gateway, "identity", "key.pem"), "the gateway's key", 0o600)
+	put(t, filepath.Join(p.Gateway, "api-tls", "cert.pem"), "certificate", 0o644)
+	put(t, filepath.Join(p.Gateway, "local.sock"), "no socket, but of its name", 0o600)
+	put(t, filepath.Join(p.Gateway, "before-x", "old"), "old", 0o600)
+	put(t, filepath.Join(p.PKI, "root.key"), "the root's key", 0o600)
+	put(t, filepath.Join(p.PKI, "intermediate.pem"), "issuer", 0o600)
+	put(t, filepath.Join(p.PKI, "revocations.json"), revocations(3), 0o600)
+	db, err := open(t.Context(), p.Database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func revocations(n int64) string {
+	env, _ := json.Marshal(map[string]any{"payload": fmt.Appendf(nil, `{"number":%d}`, n)})
+	return string(env)
+}
+
+func backedUp(t *testing.T, p Place) (string, Manifest) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "b")
+	m, err := Create(t.Context(), p, file, "test", pass)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return file, m
+}
+
+// tree lists the files of a directory with what is in them.
+func tree(t *testing.T, root string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		rel, _ := filepath.Rel(root, path)
+		out[rel] = string(b)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func TestMoveToAnotherHost(t *testing.T) {
+	old := live(t)
+	file, m := backedUp(t, old)
+	if !m.Authority || m.Generation != 1 || m.Installation == "" {
+		t.Errorf("manifest %+v", m)
+	}
+	if st, err := os.Stat(file); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the file has mode %v, %v", st.Mode(), err)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, secret := range []string{"the root's key", "the gateway's key", "CREATE TABLE", "intermediate.pem"} {
+		if bytes.Contains(b, []byte(secret)) {
+			t.Errorf("%q can be read in the file", secret)
+		}
+	}
+	if left := tree(t, old.Gateway); left[workBackup+"/database"] != "" || len(left) != 6 {
+		t.Errorf("left behind: %v", slices.Sorted(maps.Keys(left)))
+	}
+
+	fresh := newPlace(t)
+	r, err := Restore(t.Context(), fresh, file, ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Installation != m.Installation || r.Generation != 2 || !r.Authority || !r.Identity || r.Previous != "" {
+		t.Errorf("restored %+v", r)
+	}
+	got := tree(t, fresh.Gateway)
+	want := []string{"api-tls/cert.pem", "identity/key.pem", "lock", "sallyport.db", "sallyport.db.lock"}
+	if names := slices.Sorted(maps.Keys(got)); !slices.Equal(slices.DeleteFunc(names, func(n string) bool { return n == "sallyport.db.lock" }), slices.DeleteFunc(want, func(n string) bool { return n == "sallyport.db.lock" })) {
+		t.Errorf("the gateway's directory holds %v", names)
+	}
+	if got["identity/key.pem"] != "the gateway's key" {
+		t.Errorf("the key is %q", got["identity/key.pem"])
+	}
+	for name, mode := range map[string]fs.FileMode{"identity/key.pem": 0o600, "api-tls/cert.pem": 0o644} {
+		if st, err := os.Stat(filepath.Join(fresh.Gateway, name)); err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s has mode %v, %v", name, st.Mode(), err)
+		}
+	}
+	if got := tree(t, fresh.PKI); got["root.key"] != "the root's key" || len(got) != 4 {
+		t.Errorf("the authority's directory holds %v", got)
+	}
+}
+
+func TestRestoreOverWhatIsThere(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	put(t, filepath.Join(p.Gateway, "identity", "later.pem"), "made after the backup", 0o600)
+	put(t, filepath.Join(p.PKI, "revocations.json"), revocations(9), 0o600)
+	for generation := int64(2); generation < 4; generation++ {
+		r, err := Restore(t.Context(), p, file, ask)
+		if err != nil || r.Generation != generation || r.Previous == "" {
+			t.Fatalf("restored %+v, %v", r, err)
+		}
+		if _, err := os.Stat(r.Previous); err != nil {
+			t.Error(err)
+		}
+	}
+	got := tree(t, p.Gateway)
+	if _, there := got["identity/later.pem"]; there {
+		t.Error("two states of the identity are mixed")
+	}
+	kept := 0
+	for name, text := range got {
+		if strings.HasPrefix(name, keptPrefix) && text == "made after the backup" {
+			kept++
+		}
+	}
+	if kept != 1 {
+		t.Errorf("what was there is kept %d times", kept)
+	}
+	if b, err := os.ReadFile(filepath.Join(p.PKI, "revocations.json")); err != nil || string(b) != revocations(9) {
+		t.Errorf("the newer revocation set is lost: %s, %v", b, err)
+	}
+	if err := Interrupted(p); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAnAuthorityThatIsAnotherKeepsNoRevocations(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	put(t, filepath.Join(p.PKI, "intermediate.pem"), "another issuer", 0o600)
+	put(t, filepath.Join(p.PKI, "revocations.json"), revocations(9), 0o600)
+	if _, err := Restore(t.Context(), p, file, ask); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(p.PKI, "revocations.json")); err != nil || string(b) != revocations(3) {
+		t.Errorf("%s, %v", b, err)
+	}
+}
+
+func TestADatabaseAlone(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	r, err := Restore(t.Context(), p, file, ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := Restore(t.Context(), p, r.Previous, func() ([]byte, error) { return nil, errors.New("asked for a passphrase") })
+	if err != nil || again.Authority || again.Identity || again.Generation != 3 {
+		t.Errorf("restored %+v, %v", again, err)
+	}
+}
+
+func TestInUse(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	for _, dir := range []string{p.Gateway, p.PKI} {
+		lock, err := lockdir.Acquire(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Restore(t.Context(), p, file, ask); !errors.Is(err, lockdir.ErrLocked) {
+			t.Errorf("%s is in use: %v", dir, err)
+		}
+		if err := lock.Release(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestCutOff(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	put(t, p.marker(), "7\n", 0o600)
+	if err := Interrupted(p); !errors.Is(err, ErrInterrupted) {
+		t.Errorf("%v", err)
+	}
+	r, err := Restore(t.Context(), p, file, ask)
+	if err != nil || r.Generation != 8 || Interrupted(p) != nil {
+		t.Errorf("restored %+v, %v, %v", r, err, Interrupted(p))
+	}
+}
+
+func TestABackupOverwritesNothing(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	if _, err := Create(t.Context(), p, file, "test", pass); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("%v", err)
+	}
+	if _, err := Create(t.Context(), newPlace(t), file+"2", "test", pass); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("of nothing: %v", err)
+	}
+	if _, err := os.Stat(file + "2"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("half a backup is left: %v", err)
+	}
+}
+
+// hostile makes an archive by hand, sealed under the right passphrase.
+func hostile(t *testing.T, headers ...*tar.Header) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "b")
+	out, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := sealed.NewWriter(out, pass, sealed.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := tar.NewWriter(w)
+	for _, h := range headers {
+		text := []byte("{\"format\":1}")
+		if h.Typeflag == tar.TypeReg {
+			h.Size = int64(len(text))
+		}
+		h.Mode = 0o777
+		if err := a.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if h.Typeflag == tar.TypeReg {
+			if _, err := a.Write(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := errors.Join(a.Close(), w.Close(), out.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+func TestRefused(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	before := tree(t, filepath.Dir(p.Gateway))
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cut := filepath.Join(t.TempDir(), "cut")
+	put(t, cut, string(b[:len(b)-1]), 0o600)
+	short := filepath.Join(t.TempDir(), "short") // whole chunks, but not the last
+	put(t, short, string(b[:len(b)/2]), 0o600)
+	text := filepath.Join(t.TempDir(), "text")
+	put(t, text, "no backup", 0o600)
+	reg := func(name string) *tar.Header { return &tar.Header{Name: name, Typeflag: tar.TypeReg} }
+	for name, f := range map[string]struct {
+		file string
+		want error
+	}{
+		"cut off":       {cut, sealed.ErrOpen},
+		"half":          {short, sealed.ErrOpen},
+		"text":          {text, ErrNoBackup},
+		"empty":         {hostile(t), ErrNoBackup},
+		"no database":   {hostile(t, reg(nameManifest)), ErrNoBackup},
+		"not SQLite":    {hostile(t, reg(nameManifest), reg(nameDatabase)), ErrNoBackup},
+		"outside":       {hostile(t, reg(nameManifest), reg("gateway/../../evil")), ErrNoBackup},
+		"absolute":      {hostile(t, reg(nameManifest), reg("/etc/evil")), ErrNoBackup},
+		"a link":        {hostile(t, reg(nameManifest), &tar.Header{Name: "pki/x", Linkname: "/etc/passwd", Typeflag: tar.TypeSymlink}), ErrNoBackup},
+		"the marker":    {hostile(t, reg(nameManifest), reg("gateway/restoring")), ErrNoBackup},
+		"twice":         {hostile(t, reg(nameManifest), reg("pki/x"), reg("pki/./x")), ErrNoBackup},
+		"another place": {hostile(t, reg(nameManifest), reg("node/x")), ErrNoBackup},
+	} {
+		if _, err := Restore(t.Context(), p, f.file, ask); !errors.Is(err, f.want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, err := Restore(t.Context(), p, file, func() ([]byte, error) { return []byte("another passphrase"), nil }); !errors.Is(err, sealed.ErrOpen) {
+		t.Errorf("wrong passphrase: %v", err)
+	}
+	after := tree(t, filepath.Dir(p.Gateway))
+	for _, m := range []map[string]string{before, after} {
+		maps.DeleteFunc(m, func(name, _ string) bool { return strings.HasSuffix(name, "lock") })
+	}
+	if !maps.Equal(before, after) {
+		t.Errorf("something was changed: %v, %v", slices.Sorted(maps.Keys(before)), slices.Sorted(maps.Keys(after)))
+	}
+}
+
+func TestSnapshotOfWhatChanges(t *testing.T) {
+	dir := t.TempDir()
+	put(t, filepath.Join(dir, "a"), "one", 0o600)
+	n := 0
+	changing := func(string) bool { // each look finds another state
+		n++
+		put(t, filepath.Join(dir, "a"), strings.Repeat("x", n), 0o600)
+		return false
+	}
+	if _, err := snapshot(dir, changing); !errors.Is(err, errRestless) {
+		t.Errorf("%v", err)
+	}
+	linked := filepath.Join(t.TempDir(), "link")
+	if err := errors.Join(os.Symlink(dir, linked), os.Symlink(filepath.Join(dir, "a"), filepath.Join(dir, "b"))); err != nil {
+		t.Fatal(err)
+	}
+	got, err := snapshot(linked, func(string) bool { return false })
+	if err != nil || len(got) != 2 || len(got[1].data) == 0 || !got[1].mode.IsRegular() {
+		t.Errorf("%v, %v", got, err)
+	}
+}
