@@ -232,12 +232,16 @@ func (l *links) recordOf(id wire.ID) *store.RCP {
 // protocol is tried, and every other time the ordinary one, for an RCP that
 // has a certificate of ours already (named in the environment, or added anew
 // after the database was lost). Whoever proves the role rcp there is pinned.
+// A pinned one is tried by the enrolment protocol while one side does not take
+// the other's certificates: it has missed a change of the authority.
 func (l *links) dial(ctx context.Context, t dialTarget) {
 	log := l.s.log.With("rcp", t.name) // the dialler adds the address
 	attempt := 0
+	var missed channel.Fallback
 	d := &channel.Dialer{
 		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Backoff: channel.Backoff{Max: redialMax}, Log: log,
 		OnState: func(st channel.State) {
+			missed.Note(st)
 			if st.Err != nil && t.id != "" {
 				l.s.fleet.linkError(t.id, st.Err.Error())
 			}
@@ -247,7 +251,7 @@ func (l *links) dial(ctx context.Context, t dialTarget) {
 		},
 	}
 	if t.id != "" {
-		d.Expect = &t.id
+		d.Expect, d.Enroll = &t.id, missed.Enroll
 	} else {
 		d.Enroll = func() bool { attempt++; return attempt%2 == 1 }
 	}

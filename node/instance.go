@@ -261,6 +261,7 @@ func (in *instance) state() (wire.NodeState, string) {
 func (in *instance) hello() wire.Hello {
 	party, _ := in.id.Party()
 	number, _ := in.id.Revocations()
+	trust, _ := in.id.Trust()
 	installation, err := in.lock.installation()
 	if err != nil {
 		in.log.Warn("read the installation's UID", "error", err)
@@ -275,7 +276,7 @@ func (in *instance) hello() wire.Hello {
 		Name: string(in.cfg.Name), Tags: in.cfg.Tags, Mode: string(in.cfg.Mode),
 		State: state, Reason: reason, Installation: installation,
 		Applied: in.desired.revision(), Policies: in.engine.Statuses(), Outbox: outbox,
-		Revocations: number, NotAfter: in.id.NotAfter(), RenewAfter: in.id.RenewAfter(), Upstreams: in.upstreams.status(),
+		Revocations: number, Trust: trust, NotAfter: in.id.NotAfter(), RenewAfter: in.id.RenewAfter(), Upstreams: in.upstreams.status(),
 		OS: runtime.GOOS, Arch: runtime.GOARCH, AsRoot: os.Geteuid() == 0,
 		Time: time.Now().UTC(), Salt: in.salt,
 	}

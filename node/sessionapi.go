@@ -31,6 +31,7 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux.HandleFunc("PUT "+wire.PathCertificate, in.takeCertificate)
 	mux.HandleFunc("PUT "+wire.PathRevocations, in.takeRevocations)
 	mux.HandleFunc("GET "+wire.PathRevocations, in.showRevocations)
+	mux.HandleFunc("PUT "+wire.PathTrust, in.takeTrust)
 	mux.HandleFunc("POST "+wire.PathUnlock, in.takeUnlock)
 	mux.HandleFunc("POST "+wire.PathDrain, in.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, in.endDrain)
@@ -210,6 +211,29 @@ func (in *instance) takeRevocations(w http.ResponseWriter, r *http.Request) {
 	case err != nil:
 		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
 	default:
+		in.signals.wake()
+		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+// takeTrust changes the roots that are trusted here.
+func (in *instance) takeTrust(w http.ResponseWriter, r *http.Request) {
+	var env wire.Envelope
+	if !decode(w, r, wire.MaxEnrollBody, &env) {
+		return
+	}
+	newer, err := in.id.ApplyTrust(env)
+	switch {
+	case errors.Is(err, identity.ErrOlder):
+		channel.Refuse(w, http.StatusConflict, err.Error())
+	case err != nil:
+		in.log.Warn("trust document refused", "error", err)
+		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
+	default:
+		if newer {
+			number, _ := in.id.Trust()
+			in.log.Info("the gateway's certificate authority changed its roots", "number", number)
+		}
 		in.signals.wake()
 		w.WriteHeader(http.StatusNoContent)
 	}

@@ -29,6 +29,7 @@ type dialler struct {
 	addr   string
 	expect wire.ID // empty: whoever has a fitting role
 	cancel context.CancelFunc
+	missed channel.Fallback
 	state  channel.State // guarded by up.mu
 }
 
@@ -132,7 +133,7 @@ func (d *dialler) run(ctx context.Context) {
 			return
 		}
 	}
-	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note}
+	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note, Enroll: d.missed.Enroll}
 	if d.expect != "" {
 		dial.Expect = &d.expect
 	}
@@ -145,6 +146,7 @@ func (d *dialler) run(ctx context.Context) {
 // note follows the state. An alert from the other side means that our
 // certificate is not accepted, which matters when there is a new join code.
 func (d *dialler) note(s channel.State) {
+	d.missed.Note(s)
 	d.up.mu.Lock()
 	before := d.state
 	d.state = s
@@ -219,7 +221,7 @@ func (u *upstreams) cut(cause error, all bool) {
 	u.mu.Lock()
 	var conns []*channel.Conn
 	for c := range u.live {
-		if all || u.in.id.Revoked(c.Peer().Key) {
+		if all || u.in.id.Ended(c.Peer()) {
 			conns = append(conns, c)
 		}
 	}
@@ -228,7 +230,7 @@ func (u *upstreams) cut(cause error, all bool) {
 		u.in.log.Warn("channel cut", "upstream", c.Peer().String(), "reason", cause)
 		c.Close(cause)
 	}
-	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Revoked(p.Key) }, cause)
+	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Ended(p) }, cause)
 }
 
 // status lists every address and everybody who has dialled us.

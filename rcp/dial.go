@@ -33,6 +33,8 @@ type dialler struct {
 	odd   bool // the next attempt downstream is for a party without a certificate
 	live  map[*channel.Conn]struct{}
 	extra int // channels that the upstream asked for
+
+	missed channel.Fallback // upstream
 }
 
 var errNotDialled = errors.New("this RCP did not dial this channel: dial it yourself")
@@ -59,8 +61,11 @@ func (d *dialler) dialler(class string) *channel.Dialer {
 	if d.expect != "" {
 		out.Expect = &d.expect
 	}
-	if d.peer == channel.PeerDownstream {
+	switch {
+	case d.peer == channel.PeerDownstream:
 		out.Enroll = d.maybePending
+	case class == channel.ClassAdmin: // the one that note hears of
+		out.Enroll = d.missed.Enroll
 	}
 	return out
 }
@@ -115,6 +120,7 @@ func (d *dialler) serve(ctx context.Context, c *channel.Conn) {
 }
 
 func (d *dialler) note(s channel.State) {
+	d.missed.Note(s)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if s.Conn != nil || d.state.Conn != nil {

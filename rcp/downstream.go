@@ -139,7 +139,7 @@ func (r *Relay) serveDownstream(ctx context.Context, conn link) {
 		conn.Close(err)
 		return
 	}
-	if r.id.Revoked(a.peer.Key) { // the set arrived between the handshake and here
+	if r.id.Ended(a.peer) { // the set arrived between the handshake and here
 		conn.Close(identity.ErrRevoked)
 	}
 	log.Info("channel up", "dialled", conn.Dialled())

@@ -1,6 +1,7 @@
 package rcp
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"sallyport/internal/channel"
+	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
@@ -26,6 +28,7 @@ func (r *Relay) selfHandler() http.Handler {
 	mux.HandleFunc("PUT "+wire.PathCertificate, r.takeCertificate)
 	mux.HandleFunc("GET "+wire.PathRevocations, r.giveRevocations)
 	mux.HandleFunc("PUT "+wire.PathRevocations, r.takeRevocations)
+	mux.HandleFunc("PUT "+wire.PathTrust, r.takeTrust)
 	mux.HandleFunc("POST "+wire.PathDrain, r.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, r.endDrain)
 	return mux
@@ -46,10 +49,11 @@ func (r *Relay) giveRevocations(w http.ResponseWriter, _ *http.Request) {
 func (r *Relay) hello() wire.Hello {
 	party, _ := r.id.Party()
 	number, _ := r.id.Revocations()
+	trust, _ := r.id.Trust()
 	state, reason := r.state()
 	return wire.Hello{
 		Party: party, Boot: r.boot, Program: r.cfg.Version, Versions: wire.OwnVersions,
-		State: state, Reason: reason, Revocations: number,
+		State: state, Reason: reason, Revocations: number, Trust: trust,
 		NotAfter: r.id.NotAfter(), RenewAfter: r.id.RenewAfter(),
 		Upstreams: r.upstreamStatus(),
 		OS:        runtime.GOOS, Arch: runtime.GOARCH, AsRoot: os.Geteuid() == 0,
@@ -108,6 +112,30 @@ func (r *Relay) takeCertificate(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	r.log.Info("certificate renewed", "not_after", r.id.NotAfter(), "fingerprint", r.id.Fingerprint())
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// takeTrust changes the roots that are trusted here. Only a gateway brings
+// them, end to end: no RCP hands them on.
+func (r *Relay) takeTrust(w http.ResponseWriter, req *http.Request) {
+	var env wire.Envelope
+	if err := wire.DecodeJSON(req.Body, wire.MaxEnrollBody, &env); err != nil {
+		channel.Refuse(w, http.StatusBadRequest, "trust: "+err.Error())
+		return
+	}
+	newer, err := r.id.ApplyTrust(env)
+	switch {
+	case errors.Is(err, identity.ErrOlder):
+		channel.Refuse(w, http.StatusConflict, err.Error())
+		return
+	case err != nil:
+		r.log.Warn("trust document refused", "error", err)
+		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
+		return
+	case newer:
+		number, _ := r.id.Trust()
+		r.log.Info("the gateway's certificate authority changed its roots", "number", number)
+	}
 	w.WriteHeader(http.StatusNoContent)
 }
 

@@ -109,7 +109,7 @@ func (r *Relay) serveUpstream(ctx context.Context, c *channel.Conn) {
 	log := r.log.With("upstream", c.Peer().String(), "address", c.RemoteAddr(), "carrier", c.Carrier())
 	r.upstreams.add(c)
 	defer r.upstreams.remove(c)
-	if r.id.Revoked(c.Peer().Key) { // the set arrived between the handshake and here
+	if r.id.Ended(c.Peer()) { // the set arrived between the handshake and here
 		c.Close(identity.ErrRevoked)
 	}
 	log.Info("upstream channel up", "dialled", c.Dialled(), "enrolling", c.Enrolling())
@@ -187,7 +187,7 @@ func (r *Relay) takeRevocations(w http.ResponseWriter, req *http.Request) {
 // cutRevoked ends every channel of a party whose key is revoked.
 func (r *Relay) cutRevoked() {
 	number, _ := r.id.Revocations()
-	gone := func(p identity.Peer) bool { return r.id.Revoked(p.Key) }
+	gone := r.id.Ended
 	for _, a := range r.roster.all(gone) {
 		r.log.Warn("channel cut: its key is revoked", "peer", a.peer.String(), "set", number)
 		r.metrics.refuse(identity.ErrRevoked)

@@ -22,9 +22,11 @@ type Dialer struct {
 	Identity *identity.Identity
 	Expect   *wire.ID // the UUID that must answer; nil: any party with a fitting role
 
-	// Enroll tells, before each attempt to a downstream peer, whether that
-	// party is still pending; nil: never. Towards an upstream peer the
-	// enrolment protocol is used by itself while we have no valid certificate.
+	// Enroll tells, before each attempt, whether to use the enrolment
+	// protocol; nil: never. Towards a downstream peer that is for one which is
+	// still pending. Towards an upstream peer it is used by itself while we
+	// have no valid certificate; beyond that it is for a party that has missed
+	// a change of the certificate authority, and may be given a new leaf.
 	Enroll func() bool
 
 	Carrier string // CarrierAuto (also ""), CarrierH2, CarrierH3
@@ -104,8 +106,8 @@ func (d *Dialer) withClass(class string) *Dialer {
 }
 
 func (d *Dialer) enrolling() bool {
-	if d.Peer == PeerUpstream {
-		return waiting(d.Identity)
+	if d.Peer == PeerUpstream && waiting(d.Identity) {
+		return true
 	}
 	return d.Enroll != nil && d.Enroll()
 }

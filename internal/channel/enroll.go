@@ -52,6 +52,8 @@ func (s *serverTLS) verifyEnroll(p *protocol, cs tls.ConnectionState) (verified,
 		if err != nil && len(cs.PeerCertificates) == 1 {
 			err = fmt.Errorf("%w: %w", errBothPending, err)
 		}
+	} else if v.peer, err = s.comesForUs(cs); err == nil {
+		v.dir = PeerUpstream
 	} else {
 		v.peer, err = s.id.VerifyPending(cs)
 	}
@@ -59,6 +61,17 @@ func (s *serverTLS) verifyEnroll(p *protocol, cs tls.ConnectionState) (verified,
 		return v, err
 	}
 	return v, s.admit(v.peer, p.alpn)
+}
+
+// comesForUs recognises an upstream that dials a certified party by the
+// enrolment protocol: it cannot reach us by any other, because one of us has
+// missed a change of the certificate authority. A pending party shows one
+// certificate only.
+func (s *serverTLS) comesForUs(cs tls.ConnectionState) (identity.Peer, error) {
+	if len(cs.PeerCertificates) < 2 {
+		return identity.Peer{}, identity.ErrUntrusted
+	}
+	return s.id.VerifyPinned(cs, wire.RoleGateway, wire.RoleRCP)
 }
 
 // enrollConfig is the dialler's configuration. A dialler whose peer is upstream

@@ -39,7 +39,7 @@ func (r *registry) remove(c *Conn) {
 }
 
 func (r *registry) check(c *Conn) {
-	if r.id.Revoked(c.peer.Key) {
+	if r.id.Ended(c.peer) {
 		c.Close(identity.ErrRevoked)
 	}
 }

@@ -102,6 +102,10 @@ func (k *keeper) start(ctx context.Context, c *Conn) {
 	k.wg.Go(func() {
 		stop := context.AfterFunc(ctx, func() { c.Close(context.Cause(ctx)) })
 		defer stop()
+		if c.Enrolling() && k.d.Peer == PeerUpstream && !waiting(k.d.Identity) {
+			late := time.AfterFunc(offerTime, func() { c.Close(errNoOffer) })
+			defer late.Stop()
+		}
 		k.conns.add(c)
 		defer k.conns.remove(c)
 		defer c.tails.Wait()

@@ -521,7 +521,7 @@ func (a *Applicant) request() (wire.EnrollRequest, error) {
 		Role: a.id.Role(), ID: a.id.ID(), Name: a.cfg.Name, Tags: maps.Clone(a.cfg.Tags), CSR: csr,
 		Program: a.cfg.Program, Versions: wire.OwnVersions, Time: time.Now().UTC(),
 	}
-	if a.status.State == StateExpired {
+	if a.status.State == StateExpired || a.status.State == StateEnrolled {
 		r.Expired = a.id.Chain()
 	}
 	// A renewal needs no token; a new one is there in case the gateway
@@ -540,6 +540,12 @@ func (a *Applicant) request() (wire.EnrollRequest, error) {
 func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.status.State == StateEnrolled && v.State != wire.EnrollGranted {
+		// The leaf that we have is good. What ends it is the signed set.
+		a.cfg.Log.Warn("a gateway does not renew this certificate", "state", wire.Quotable(v.State), "code", wire.Quotable(v.Code), "reason", reasonOf(v))
+		a.decide()
+		return nil
+	}
 	switch v.State {
 	case wire.EnrollGranted:
 		return a.grant(v)
@@ -600,6 +606,11 @@ func (a *Applicant) grant(v wire.EnrollVerdict) error {
 	}
 	if err := a.id.Install(v.Chain); err != nil {
 		return err
+	}
+	if v.Trust != nil { // before the revocations: a root that is new to us may have signed them
+		if _, err := a.id.ApplyTrust(*v.Trust); err != nil && !errors.Is(err, identity.ErrOlder) {
+			a.cfg.Log.Warn("the trust document of the grant is not used", "error", err)
+		}
 	}
 	if v.Revocations != nil {
 		if _, err := a.id.ApplyRevocations(*v.Revocations); err != nil && !errors.Is(err, identity.ErrOlder) {

@@ -150,8 +150,19 @@ func TestTokenIsGranted(t *testing.T) {
 		if n, _ := p.id.Revocations(); n != 3 {
 			t.Errorf("revocations %d", n)
 		}
-		if _, c := p.get(t); c != http.StatusConflict {
-			t.Errorf("an enrolled party hands out a request: %d", c)
+		// A gateway that comes again may renew, and nothing else: it gets no
+		// token, and what it refuses changes nothing.
+		if req, c := p.get(t); c != http.StatusOK || req.Token != "" || len(req.Expired) != 3 {
+			t.Errorf("an enrolled party answers %d %+v", c, req)
+		}
+		for _, state := range []string{wire.EnrollPending, wire.EnrollDenied} {
+			if c := p.put(t, wire.EnrollVerdict{State: state, Code: wire.EnrollRevoked}); c != http.StatusNoContent || p.Ready() != nil {
+				t.Errorf("%s: %d, ready %v", state, c, p.Ready())
+			}
+		}
+		before := p.id.NotAfter()
+		if c := p.put(t, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id, identitytest.NotAfter(before.Add(time.Hour)))}); c != http.StatusNoContent || !p.id.NotAfter().After(before) {
+			t.Errorf("renewal: %d, until %s", c, p.id.NotAfter())
 		}
 		if err := p.stop(); err != nil {
 			t.Error(err)

@@ -24,9 +24,10 @@ func (a *Applicant) Handler() http.Handler {
 func (a *Applicant) get(w http.ResponseWriter, _ *http.Request) {
 	a.mu.Lock()
 	pause, ok := a.pause()
-	reason := a.status.Reason
+	reason, renewal := a.status.Reason, a.status.State == StateEnrolled
 	a.mu.Unlock()
 	switch {
+	case renewal: // a gateway that reaches us by no other way offers a new leaf
 	case !ok:
 		http.Error(w, "nothing to enrol: "+reason, http.StatusConflict)
 		return

@@ -129,7 +129,7 @@ func watch(ctx context.Context, id *identity.Identity, peer identity.Peer, own t
 	defer expired.Stop()
 	for {
 		changed := id.Changed()
-		if id.Revoked(peer.Key) {
+		if id.Ended(peer) {
 			end(fmt.Errorf("%s: %w", peer, identity.ErrRevoked))
 			return
 		}

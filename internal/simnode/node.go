@@ -232,13 +232,14 @@ func (n *node) signal(generation int64) (s wire.Signal, kicks int64, changed <-c
 func (n *node) hello() wire.Hello {
 	party, _ := n.id.Party()
 	number, _ := n.id.Revocations()
+	trust, _ := n.id.Trust()
 	n.mu.Lock()
 	st := n.state
 	n.mu.Unlock()
 	return wire.Hello{
 		Party: party, Boot: n.w.boot, Program: n.w.cfg.Version, Versions: wire.OwnVersions, Name: n.name, Tags: n.w.cfg.Tags, Mode: "managed",
 		State: wire.StateRunning, Installation: st.Installation, Applied: st.Revision, Policies: st.Policies, Outbox: n.spool.state(),
-		Revocations: number, NotAfter: n.id.NotAfter(), RenewAfter: n.id.RenewAfter(),
+		Revocations: number, Trust: trust, NotAfter: n.id.NotAfter(), RenewAfter: n.id.RenewAfter(),
 		OS: runtime.GOOS, Arch: runtime.GOARCH, Time: time.Now().UTC(), Salt: n.w.salt,
 	}
 }

@@ -161,6 +161,12 @@ func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			_, err := n.id.ApplyRevocations(env)
 			n.changed(w, err)
 		}
+	case "PUT " + wire.PathTrust:
+		var env wire.Envelope
+		if decode(w, r, wire.MaxEnrollBody, &env) {
+			_, err := n.id.ApplyTrust(env)
+			n.changed(w, err)
+		}
 	case "GET " + wire.PathRevocations:
 		if _, env := n.id.Revocations(); env != nil {
 			writeJSON(w, env)

@@ -350,7 +350,7 @@ type EnrollRequest struct {
 	CSR      []byte            `json:"csr"`
 	TokenID  string            `json:"token_id,omitempty"`
 	Token    string            `json:"token,omitempty"`   // the secret; sent only after the gateway's role was verified
-	Expired  [][]byte          `json:"expired,omitempty"` // chain of an expired leaf, for renewal with the same key
+	Expired  [][]byte          `json:"expired,omitempty"` // chain of a leaf that expired or is not trusted any more, for renewal with the same key
 	Program  string            `json:"program"`
 	Versions VersionRange      `json:"versions"`
 	Time     time.Time         `json:"time"`
