@@ -1,7 +1,6 @@
 package store
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -55,19 +54,4 @@ func TestOutboxesOfManyNodesAtOnce(t *testing.T) {
 	if want := nodes * rounds * lines; len(all) != want || len(seen) != want {
 		t.Errorf("%d events are stored, %d of them distinct; want %d", len(all), len(seen), want)
 	}
-}
-
-// A pull that ends while its batch waits takes it back.
-func TestOutboxTakenBack(t *testing.T) {
-	db := temp(t)
-	db.outbox.turn <- struct{}{} // somebody writes
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := db.StoreOutbox(ctx, wire.NewID(), "s", []wire.OutboxUp{event(1, "", "normal")}); !errors.Is(err, context.Canceled) {
-		t.Errorf("a cancelled batch gives %v", err)
-	}
-	if n := len(db.outbox.waiting); n != 0 {
-		t.Errorf("%d batches still wait", n)
-	}
-	<-db.outbox.turn
 }

@@ -5,10 +5,9 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"slices"
-	"sync"
 
 	"sallyport/gateway/bus"
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -42,24 +41,8 @@ func (r Queries) Watermark(ctx context.Context, node wire.ID, spool string) (mar
 // goes into the next; when that fails, each batch is tried in one of its own,
 // so that nobody suffers for what another node sent.
 func (db *DB) StoreOutbox(ctx context.Context, node wire.ID, spool string, batch []wire.OutboxUp) (Stored, error) {
-	j := &outboxJob{node: node, spool: spool, batch: batch, done: make(chan struct{})}
-	db.outbox.mu.Lock()
-	db.outbox.waiting = append(db.outbox.waiting, j)
-	db.outbox.mu.Unlock()
-	select {
-	case <-j.done:
-	case <-ctx.Done():
-		if db.outbox.leave(j) {
-			return Stored{}, context.Cause(ctx)
-		}
-		<-j.done // it is being written
-	case db.outbox.turn <- struct{}{}:
-		if !j.finished() { // by the one before
-			db.storeGroup(ctx, db.outbox.take(j))
-		}
-		<-db.outbox.turn
-	}
-	err := j.err
+	j := &outboxJob{node: node, spool: spool, batch: batch}
+	err := db.outbox.Do(ctx, j, sharers, func(group []*sqldb.Job[*outboxJob]) { db.storeGroup(ctx, group) })
 	if err != nil { // alone, and with our own context
 		err = db.Update(ctx, func(ctx context.Context, tx *Tx) error { return tx.storeOutboxes(ctx, []*outboxJob{j}) })
 	}
@@ -73,83 +56,44 @@ func (db *DB) StoreOutbox(ctx context.Context, node wire.ID, spool string, batch
 // longer.
 const maxGroup = 5000
 
-// outboxQueue is the batches that wait for the next transaction.
-type outboxQueue struct {
-	turn chan struct{} // holds a token while somebody writes
-
-	mu      sync.Mutex
-	waiting []*outboxJob
-}
-
 // outboxJob is one batch.
 type outboxJob struct {
 	node  wire.ID
 	spool string
 	batch []wire.OutboxUp
 	out   Stored
-	err   error         // of the shared transaction
-	done  chan struct{} // closed when out or err is there
 }
 
-func (j *outboxJob) finished() bool {
-	select {
-	case <-j.done:
-		return true
-	default:
-		return false
-	}
-}
-
-// leave takes a batch back, unless it is being written.
-func (q *outboxQueue) leave(j *outboxJob) bool {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	i := slices.Index(q.waiting, j)
-	if i < 0 {
-		return false
-	}
-	q.waiting = slices.Delete(q.waiting, i, i+1)
-	return true
-}
-
-// take takes the next group, of which own is one if it still waits. Two
-// batches of one spool never share a transaction: the second builds on what
-// the first left.
-func (q *outboxQueue) take(own *outboxJob) []*outboxJob {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	group := []*outboxJob{own}
-	lines := len(own.batch)
+// sharers says which batches can share a transaction. Two of one spool never
+// do: the second builds on what the first left.
+func sharers() (fits func(*outboxJob) bool) {
 	type place struct {
 		node  wire.ID
 		spool string
 	}
-	there := map[place]bool{{own.node, own.spool}: true}
-	rest := q.waiting[:0:0]
-	for _, j := range q.waiting {
+	lines, there := 0, map[place]bool{}
+	return func(j *outboxJob) bool {
 		at := place{j.node, j.spool}
-		switch {
-		case j == own:
-		case there[at] || lines+len(j.batch) > maxGroup:
-			there[at] = true // and so do those behind it
-			rest = append(rest, j)
-		default:
-			there[at] = true
-			lines += len(j.batch)
-			group = append(group, j)
+		taken := there[at]
+		there[at] = true // and those behind it wait too
+		if taken || lines > 0 && lines+len(j.batch) > maxGroup {
+			return false
 		}
+		lines += len(j.batch)
+		return true
 	}
-	q.waiting = rest
-	return group
 }
 
 // storeGroup writes a group in one transaction. The one who writes is one of
 // them, and the others do not depend on its context.
-func (db *DB) storeGroup(ctx context.Context, group []*outboxJob) {
-	err := db.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *Tx) error { return tx.storeOutboxes(ctx, group) })
+func (db *DB) storeGroup(ctx context.Context, group []*sqldb.Job[*outboxJob]) {
+	jobs := make([]*outboxJob, len(group))
+	for i, j := range group {
+		jobs[i] = j.Work
+	}
+	err := db.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *Tx) error { return tx.storeOutboxes(ctx, jobs) })
 	for _, j := range group {
-		j.err = err
-		close(j.done)
+		j.Err = err
 	}
 }
 

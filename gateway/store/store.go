@@ -61,7 +61,7 @@ type DB struct {
 	now  func() time.Time
 	inst Installation
 
-	outbox outboxQueue
+	outbox *sqldb.Queue[*outboxJob]
 }
 
 // Queries are the reading queries.
@@ -78,7 +78,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: outboxQueue{turn: make(chan struct{}, 1)}}
+	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
 	if db.now == nil {
 		db.now = time.Now
 	}

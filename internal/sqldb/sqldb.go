@@ -57,6 +57,7 @@ const (
 // DB is an open database.
 type DB struct {
 	write, read *bun.DB
+	changes     *Queue[*change]
 	lock        *os.File
 	log         *slog.Logger
 	told        atomic.Int64 // unix nanoseconds of the last log line about a full disk
@@ -80,7 +81,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open database %s: %w", path, err)
 	}
-	db := &DB{lock: lock, log: cfg.Log}
+	db := &DB{lock: lock, log: cfg.Log, changes: NewQueue[*change]()}
 	if err := db.open(ctx, path, cfg); err != nil {
 		return nil, fmt.Errorf("open database %s: %w", path, errors.Join(full(err), db.Close()))
 	}
@@ -198,19 +199,6 @@ const synchronousFull = 2
 
 // Read returns the pool of read-only connections.
 func (db *DB) Read() *bun.DB { return db.read }
-
-// Write runs f in the one writing transaction and commits it unless f fails.
-// When it returns nil, what f wrote is on disk.
-func (db *DB) Write(ctx context.Context, f func(ctx context.Context, tx bun.Tx) error) error {
-	err := full(db.write.RunInTx(ctx, nil, f))
-	if errors.Is(err, ErrFull) {
-		now := time.Now().UnixNano()
-		if last := db.told.Load(); now-last >= int64(fullEvery) && db.told.CompareAndSwap(last, now) {
-			db.log.Error("nothing can be stored", "error", err)
-		}
-	}
-	return err
-}
 
 // full adds ErrFull to an error that means it.
 func full(err error) error {
