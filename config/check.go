@@ -119,6 +119,13 @@ func (c *Gateway) surface() []Surface {
 		localSocket(c.Common, "gateway"))
 	out = append(out, listens(c.ChannelListen, "tcp+udp", "RCPs and nodes with a certificate, or pending", "SALLYPORT_GATEWAY_CHANNEL_LISTEN")...)
 	out = append(out, listens(c.AdminListen, "tcp", adminWho, "SALLYPORT_GATEWAY_ADMIN_LISTEN")...)
+	if c.PKI != "" {
+		what := "tcp " + c.PKI
+		if strings.HasPrefix(c.PKI, "/") {
+			what = "unix " + c.PKI
+		}
+		out = append(out, Surface{kindDial, what, "the certificate authority, as one of its gateways", "SALLYPORT_GATEWAY_PKI"})
+	}
 	for _, v := range c.Accept {
 		out = append(out, Surface{kindDial, "tcp " + v.Addr, "clients at the proxies of RCPs and nodes, who ask for " + v.Name, "SALLYPORT_GATEWAY_ACCEPT"})
 	}

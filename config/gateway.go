@@ -15,6 +15,8 @@ type Gateway struct {
 	ChannelPublic string    `env:"SALLYPORT_GATEWAY_CHANNEL_PUBLIC" doc:"that address as others reach it, for join codes" form:"host:port" why:"none: NAT and balancers make it unknowable from here"`
 	Database      string    `env:"SALLYPORT_GATEWAY_DATABASE" doc:"SQLite file" form:"a path; postgres://... is not supported yet" why:"$SALLYPORT_DATA/gateway/sallyport.db: embedded, no server to run"`
 	NATS          string    `env:"SALLYPORT_GATEWAY_NATS" doc:"message bus between several gateways" form:"empty; other values are not supported yet" why:"empty: one gateway needs none"`
+	PKI           string    `env:"SALLYPORT_GATEWAY_PKI" doc:"where the CA is, if it is a process of its own (run pki): this gateway then holds no CA key" form:"host:port, or the absolute path of a unix socket" why:"empty: the CA is in this process, in $SALLYPORT_DATA/pki"`
+	PKICodeFile   string    `env:"SALLYPORT_GATEWAY_PKI_CODE_FILE" doc:"file with the code of ca gateway add, which makes this gateway known to that CA; not needed any more once it is" form:"a path" why:"none: the CA is in this process"`
 	TargetLimit   int       `env:"SALLYPORT_GATEWAY_TARGET_LIMIT" envDefault:"1000" doc:"connections and relayed requests at once through one target; more are refused (429)" form:"a number from 1 on" why:"one busy target leaves files and memory to the others"`
 	Accept        Services  `env:"SALLYPORT_GATEWAY_ACCEPT" doc:"services of the trusted network that clients at the proxies of RCPs and nodes may reach, by these names and no others" form:"name=host:port;..." why:"none: it is the one way from outside into the trusted network"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
@@ -49,6 +51,13 @@ func (c *Gateway) validate() error {
 	}
 	if c.NATS != "" {
 		return wrong("SALLYPORT_GATEWAY_NATS", "several gateways are not supported yet; leave it empty")
+	}
+	if c.PKI != "" {
+		if err := checkDoor("SALLYPORT_GATEWAY_PKI", c.PKI, false); err != nil {
+			return err
+		}
+	} else if c.PKICodeFile != "" {
+		return wrong("SALLYPORT_GATEWAY_PKI_CODE_FILE", "is set, but SALLYPORT_GATEWAY_PKI is not: the certificate authority is in this process and needs no code")
 	}
 	if c.TargetLimit < 1 {
 		return wrong("SALLYPORT_GATEWAY_TARGET_LIMIT", "want a number from 1 on")

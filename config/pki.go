@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 )
 
@@ -11,6 +12,7 @@ import (
 // gateway, or `run pki`.
 type PKI struct {
 	Common
+	Listen         string `env:"SALLYPORT_PKI_LISTEN" doc:"where a CA in a process of its own (run pki) listens for gateways; they prove their key" form:"host:port, or the absolute path of a unix socket" why:"$SALLYPORT_DATA/pki/pki.sock: the same user on the same host; opening it to others is a decision"`
 	PassphraseFile string `env:"SALLYPORT_PKI_PASSPHRASE_FILE" doc:"file with the passphrase of the CA's keys: they are encrypted in their files, also those that lie open there already" form:"a path" why:"none: a passphrase beside the keys protects backups and copies, not the host itself"`
 	AdminListen    Listen `env:"SALLYPORT_PKI_ADMIN_LISTEN" envDefault:"127.0.0.1:9193" doc:"address of /metrics, /livez and /readyz of a CA in a process of its own; inside a gateway it has none" form:"host:port or off" why:"loopback: metrics name nodes"`
 }
@@ -24,7 +26,32 @@ func LoadPKI(environ []string) (PKI, error) {
 
 func (c *PKI) common() *Common { return &c.Common }
 
-func (c *PKI) validate() error { return nil }
+func (c *PKI) validate() error {
+	if c.Listen == "" {
+		c.Listen = filepath.Join(c.Dir("pki"), "pki.sock")
+	}
+	return checkDoor("SALLYPORT_PKI_LISTEN", c.Listen, true)
+}
+
+// checkDoor accepts an address, or the path of a unix socket.
+func checkDoor(variable, s string, listen bool) error {
+	if strings.HasPrefix(s, "/") {
+		return checkSocketPath(variable, s)
+	}
+	if err := checkAddr(s, listen); err != nil {
+		return wrong(variable, "%v; or the absolute path of a unix socket", err)
+	}
+	return nil
+}
+
+func (c *PKI) surface() []Surface {
+	what := "tcp " + c.Listen
+	if strings.HasPrefix(c.Listen, "/") {
+		what = "unix " + c.Listen
+	}
+	return append([]Surface{{kindListen, what, "gateways whose key was registered with ca gateway add, if the CA is a process of its own", "SALLYPORT_PKI_LISTEN"}},
+		listens(c.AdminListen, "tcp", adminWho, "SALLYPORT_PKI_ADMIN_LISTEN")...)
+}
 
 // Passphrase reads the passphrase of the CA's keys. It is empty without a file.
 func (c PKI) Passphrase() (Secret, error) {

@@ -167,8 +167,14 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 		return nil, nil, err
 	}
 	env, err := e.ca.SignRevocations(ctx, set)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errAuthority, err)
+	}
 	return &env, roles, err
 }
+
+// errAuthority says that it is the certificate authority that did not sign.
+var errAuthority = errors.New("certificate authority")
 
 // heldSet is the last set that the authority signed.
 func (e *enrolment) heldSet() (set wire.Revocations, err error) {
@@ -348,6 +354,10 @@ func (e *enrolment) start(ctx context.Context) error {
 		}
 	}
 	env, _, err := e.sign(ctx)
+	if errors.Is(err, errAuthority) { // one in another process may be away: run tries again, and our own records hold meanwhile
+		e.log.Error("revocation set not signed; it is tried again in a minute", "error", err)
+		return nil
+	}
 	if err != nil || env == nil {
 		return err
 	}

@@ -37,7 +37,8 @@ type Deps struct {
 	Metrics  prometheus.Registerer // nil: none
 }
 
-// Issuer is the certificate authority: *pki.Authority in one process.
+// Issuer is the certificate authority: *pki.Authority in one process,
+// *pki.Client across two.
 type Issuer interface {
 	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
 	IssueGateway(ctx context.Context, id wire.ID, csr []byte) (chain [][]byte, err error)
@@ -284,7 +285,12 @@ func (s *Server) ensureCertificate(ctx context.Context) error {
 	if _, err := s.id.Certificate(); err == nil && time.Now().Before(s.id.RenewAfter()) {
 		return nil
 	}
-	return s.renewOwn(ctx)
+	err := s.renewOwn(ctx)
+	if err != nil && time.Now().Before(s.id.NotAfter()) {
+		s.log.Error("the gateway starts with the certificate that it has; renewal is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
+		return nil
+	}
+	return err
 }
 
 func (s *Server) renewOwn(ctx context.Context) error {

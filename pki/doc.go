@@ -13,7 +13,10 @@
 //	revocations.json                    the highest signed revocation set
 //	issuers.json, trust.json            after a rollover: which issuers there are (root-2.pem,
 //	                                    intermediate-2.key and so on), and what parties are told
+//	gateways/                           of a process of its own: who may ask it, and open codes
 //	lock                                one process at a time
+//
+// Gateways in other processes reach it through [Server] and [Client].
 //
 // [Doors] certifies other programs: host names and addresses, never a party. Its
 // intermediate is barred from the trust domain and no channel trusts it.

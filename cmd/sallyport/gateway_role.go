@@ -21,6 +21,7 @@ import (
 	"sallyport/internal/local"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
+	"sallyport/pki"
 )
 
 // gatewayHost is a gateway with what it needs on its host: the lock on its
@@ -68,11 +69,6 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	if err := backup.Interrupted(gatewayPlace(h.cfg)); err != nil {
 		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
 	}
-	ca, err := openAuthority(ctx, h.pki, h.log)
-	if err != nil {
-		return err
-	}
-	closers = append(closers, ca.Close)
 	wakes := &bus.Local{}
 	db, err := store.Open(ctx, store.Config{Path: h.cfg.Database, Log: h.log, Bus: wakes})
 	if err != nil {
@@ -83,6 +79,11 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	ca, keep, closeCA, err := h.authority(ctx, dir, id)
+	if err != nil {
+		return err
+	}
+	closers = append(closers, closeCA)
 	server, err := gateway.New(gateway.Config{Gateway: h.cfg, Program: cli.BuildVersion()}, gateway.Deps{
 		Store: db, Bus: wakes, CA: ca, Identity: id, Log: h.log, Metrics: h.reg,
 	})
@@ -91,11 +92,28 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	}
 	h.log.InfoContext(ctx, "gateway starts", "version", cli.BuildVersion(), "id", id.ID(), "fingerprint", id.Fingerprint(),
 		"trust_domain", ca.TrustDomain(), "installation", db.Installation().UID)
-	return h.serve(ctx, dir, server)
+	return h.serve(ctx, dir, server, keep)
+}
+
+// authority is the one in this process, or the one that the configuration
+// names; keep runs as long as the gateway does.
+func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Identity) (ca gateway.Issuer, keep func(context.Context) error, done func() error, err error) {
+	if h.cfg.PKI == "" {
+		a, err := openAuthority(ctx, h.pki, h.log)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		return a, func(context.Context) error { return nil }, a.Close, nil
+	}
+	c, err := pki.Connect(ctx, pki.ClientConfig{Addr: h.cfg.PKI, CodeFile: h.cfg.PKICodeFile, Dir: dir, Identity: id, Log: h.log})
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	return c, c.Run, func() error { c.Close(); return nil }, nil
 }
 
 // serve opens the doors on this host and runs the gateway behind them.
-func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Server) error {
+func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Server, keep func(context.Context) error) error {
 	socket, err := local.Listen(dir, server, h.log)
 	if err != nil {
 		return err
@@ -109,6 +127,7 @@ func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Ser
 		g.Go(func() error { return web.Run(ctx) })
 	}
 	g.Go(func() error { return socket.Run(ctx) })
+	g.Go(func() error { return keep(ctx) })
 	g.Go(func() error { return server.Run(ctx) })
 	return g.Wait()
 }

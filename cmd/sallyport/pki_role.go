@@ -2,9 +2,16 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
 	"sallyport/config"
+	"sallyport/internal/admin"
+	"sallyport/internal/cli"
 	"sallyport/pki"
 )
 
@@ -19,4 +26,38 @@ func openAuthority(ctx context.Context, c config.PKI, log *slog.Logger) (*pki.Au
 		opts = append(opts, pki.WithPassphrase([]byte(passphrase.Reveal())))
 	}
 	return pki.Open(ctx, c.Dir("pki"), log, opts...)
+}
+
+// pkiRole is the certificate authority as a process of its own.
+func (a *app) pkiRole() (cli.Role, error) {
+	c, err := config.LoadPKI(a.streams.Env)
+	if err != nil {
+		return cli.Role{}, err
+	}
+	return cli.NewRole("pki", c.Common, a.streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		return func(ctx context.Context) error { return runPKI(ctx, c, log, reg) }, nil
+	})
+}
+
+func runPKI(ctx context.Context, c config.PKI, log *slog.Logger, reg *prometheus.Registry) (err error) {
+	ca, err := openAuthority(ctx, c, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ca.Close()) }()
+	server, err := pki.Listen(ca, c.Listen, log, reg)
+	if err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	if c.AdminListen != "" {
+		web, err := admin.Listen(admin.Config{Addr: string(c.AdminListen), Gatherer: reg, Ready: server.Ready, Log: log})
+		if err != nil {
+			return fmt.Errorf("pki: %w", errors.Join(err, server.Close()))
+		}
+		g.Go(func() error { return web.Run(ctx) })
+	}
+	log.InfoContext(ctx, "certificate authority starts", "version", cli.BuildVersion(), "trust_domain", ca.TrustDomain(), "listen", server.Addr().String())
+	g.Go(func() error { return server.Run(ctx) })
+	return g.Wait()
 }

@@ -17,7 +17,7 @@ import (
 
 // runnable are the roles in the order in which they start: what others depend
 // on comes first.
-var runnable = []string{"gateway", "rcp", "node"}
+var runnable = []string{"pki", "gateway", "rcp", "node"}
 
 func (a *app) runCommand() *cobra.Command {
 	return &cobra.Command{
@@ -25,8 +25,9 @@ func (a *app) runCommand() *cobra.Command {
 		Short: "Run one or several roles until a signal: " + strings.Join(runnable, ", "),
 		Long: "Run one or several roles in one process, until SIGINT or SIGTERM. The environment configures them:\n" +
 			"`sallyport config check` says what it makes of them, `sallyport config reference` lists all variables.\n" +
-			"The gateway holds the certificate authority: `run gateway pki` is the same as `run gateway`.",
-		ValidArgs: append(slices.Clone(runnable), "pki"),
+			"The gateway holds the certificate authority unless SALLYPORT_GATEWAY_PKI names one in a process of its own\n" +
+			"(`run pki`): without it `run gateway pki` is the same as `run gateway`.",
+		ValidArgs: runnable,
 		Args:      cli.AtLeast(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			roles, err := a.roles(args)
@@ -40,14 +41,19 @@ func (a *app) runCommand() *cobra.Command {
 
 // roles reads the configuration of each role before the first one starts.
 func (a *app) roles(names []string) ([]cli.Role, error) {
-	builders := map[string]func() (cli.Role, error){"gateway": a.gatewayRole, "rcp": a.rcpRole, "node": a.nodeRole}
+	builders := map[string]func() (cli.Role, error){"pki": a.pkiRole, "gateway": a.gatewayRole, "rcp": a.rcpRole, "node": a.nodeRole}
 	for _, name := range names {
-		switch {
-		case builders[name] != nil:
-		case name != "pki":
-			return nil, cli.Usage("unknown role %q; there are %s and pki", name, strings.Join(runnable, ", "))
-		case !slices.Contains(names, "gateway"):
-			return nil, cli.Usage("a certificate authority in a process of its own is not supported yet; `sallyport run gateway` holds it")
+		if builders[name] == nil {
+			return nil, cli.Usage("unknown role %q; there are %s", name, strings.Join(runnable, ", "))
+		}
+	}
+	if slices.Contains(names, "gateway") {
+		c, err := config.LoadGateway(a.streams.Env)
+		if err != nil {
+			return nil, err
+		}
+		if c.PKI == "" { // the gateway is the authority's process
+			names = slices.DeleteFunc(slices.Clone(names), func(n string) bool { return n == "pki" })
 		}
 	}
 	var roles []cli.Role

@@ -133,7 +133,7 @@ func (s *Site) prepare(role, name string, env map[string]string, opts []Option) 
 	o.env["SALLYPORT_LOG_LEVEL"] = "debug"
 	if s.lab == nil {
 		// One machine: the ports of two nodes would meet.
-		for _, r := range []string{"GATEWAY", "RCP", "NODE"} {
+		for _, r := range []string{"GATEWAY", "RCP", "NODE", "PKI"} {
 			o.env["SALLYPORT_"+r+"_ADMIN_LISTEN"] = "off"
 		}
 	}

@@ -1,0 +1,411 @@
+package pki
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+const (
+	dialTime    = 10 * time.Second
+	callTime    = 30 * time.Second
+	refreshTick = 15 * time.Second
+	connectTick = 5 * time.Second
+
+	// fileState is what a gateway keeps of its authority, so that it starts
+	// and works while the authority is away.
+	fileState = "pki-state.json"
+)
+
+// ClientConfig is where the authority of a gateway is.
+type ClientConfig struct {
+	Addr     string // host:port, or the path of a unix socket
+	CodeFile string // with a gateway code; empty or missing once the gateway is known
+	Dir      string // of the gateway's state
+	Identity *identity.Identity
+	Log      *slog.Logger
+}
+
+// Client is an Authority in another process, as a gateway uses it: it may do
+// there what the authority lets a gateway do. It is safe for concurrent use.
+type Client struct {
+	cfg  ClientConfig
+	http *http.Client
+	td   string // never changes
+	tls  *x509.CertPool
+
+	mu    sync.Mutex
+	state State
+	root  *x509.Certificate
+	away  bool
+}
+
+// Connect finds the authority, makes the gateway known to it if it has a code,
+// and returns a client. While the authority does not answer it returns what is
+// kept of it; a gateway that knows nothing of its authority yet waits for it.
+func Connect(ctx context.Context, cfg ClientConfig) (*Client, error) {
+	c := &Client{cfg: cfg}
+	c.http = &http.Client{
+		Timeout: callTime,
+		Transport: &http.Transport{
+			DialTLSContext: c.dial, MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16, IdleConnTimeout: time.Minute,
+			MaxResponseHeaderBytes: wire.MaxHeader,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	for {
+		err := c.connect(ctx)
+		if err == nil {
+			return c, nil
+		}
+		err = fmt.Errorf("certificate authority at %s: %w", cfg.Addr, err)
+		if temporary := (*net.OpError)(nil); !errors.As(err, &temporary) {
+			return nil, err
+		}
+		cfg.Log.WarnContext(ctx, "the certificate authority does not answer; this gateway cannot start without what it says", "error", err, "again_in", connectTick)
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(connectTick):
+		}
+	}
+}
+
+func (c *Client) connect(ctx context.Context) error {
+	code, err := c.code()
+	if err != nil {
+		return err
+	}
+	kept, err := c.load()
+	if err != nil {
+		return err
+	}
+	c.td, c.tls = c.cfg.Identity.TrustDomain(), nil
+	switch {
+	case c.td != "" && code != nil && code.TrustDomain != c.td:
+		return fmt.Errorf("the gateway code is for %s, this gateway belongs to %s (a fresh SALLYPORT_DATA lets it start over)", wire.Quotable(code.TrustDomain), c.td)
+	case c.td != "" && kept != nil && kept.TrustDomain != c.td:
+		return fmt.Errorf("%s is of %s, this gateway belongs to %s; delete that file", filepath.Join(c.cfg.Dir, fileState), wire.Quotable(kept.TrustDomain), c.td)
+	case c.td != "" || kept != nil || code != nil:
+	default:
+		return fmt.Errorf("%w yet: run `sallyport ca gateway add > gateway.code` where it runs, and set SALLYPORT_GATEWAY_PKI_CODE_FILE to a copy of that file here", ErrUnregistered)
+	}
+	var pool *x509.CertPool // of first contact; later the identity's roots
+	for _, s := range []*State{kept, code.state()} {
+		if s == nil {
+			continue
+		}
+		root, err := s.root()
+		if err != nil {
+			return err
+		}
+		if c.td == "" {
+			c.td = s.TrustDomain
+		}
+		if pool == nil {
+			pool = x509.NewCertPool()
+		}
+		pool.AddCert(root)
+	}
+	c.tls = pool
+	if kept != nil {
+		if err := c.hold(*kept); err != nil {
+			return err
+		}
+	}
+	err = c.refresh(ctx)
+	if errors.Is(err, ErrUnregistered) && code != nil {
+		if err = c.register(ctx, code); err == nil {
+			err = c.refresh(ctx)
+		}
+	}
+	if err != nil && kept != nil && ctx.Err() == nil {
+		c.away = true
+		c.cfg.Log.WarnContext(ctx, "the certificate authority does not answer; the gateway works with what it knows, and issues nothing", "error", err)
+		return nil
+	}
+	if errors.Is(err, ErrUnregistered) {
+		return fmt.Errorf("%w: run `sallyport ca gateway add > gateway.code` where it runs, and set SALLYPORT_GATEWAY_PKI_CODE_FILE to a copy of that file here", err)
+	}
+	return err
+}
+
+// state is what a code says of the authority; of no code, nothing.
+func (c *GatewayCode) state() *State {
+	if c == nil {
+		return nil
+	}
+	return &State{TrustDomain: c.TrustDomain, Root: c.Root}
+}
+
+// code reads the gateway code; nil if there is none.
+func (c *Client) code() (*GatewayCode, error) {
+	if c.cfg.CodeFile == "" {
+		return nil, nil
+	}
+	f, err := os.Open(c.cfg.CodeFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("gateway code: %w", err)
+	}
+	defer func() { _ = f.Close() }()
+	b, err := io.ReadAll(io.LimitReader(f, maxCode+1))
+	if err != nil {
+		return nil, fmt.Errorf("gateway code: %w", err)
+	}
+	code, err := ParseGatewayCode(string(b))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", c.cfg.CodeFile, err)
+	}
+	return &code, nil
+}
+
+func (c *Client) load() (*State, error) {
+	path := filepath.Join(c.cfg.Dir, fileState)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var s State
+	if err := json.Unmarshal(b, &s); err == nil {
+		if _, err = s.root(); err == nil {
+			return &s, nil
+		}
+	}
+	return nil, fmt.Errorf("%s is damaged: delete it, the authority says it again", path)
+}
+
+// dial opens a TLS connection with the gateway's key. Any certificate of that
+// key will do: the authority knows the key.
+func (c *Client) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	cert, err := c.cfg.Identity.SelfSigned()
+	if err != nil {
+		return nil, err
+	}
+	network := "tcp"
+	if strings.HasPrefix(c.cfg.Addr, "/") {
+		network = "unix"
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTime)
+	defer cancel()
+	raw, err := (&net.Dialer{}).DialContext(ctx, network, c.cfg.Addr)
+	if err != nil {
+		return nil, err
+	}
+	roots := c.cfg.Identity.Roots()
+	if c.tls != nil && c.cfg.Identity.NotAfter().IsZero() {
+		roots = c.tls
+	}
+	conn := tls.Client(raw, &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: []string{alpn},
+		RootCAs:    roots,
+		ServerName: serverName(c.td),
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			return cert, nil
+		},
+		VerifyConnection: func(cs tls.ConnectionState) error {
+			if cs.NegotiatedProtocol != alpn {
+				return fmt.Errorf("it speaks %q, not %s: is this the certificate authority?", wire.Quotable(cs.NegotiatedProtocol), alpn)
+			}
+			return nil
+		},
+	})
+	if err := conn.HandshakeContext(ctx); err != nil {
+		_ = raw.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// ask sends one request; in is nil for GET.
+func ask[Out any](ctx context.Context, c *Client, path string, in any, limit int64) (out Out, err error) {
+	method, body := http.MethodGet, io.Reader(http.NoBody)
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return out, err
+		}
+		method, body = http.MethodPost, bytes.NewReader(b)
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "https://"+serverName(c.td)+path, body)
+	if err != nil {
+		return out, err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return out, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		var p problem
+		if err := wire.DecodeJSON(resp.Body, maxSmall, &p); err != nil || p.Message == "" {
+			return out, fmt.Errorf("the certificate authority answers %s", resp.Status)
+		}
+		return out, p.err()
+	}
+	return out, wire.DecodeJSON(resp.Body, limit, &out)
+}
+
+func (c *Client) register(ctx context.Context, code *GatewayCode) error {
+	_, err := ask[struct{}](ctx, c, pathRegister, registerRequest{ID: c.cfg.Identity.ID(), TokenID: code.TokenID, Token: code.Token}, maxSmall)
+	if err == nil {
+		c.cfg.Log.InfoContext(ctx, "the certificate authority knows this gateway now", "pki", c.cfg.Addr)
+	}
+	return err
+}
+
+// refresh asks for the state, and keeps it.
+func (c *Client) refresh(ctx context.Context) error {
+	s, err := ask[State](ctx, c, pathState, nil, maxState)
+	if err != nil {
+		return err
+	}
+	if s.TrustDomain != c.td {
+		return fmt.Errorf("it is the authority of %s, this gateway belongs to %s", wire.Quotable(s.TrustDomain), c.td)
+	}
+	return c.hold(s)
+}
+
+// hold takes a state over, in memory and on disk. A revocation set below the
+// one that is held is not taken over.
+func (c *Client) hold(s State) error {
+	root, err := s.root()
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state.Revocations != nil && (s.Revocations == nil || setNumber(*s.Revocations) < setNumber(*c.state.Revocations)) {
+		s.Revocations = c.state.Revocations
+	}
+	old, err := json.Marshal(c.state)
+	if err != nil {
+		return err
+	}
+	b, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(old, b) {
+		if err := writeFile(c.cfg.Dir, fileState, b, 0o600); err != nil {
+			return err
+		}
+	}
+	c.state, c.root = s, root
+	return nil
+}
+
+func setNumber(env wire.Envelope) int64 {
+	var set struct {
+		Number int64 `json:"number"`
+	}
+	if json.Unmarshal(env.Payload, &set) != nil {
+		return 0
+	}
+	return set.Number
+}
+
+// Run keeps the state fresh until ctx ends.
+func (c *Client) Run(ctx context.Context) error {
+	defer c.http.CloseIdleConnections()
+	tick := time.NewTicker(refreshTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		err := c.refresh(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		switch was := c.away; {
+		case err != nil && !was:
+			c.away = true
+			c.cfg.Log.ErrorContext(ctx, "the certificate authority does not answer: nothing is issued, renewed or revoked until it does", "error", err)
+		case err == nil && was:
+			c.away = false
+			c.cfg.Log.InfoContext(ctx, "the certificate authority answers again")
+		}
+	}
+}
+
+// Close ends the idle connections of a client that never ran.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Issue is [Authority.Issue].
+func (c *Client) Issue(ctx context.Context, r wire.IssueRequest) ([][]byte, error) {
+	a, err := ask[chainAnswer](ctx, c, pathIssue, r, maxSmall)
+	return a.Chain, err
+}
+
+// IssueGateway renews the leaf of this gateway. The authority knows its UUID
+// and key; for others it issues none.
+func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]byte, error) {
+	if id != c.cfg.Identity.ID() {
+		return nil, fmt.Errorf("%w: gateway %s is not this one", ErrRefused, id)
+	}
+	a, err := ask[chainAnswer](ctx, c, pathGateway, gatewayRequest{csr}, maxSmall)
+	return a.Chain, err
+}
+
+// SignRevocations is [Authority.SignRevocations].
+func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
+	env, err := ask[wire.Envelope](ctx, c, pathRevocations, set, maxState)
+	if err != nil {
+		if errors.Is(err, identity.ErrOlder) { // another one signed: the next attempt is above it
+			return env, errors.Join(err, c.refresh(ctx))
+		}
+		return env, err
+	}
+	c.mu.Lock()
+	s := c.state
+	c.mu.Unlock()
+	s.Revocations = &env
+	return env, c.hold(s)
+}
+
+// Revocations is the highest set that this gateway knows of; false before the
+// first.
+func (c *Client) Revocations() (wire.Envelope, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state.Revocations == nil {
+		return wire.Envelope{}, false
+	}
+	return *c.state.Revocations, true
+}
+
+// Root is the certificate whose key join codes pin.
+func (c *Client) Root() *x509.Certificate {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.root
+}
+
+// TrustDomain is the name that every identity of the authority carries.
+func (c *Client) TrustDomain() string { return c.td }

@@ -1,0 +1,47 @@
+package harness
+
+import "path/filepath"
+
+// PKI is a certificate authority in a process of its own.
+type PKI struct {
+	*Role
+
+	Address string // host:port, or the path of its socket
+}
+
+// PKI starts a certificate authority, on the host "pki" of a lab, and waits
+// until a code for a gateway can be had.
+func (s *Site) PKI(opts ...Option) *PKI {
+	s.t.Helper()
+	p := &PKI{Role: s.prepare("pki", "pki", map[string]string{}, opts)}
+	p.Address = p.opts.env["SALLYPORT_PKI_LISTEN"]
+	if p.Address == "" {
+		p.Address = filepath.Join(p.Data, "pki", "pki.sock")
+	}
+	p.start("pki")
+	Eventually(s.t, startTimeout, "the authority is there", func() error { return p.Run("ca", "gateway", "list").Err() })
+	Eventually(s.t, startTimeout, "the authority has its root", func() error { return p.Run("ca", "gateway", "add", "--ttl", "1s").Err() })
+	return p
+}
+
+// Run runs the operator's command line on the authority's host.
+func (p *PKI) Run(args ...string) Result {
+	p.site.t.Helper()
+	env := map[string]string{"SALLYPORT_DATA": p.Data}
+	for _, name := range []string{"SALLYPORT_PKI_PASSPHRASE_FILE"} {
+		if v, set := p.opts.env[name]; set {
+			env[name] = v
+		}
+	}
+	return runCommand(p.site.t, p.host, environment(env), "", p.site.Program("sallyport"), args...)
+}
+
+// Serves makes a gateway use this authority: its code is made now.
+func (p *PKI) Serves() Option {
+	p.site.t.Helper()
+	file := p.site.File("gateway.code", p.Run("ca", "gateway", "add").Exits(0).Stdout)
+	return func(o *options) {
+		o.env["SALLYPORT_GATEWAY_PKI"] = p.Address
+		o.env["SALLYPORT_GATEWAY_PKI_CODE_FILE"] = file
+	}
+}
