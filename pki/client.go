@@ -52,7 +52,7 @@ type Client struct {
 	tls  *x509.CertPool
 
 	mu    sync.Mutex
-	state State
+	state Snapshot
 	root  *x509.Certificate
 	away  bool
 }
@@ -108,7 +108,7 @@ func (c *Client) connect(ctx context.Context) error {
 		return fmt.Errorf("%w yet: run `sallyport ca gateway add > gateway.code` where it runs, and set SALLYPORT_GATEWAY_PKI_CODE_FILE to a copy of that file here", ErrUnregistered)
 	}
 	var pool *x509.CertPool // of first contact; later the identity's roots
-	for _, s := range []*State{kept, code.state()} {
+	for _, s := range []*Snapshot{kept, code.state()} {
 		if s == nil {
 			continue
 		}
@@ -148,11 +148,11 @@ func (c *Client) connect(ctx context.Context) error {
 }
 
 // state is what a code says of the authority; of no code, nothing.
-func (c *GatewayCode) state() *State {
+func (c *GatewayCode) state() *Snapshot {
 	if c == nil {
 		return nil
 	}
-	return &State{TrustDomain: c.TrustDomain, Root: c.Root}
+	return &Snapshot{TrustDomain: c.TrustDomain, Root: c.Root}
 }
 
 // code reads the gateway code; nil if there is none.
@@ -179,7 +179,7 @@ func (c *Client) code() (*GatewayCode, error) {
 	return &code, nil
 }
 
-func (c *Client) load() (*State, error) {
+func (c *Client) load() (*Snapshot, error) {
 	path := filepath.Join(c.cfg.Dir, fileState)
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -188,7 +188,7 @@ func (c *Client) load() (*State, error) {
 	if err != nil {
 		return nil, err
 	}
-	var s State
+	var s Snapshot
 	if err := json.Unmarshal(b, &s); err == nil {
 		if _, err = s.root(); err == nil {
 			return &s, nil
@@ -279,7 +279,7 @@ func (c *Client) register(ctx context.Context, code *GatewayCode) error {
 
 // refresh asks for the state, and keeps it.
 func (c *Client) refresh(ctx context.Context) error {
-	s, err := ask[State](ctx, c, pathState, nil, maxState)
+	s, err := ask[Snapshot](ctx, c, pathState, nil, maxState)
 	if err != nil {
 		return err
 	}
@@ -291,7 +291,7 @@ func (c *Client) refresh(ctx context.Context) error {
 
 // hold takes a state over, in memory and on disk. A revocation set below the
 // one that is held is not taken over.
-func (c *Client) hold(s State) error {
+func (c *Client) hold(s Snapshot) error {
 	root, err := s.root()
 	if err != nil {
 		return err
@@ -409,3 +409,44 @@ func (c *Client) Root() *x509.Certificate {
 
 // TrustDomain is the name that every identity of the authority carries.
 func (c *Client) TrustDomain() string { return c.td }
+
+// State is [Authority.State], as it was when the authority was last asked.
+func (c *Client) State() wire.CAState {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state.CA
+}
+
+// Trust is [Authority.Trust], as it was when the authority was last asked.
+func (c *Client) Trust() (wire.Envelope, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.state.Trust == nil {
+		return wire.Envelope{}, false
+	}
+	return *c.state.Trust, true
+}
+
+// Rotate is [Authority.Rotate].
+func (c *Client) Rotate(ctx context.Context, kind string, atLeast int64) (wire.CAState, error) {
+	return c.rollover(ctx, rolloverRequest{Step: "rotate", Kind: kind, AtLeast: atLeast})
+}
+
+// Abort is [Authority.Abort].
+func (c *Client) Abort(ctx context.Context, atLeast int64) (wire.CAState, error) {
+	return c.rollover(ctx, rolloverRequest{Step: "abort", AtLeast: atLeast})
+}
+
+// Finish is [Authority.Finish].
+func (c *Client) Finish(ctx context.Context, forget bool, atLeast int64) (wire.CAState, error) {
+	return c.rollover(ctx, rolloverRequest{Step: "finish", Forget: forget, AtLeast: atLeast})
+}
+
+// rollover takes a step, and what it changed.
+func (c *Client) rollover(ctx context.Context, r rolloverRequest) (wire.CAState, error) {
+	s, err := ask[wire.CAState](ctx, c, pathRollover, r, maxState)
+	if err != nil {
+		return s, err
+	}
+	return s, c.refresh(ctx)
+}

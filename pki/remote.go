@@ -25,6 +25,7 @@ const (
 	pathGateway     = "/v1/gateway"
 	pathIssue       = "/v1/issue"
 	pathRevocations = "/v1/revocations"
+	pathRollover    = "/v1/rollover"
 
 	// maxSmall bounds every body but those with revocation sets.
 	maxSmall = 64 << 10
@@ -47,18 +48,29 @@ type gatewayRequest struct {
 	CSR []byte `json:"csr"`
 }
 
+// rolloverRequest is a step of a rollover: rotate, abort or finish.
+type rolloverRequest struct {
+	Step    string `json:"step"`
+	Kind    string `json:"kind,omitempty"`     // of rotate
+	Forget  bool   `json:"forget,omitempty"`   // of finish
+	AtLeast int64  `json:"at_least,omitempty"` // the highest trust document seen
+}
+
 type chainAnswer struct {
 	Chain [][]byte `json:"chain"`
 }
 
-// State is what a gateway must know of its authority before it can do anything.
-type State struct {
+// Snapshot is what a gateway must know of its authority before it can do
+// anything.
+type Snapshot struct {
 	TrustDomain string         `json:"trust_domain"`
 	Root        []byte         `json:"root"`        // DER, the one that join codes pin
 	Revocations *wire.Envelope `json:"revocations"` // the highest set that was signed
+	Trust       *wire.Envelope `json:"trust"`       // the newest trust document
+	CA          wire.CAState   `json:"ca"`
 }
 
-func (s State) root() (*x509.Certificate, error) {
+func (s Snapshot) root() (*x509.Certificate, error) {
 	root, err := x509.ParseCertificate(s.Root)
 	if err == nil && s.TrustDomain == "" {
 		err = errors.New("there is no trust domain")
@@ -84,6 +96,7 @@ var codes = []struct {
 	{"unregistered", ErrUnregistered, http.StatusForbidden},
 	{"revoked", identity.ErrRevoked, http.StatusForbidden}, // before refused, which wraps it
 	{"refused", ErrRefused, http.StatusForbidden},
+	{"rollover", ErrRollover, http.StatusConflict},
 	{"older", identity.ErrOlder, http.StatusConflict},
 	{"too-large", wire.ErrTooLarge, http.StatusRequestEntityTooLarge},
 	{"malformed", wire.ErrMalformed, http.StatusBadRequest},

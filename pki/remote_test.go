@@ -357,6 +357,49 @@ func TestRemovedGateway(t *testing.T) {
 	}
 }
 
+// A rollover by way of a gateway: neither side loses the other.
+func TestRemoteRollover(t *testing.T) {
+	ca := serve(t, t.TempDir(), "127.0.0.1:0")
+	gw := newGateway(t, ca.addr)
+	file, _ := ca.code(time.Hour)
+	c := gw.enrolled(t, file)
+	old := c.Root()
+	if _, err := c.Finish(t.Context(), false, 0); !errors.Is(err, pki.ErrRollover) {
+		t.Errorf("finished before it began: %v", err)
+	}
+	s, err := c.Rotate(t.Context(), wire.RolloverRoot, 0)
+	if err != nil || s.Rollover == nil {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if c.State().Rollover == nil || c.Root().Equal(old) || !c.Root().Equal(ca.Root()) {
+		t.Errorf("the client does not know of it: %+v", c.State())
+	}
+	doc, ok := c.Trust()
+	if !ok {
+		t.Fatal("there is no trust document")
+	}
+	if _, err := gw.id.ApplyTrust(doc); err != nil {
+		t.Fatal(err)
+	}
+	c.Close() // new connections from here on
+	gw.renew(t, c)
+	if s, err = c.Finish(t.Context(), true, 0); err != nil || s.Rollover != nil {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if doc, ok = c.Trust(); !ok {
+		t.Fatal("there is no trust document")
+	}
+	if _, err := gw.id.ApplyTrust(doc); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	gw.renew(t, c)
+	root, err := x509.ParseCertificate(gw.id.Chain()[len(gw.id.Chain())-1])
+	if err != nil || root.Equal(old) {
+		t.Errorf("the gateway's chain ends with the old root, %v", err)
+	}
+}
+
 // The authority signs the removal by itself.
 func TestRemovalIsSigned(t *testing.T) {
 	dir := t.TempDir()

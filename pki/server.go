@@ -44,9 +44,10 @@ type Server struct {
 	log      *slog.Logger
 	requests *prometheus.CounterVec
 
-	mu   sync.Mutex
-	leaf *tls.Certificate
-	made time.Time
+	mu     sync.Mutex
+	leaf   *tls.Certificate
+	made   time.Time
+	signer *signer // that made it
 }
 
 // Listen opens the listener of an authority: host:port, or the path of a unix
@@ -190,7 +191,8 @@ func (s *Server) tlsConfig() *tls.Config {
 func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.leaf != nil && time.Since(s.made) < serverLeaf {
+	sg := s.ca.signer.Load()
+	if s.leaf != nil && s.signer == sg && time.Since(s.made) < serverLeaf {
 		return s.leaf, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -209,7 +211,7 @@ func (s *Server) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 		}
 		return nil, err
 	}
-	s.leaf, s.made = &tls.Certificate{Certificate: chain, PrivateKey: key}, time.Now()
+	s.leaf, s.made, s.signer = &tls.Certificate{Certificate: chain, PrivateKey: key}, time.Now(), sg
 	return s.leaf, nil
 }
 
@@ -226,7 +228,7 @@ func (s *Server) handler() http.Handler {
 		}
 		return struct{}{}, err
 	}))
-	mux.HandleFunc("GET "+pathState, answer(s, "state", 0, known(s, func(context.Context, Gateway, struct{}) (State, error) { return s.ca.State(), nil })))
+	mux.HandleFunc("GET "+pathState, answer(s, "state", 0, known(s, func(context.Context, Gateway, struct{}) (Snapshot, error) { return s.ca.snapshot(), nil })))
 	mux.HandleFunc("POST "+pathGateway, answer(s, "gateway", maxSmall, known(s, s.issueGateway)))
 	mux.HandleFunc("POST "+pathIssue, answer(s, "issue", maxSmall, known(s, func(ctx context.Context, gw Gateway, r wire.IssueRequest) (chainAnswer, error) {
 		chain, err := s.ca.Issue(ctx, r)
@@ -245,6 +247,7 @@ func (s *Server) handler() http.Handler {
 		}
 		return env, err
 	})))
+	mux.HandleFunc("POST "+pathRollover, answer(s, "rollover", maxSmall, known(s, s.rollover)))
 	return mux
 }
 
@@ -406,11 +409,29 @@ func (s *Server) revokeRemovedNow(ctx context.Context) error {
 	return nil
 }
 
-// State is what gateways in other processes must know.
-func (a *Authority) State() State {
-	st := State{TrustDomain: a.TrustDomain(), Root: a.Root().Raw}
+// snapshot is what gateways in other processes must know.
+func (a *Authority) snapshot() Snapshot {
+	st := Snapshot{TrustDomain: a.TrustDomain(), Root: a.Root().Raw, CA: a.State()}
 	if env, ok := a.Revocations(); ok {
 		st.Revocations = &env
 	}
+	if env, ok := a.Trust(); ok {
+		st.Trust = &env
+	}
 	return st
+}
+
+// rollover is a step that an operator takes at a gateway, where it is known
+// who still is on the old issuer.
+func (s *Server) rollover(ctx context.Context, gw Gateway, r rolloverRequest) (wire.CAState, error) {
+	s.log.Warn("a gateway asks for a step of a rollover", "step", r.Step, "kind", r.Kind, "forget", r.Forget, "gateway", gw.ID)
+	switch r.Step {
+	case "rotate":
+		return s.ca.Rotate(ctx, r.Kind, r.AtLeast)
+	case "abort":
+		return s.ca.Abort(ctx, r.AtLeast)
+	case "finish":
+		return s.ca.Finish(ctx, r.Forget, r.AtLeast)
+	}
+	return wire.CAState{}, fmt.Errorf("%w: no step of a rollover: %q", wire.ErrMalformed, wire.Quotable(r.Step))
 }
