@@ -18,6 +18,7 @@ type Gateway struct {
 	PKI           string    `env:"SALLYPORT_GATEWAY_PKI" doc:"where the CA is, if it is a process of its own (run pki): this gateway then holds no CA key" form:"host:port, or the absolute path of a unix socket" why:"empty: the CA is in this process, in $SALLYPORT_DATA/pki"`
 	PKICodeFile   string    `env:"SALLYPORT_GATEWAY_PKI_CODE_FILE" doc:"file with the code of ca gateway add, which makes this gateway known to that CA; not needed any more once it is" form:"a path" why:"none: the CA is in this process"`
 	TargetLimit   int       `env:"SALLYPORT_GATEWAY_TARGET_LIMIT" envDefault:"1000" doc:"connections and relayed requests at once through one target; more are refused (429)" form:"a number from 1 on" why:"one busy target leaves files and memory to the others"`
+	WarmSessions  int       `env:"SALLYPORT_GATEWAY_WARM_SESSIONS" envDefault:"512" doc:"end-to-end sessions that stay open for a moment after use; the next change or action needs no handshake" form:"a number from 1 on" why:"each takes about 100 KiB here and 30 KiB at an RCP"`
 	Accept        Services  `env:"SALLYPORT_GATEWAY_ACCEPT" doc:"services of the trusted network that clients at the proxies of RCPs and nodes may reach, by these names and no others" form:"name=host:port;..." why:"none: it is the one way from outside into the trusted network"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	BackupPass    string    `env:"SALLYPORT_BACKUP_PASSPHRASE_FILE" doc:"file with the passphrase of backups, for backup and restore without --passphrase-file" form:"a path" why:"none: a person is asked"`
@@ -61,6 +62,9 @@ func (c *Gateway) validate() error {
 	}
 	if c.TargetLimit < 1 {
 		return wrong("SALLYPORT_GATEWAY_TARGET_LIMIT", "want a number from 1 on")
+	}
+	if c.WarmSessions < 1 {
+		return wrong("SALLYPORT_GATEWAY_WARM_SESSIONS", "want a number from 1 on")
 	}
 	if err := c.RCPs.needAddresses("SALLYPORT_GATEWAY_RCPS"); err != nil {
 		return err

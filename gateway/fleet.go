@@ -510,6 +510,26 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 	return skewChanged
 }
 
+// heardBefore returns the last verified hello of a party of which nothing else
+// is wanted than that it takes something: it need not say it again, because it
+// signals what has changed since. It is nil where there is none.
+func (f *fleet) heardBefore(t task) *wire.Hello {
+	if t.wants != wantPush || !t.known {
+		return nil
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[t.id]
+	if m == nil || m.hello == nil || m.lastErr != "" {
+		return nil
+	}
+	if _, ok := m.hello.Versions.Common(wire.OwnVersions); !ok {
+		return nil
+	}
+	hello := *m.hello
+	return &hello
+}
+
 // contact says that a session with the party did something useful just now.
 func (f *fleet) contact(id wire.ID) {
 	f.mu.Lock()

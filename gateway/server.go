@@ -103,7 +103,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 	}
 	s.forwards = newForwards(s.targets, d.Store, d.Log)
 	s.links = newLinks(s)
-	s.sessions = newSessions(s.fleet, s.metrics, s.links.connect, s.dialSession)
+	s.sessions = newSessions(s.fleet, s.metrics, cfg.WarmSessions, s.links.connect, s.dialSession)
 	if s.tunnels, err = newTunnels(s, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}

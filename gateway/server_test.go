@@ -332,8 +332,8 @@ func TestWarmSessionsAreBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newSessions(f, m, nil, nil)
-	for i := range maxWarm + 50 {
+	s := newSessions(f, m, 0, nil, nil)
+	for i := range defaultWarm + 50 {
 		s.mu.Lock()
 		c := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}, used: time.Now().Add(time.Duration(i) * time.Second)}
 		if i < 10 {
@@ -343,7 +343,7 @@ func TestWarmSessionsAreBounded(t *testing.T) {
 		s.evictLocked()
 		s.unlock()
 	}
-	if len(s.warm) != maxWarm {
+	if len(s.warm) != defaultWarm {
 		t.Fatalf("%d sessions are warm", len(s.warm))
 	}
 	used := 0
@@ -373,7 +373,7 @@ func TestSessionThatIsSlowToCloseDelaysNoOther(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := newSessions(f, m, nil, nil)
+	s := newSessions(f, m, 0, nil, nil)
 	stuck := stuckSession{closing: make(chan struct{}), free: make(chan struct{})}
 	bad := &conversation{party: wire.Party{ID: wire.NewID()}, rt: stuck}
 	good := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}}

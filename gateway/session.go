@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,9 +18,8 @@ import (
 )
 
 const (
-	// maxWarm bounds the sessions that are kept open, each about 100 KiB here
-	// and at the node. One more closes the one that was idle longest.
-	maxWarm = 512
+	// defaultWarm is that of the configuration.
+	defaultWarm = 512
 	// idleSession is how long a session stays open with nobody using it.
 	idleSession = 45 * time.Second
 	// openWay bounds one attempt by one way, openAll all of them together.
@@ -45,6 +45,7 @@ type sessions struct {
 	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error)
 	dial    func(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error)
 	metrics *metrics
+	most    int // kept open; one more closes the one that was idle longest
 
 	mu      sync.Mutex
 	closed  bool
@@ -62,11 +63,11 @@ type try struct {
 	cut   bool // under sessions.mu: the party was cut off meanwhile
 }
 
-func newSessions(f *fleet, m *metrics,
+func newSessions(f *fleet, m *metrics, most int,
 	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error),
 	dial func(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error),
 ) *sessions {
-	return &sessions{fleet: f, metrics: m, connect: connect, dial: dial,
+	return &sessions{fleet: f, metrics: m, connect: connect, dial: dial, most: cmp.Or(most, defaultWarm),
 		warm: make(map[wire.ID]*conversation), opening: make(map[wire.ID]*try), tries: make(map[*try]bool)}
 }
 
@@ -374,7 +375,7 @@ func (s *sessions) unlock() {
 
 // evictLocked holds the bound on warm sessions; those in use stay.
 func (s *sessions) evictLocked() {
-	for len(s.warm) > maxWarm {
+	for len(s.warm) > s.most {
 		var oldest *conversation
 		for _, c := range s.warm {
 			if c.users == 0 && (oldest == nil || c.used.Before(oldest.used)) {

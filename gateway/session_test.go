@@ -19,7 +19,7 @@ func (b *bench) sessions(t *testing.T, dial func(ctx context.Context, link wire.
 		t.Fatal(err)
 	}
 	via := make(map[net.Conn]wire.ID)
-	return newSessions(b.f, m, func(_ context.Context, link wire.ID, _ string) (net.Conn, error) {
+	return newSessions(b.f, m, 0, func(_ context.Context, link wire.ID, _ string) (net.Conn, error) {
 		c, _ := net.Pipe()
 		via[c] = link
 		return c, nil

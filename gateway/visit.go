@@ -24,6 +24,9 @@ func (s *Server) party(role wire.Role, id wire.ID) wire.Party {
 func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Duration) {
 	ctx, cancel := context.WithTimeout(ctx, visitTime)
 	defer cancel()
+	if hello := s.fleet.heardBefore(t); hello != nil && s.meet(ctx, t, hello) == nil {
+		return 0, 0 // a signal says what came of it
+	}
 	do := s.sessions.Do
 	if t.wants&wantProve != 0 {
 		do = s.sessions.fresh
@@ -52,13 +55,20 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 	if _, ok := hello.Versions.Common(wire.OwnVersions); !ok {
 		return 0, 0
 	}
-	for _, met := range s.hooks.met {
-		if err := met(ctx, t.id, &hello); err != nil && ctx.Err() == nil {
-			s.log.Warn("work after a hello failed; it is tried again with the next", "party", t.role, "id", t.id, "name", t.name, "error", err)
-			again, delay = wantPush, s.fleet.t.retryMax
-		}
+	if err := s.meet(ctx, t, &hello); err != nil && ctx.Err() == nil {
+		s.log.Warn("work after a hello failed; it is tried again with the next", "party", t.role, "id", t.id, "name", t.name, "error", err)
+		again, delay = wantPush|wantHello, s.fleet.t.retryMax
 	}
 	return again, delay
+}
+
+// meet does what follows from a verified hello.
+func (s *Server) meet(ctx context.Context, t task, hello *wire.Hello) error {
+	var errs []error
+	for _, met := range s.hooks.met {
+		errs = append(errs, met(ctx, t.id, hello))
+	}
+	return errors.Join(errs...)
 }
 
 // heard takes over a verified hello.

@@ -75,7 +75,7 @@ func (s *site) startGateway(ctx context.Context) error {
 		return err
 	}
 	s.gateway, err = startProcess(s.dir, "gateway-process", s.env("gateway",
-		"SALLYPORT_GATEWAY_LISTEN=off", "SALLYPORT_GATEWAY_ADMIN_LISTEN="+s.metrics, "SALLYPORT_GATEWAY_CARRIER=h2"),
+		"SALLYPORT_GATEWAY_LISTEN=off", "SALLYPORT_GATEWAY_ADMIN_LISTEN="+s.metrics, "SALLYPORT_GATEWAY_CARRIER=h2", "SALLYPORT_GATEWAY_WARM_SESSIONS=20000"),
 		filepath.Join(s.bin, "sallyport"), "run", "gateway")
 	if err != nil {
 		return err
