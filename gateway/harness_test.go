@@ -109,6 +109,7 @@ func (w *world) run() {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+	w.s.hooks.hop = func(context.Context, wire.ID) error { return nil }
 	w.s.hooks.met = nil // what the hooks do is tested beside them
 	if w.deploys {
 		w.s.hooks.met = append(w.s.hooks.met, w.s.reconcile)

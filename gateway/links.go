@@ -244,6 +244,10 @@ func (f *fleet) apply(id wire.ID, line wire.PeersLine) (err error) {
 		f.synced(l)
 	case line.Draining != nil:
 		l.draining = true
+	case line.Reign:
+		if m := f.members[id]; m != nil {
+			f.want(m, wantHello, true)
+		}
 	}
 	if err != nil {
 		l.refused++

@@ -18,6 +18,9 @@ import (
 func (s *Server) wire() {
 	s.hooks.met = append(s.hooks.met, s.reconcile)
 	s.wireEnrolment()
+	s.twin = newTwin(s)
+	s.hooks.hop = s.twin.hop
+	s.hooks.met = append(s.hooks.met, s.twin.met)
 }
 
 // runMore starts what else runs as long as the server does.

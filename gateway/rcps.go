@@ -437,6 +437,10 @@ func (l *links) serveRCP(ctx context.Context, c *channel.Conn, name string, link
 	leave := l.enter(id, c, link, stop)
 	defer leave()
 	l.s.fleet.linkUp(linkInfo{ID: id, Role: wire.RoleRCP, Name: rec.Name, Carrier: c.Carrier(), Address: c.RemoteAddr(), Dialled: c.Dialled(), Since: c.Since(), RTT: c.RTT})
+	if err := l.s.hooks.hop(reading, id); err != nil {
+		l.s.log.Warn("rcp not used", "rcp", rec.Name, "error", err)
+		return
+	}
 	l.s.log.Info("rcp connected", "rcp", rec.Name, "id", id, "carrier", c.Carrier(), "address", c.RemoteAddr(), "dialled", c.Dialled())
 	pause := time.Second
 	for reading.Err() == nil && c.Err() == nil {

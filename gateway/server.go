@@ -55,6 +55,9 @@ type hooks struct {
 	// again, every pendingSweep, until the party is gone. rcp is the record of
 	// the first hop that reports it, nil if it dialled us.
 	pending func(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer)
+	// hop is called with each new channel to an RCP, before the nodes behind it
+	// are known; an error ends the use of the channel.
+	hop func(ctx context.Context, id wire.ID) error
 	// met are called in order after each verified hello of a party of ours,
 	// while its session is warm.
 	met []func(ctx context.Context, id wire.ID, hello *wire.Hello) error
@@ -78,6 +81,7 @@ type Server struct {
 	enrolment *enrolment
 	targets   *targets
 	forwards  *forwards
+	twin      *twin
 	acceptor  *acceptor
 	hooks     hooks
 	settling  chan struct{} // holds one token: a node may have been freed of a deleted deployment
@@ -118,6 +122,9 @@ func New(cfg Config, d Deps) (*Server, error) {
 // Run serves until ctx ends, finishes what runs (at most drainTime) and
 // returns when all that it started has ended.
 func (s *Server) Run(ctx context.Context) error {
+	if err := s.twin.stopped(); err != nil {
+		return err
+	}
 	if err := s.ensureCertificate(ctx); err != nil {
 		return err
 	}
@@ -147,6 +154,13 @@ func (s *Server) Run(ctx context.Context) error {
 		case <-outerCtx.Done():
 			return nil
 		}
+	})
+	outer.Go(func() error {
+		err := s.twin.watch(outerCtx)
+		if err != nil {
+			endWork(err) // what runs is not ours to finish
+		}
+		return err
 	})
 	outer.Go(func() error { return s.keepCertificate(outerCtx) })
 	outer.Go(func() error { return s.watchPresence(outerCtx) })

@@ -68,6 +68,7 @@ type Relay struct {
 
 	// Made by Run, before anything is served.
 	id        *identity.Identity
+	reigns    *reigns
 	join      *identity.JoinSource
 	applicant *enroll.Applicant
 	errands   context.Context // of tasks
@@ -168,6 +169,9 @@ func (r *Relay) Run(ctx context.Context) (err error) {
 func (r *Relay) open(dir string) error {
 	var err error
 	if r.id, err = identity.Open(filepath.Join(dir, "identity"), wire.RoleRCP); err != nil {
+		return err
+	}
+	if r.reigns, err = openReigns(dir); err != nil {
 		return err
 	}
 	if r.join, err = identity.OpenJoin(r.cfg.Join.Reveal(), r.cfg.Stdin); err != nil {

@@ -29,6 +29,8 @@ func (r *Relay) selfHandler() http.Handler {
 	mux.HandleFunc("GET "+wire.PathRevocations, r.giveRevocations)
 	mux.HandleFunc("PUT "+wire.PathRevocations, r.takeRevocations)
 	mux.HandleFunc("PUT "+wire.PathTrust, r.takeTrust)
+	mux.HandleFunc("PUT "+wire.PathReign, r.takeReign)
+	mux.HandleFunc("GET "+wire.PathReign+"{installation}", r.giveReign)
 	mux.HandleFunc("POST "+wire.PathDrain, r.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, r.endDrain)
 	return mux
@@ -53,7 +55,7 @@ func (r *Relay) hello() wire.Hello {
 	state, reason := r.state()
 	return wire.Hello{
 		Party: party, Boot: r.boot, Program: r.cfg.Version, Versions: wire.OwnVersions,
-		State: state, Reason: reason, Revocations: number, Trust: trust,
+		State: state, Reason: reason, Revocations: number, Trust: trust, Reigns: r.reigns.marks(),
 		NotAfter: r.id.NotAfter(), RenewAfter: r.id.RenewAfter(),
 		Upstreams: r.upstreamStatus(),
 		OS:        runtime.GOOS, Arch: runtime.GOARCH, AsRoot: os.Geteuid() == 0,

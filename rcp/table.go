@@ -35,6 +35,7 @@ type table struct {
 	dead     int
 	behind   map[wire.ID]int // live entries by the RCP at the head of their path; the sum under ""
 	draining *wire.Drain
+	reigns   int           // how often a new reign was announced
 	changed  chan struct{} // closed and replaced by each change
 }
 
@@ -250,6 +251,7 @@ type cursor struct {
 	synced   bool  // it was sent: until means nothing any more
 	snapshot bool  // while catching up: gravestones up to until are not for this reader
 	draining *wire.Drain
+	reigns   int  // news of them that this reader has
 	resumed  bool // the draining line that this reader has is taken back
 }
 
@@ -261,10 +263,19 @@ func (t *table) resume(epoch string, pos int64) cursor {
 	if epoch != t.epoch || pos <= 0 || pos < t.floor || pos > t.pos {
 		return t.restart()
 	}
-	return cursor{pos: pos, until: t.pos}
+	return cursor{pos: pos, until: t.pos, reigns: t.reigns}
 }
 
-func (t *table) restart() cursor { return cursor{until: t.pos, snapshot: true} }
+func (t *table) restart() cursor { return cursor{until: t.pos, snapshot: true, reigns: t.reigns} }
+
+// newReign tells every reader to look at the reigns that we hold. Who comes
+// later reads them in the first hello.
+func (t *table) newReign() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.reigns++
+	t.wake()
+}
 
 // read appends at most limit lines that follow the cursor, and moves it. It
 // says whether the reader fell too far behind and starts again with a
@@ -278,7 +289,7 @@ func (t *table) read(c *cursor, lines []wire.PeersLine, limit int) (_ []wire.Pee
 		known = c.until
 	}
 	if known < t.floor {
-		*c = cursor{until: t.pos, snapshot: true, draining: c.draining}
+		*c = cursor{until: t.pos, snapshot: true, draining: c.draining, reigns: c.reigns}
 		return lines, true, t.changed
 	}
 	i, _ := slices.BinarySearchFunc(t.log, c.pos+1, func(r record, pos int64) int { return cmp.Compare(r.pos, pos) })
@@ -308,6 +319,10 @@ func (t *table) read(c *cursor, lines []wire.PeersLine, limit int) (_ []wire.Pee
 	if c.draining != t.draining && t.draining != nil && len(lines) < n {
 		c.draining = t.draining
 		lines = append(lines, wire.PeersLine{Draining: t.draining, Pos: c.pos})
+	}
+	if c.reigns != t.reigns && len(lines) < n {
+		c.reigns = t.reigns
+		lines = append(lines, wire.PeersLine{Reign: true, Pos: c.pos})
 	}
 	c.resumed = c.draining != nil && t.draining == nil
 	return lines, false, t.changed

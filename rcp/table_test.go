@@ -21,6 +21,7 @@ import (
 // wire.PeersLine and nothing else, so that it does not inherit a mistake of
 // the table's.
 type view struct {
+	reigns int
 	epoch  string
 	pos    int64
 	peers  map[peerKey]wire.Peer
@@ -30,6 +31,9 @@ type view struct {
 }
 
 func (v *view) apply(l wire.PeersLine) {
+	if l.Reign {
+		v.reigns++
+	}
 	switch {
 	case l.Hello != nil:
 		v.epoch, v.synced, v.drain = l.Hello.Epoch, false, nil

@@ -129,5 +129,9 @@ func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Ser
 	g.Go(func() error { return socket.Run(ctx) })
 	g.Go(func() error { return keep(ctx) })
 	g.Go(func() error { return server.Run(ctx) })
-	return g.Wait()
+	err = g.Wait()
+	if errors.Is(err, gateway.ErrSuperseded) {
+		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
+	}
+	return err
 }

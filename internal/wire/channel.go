@@ -97,6 +97,7 @@ type PeersLine struct {
 	Gone     *Gone       `json:"gone,omitempty"`     // no longer there
 	Synced   bool        `json:"synced,omitempty"`   // the snapshot is complete
 	Draining *Drain      `json:"draining,omitempty"` // repeated after each hello while it lasts; taken back by ending the stream
+	Reign    bool        `json:"reign,omitempty"`    // a gateway began a new Reign: read it in a session
 	Pos      int64       `json:"pos,omitempty"`      // resume after this line with it
 }
 

@@ -58,10 +58,11 @@ type Hello struct {
 	Applied      Revision          `json:"applied"`
 	Policies     []PolicyStatus    `json:"policies,omitempty"`
 	Outbox       OutboxState       `json:"outbox"`
-	Revocations  int64             `json:"revocations"`     // number of the set that it holds
-	Trust        int64             `json:"trust,omitempty"` // number of the trust document that it holds
-	NotAfter     time.Time         `json:"not_after"`       // of its leaf
-	RenewAfter   time.Time         `json:"renew_after"`     // two thirds of its life
+	Revocations  int64             `json:"revocations"`      // number of the set that it holds
+	Trust        int64             `json:"trust,omitempty"`  // number of the trust document that it holds
+	Reigns       []ReignMark       `json:"reigns,omitempty"` // that an RCP holds, one of each installation
+	NotAfter     time.Time         `json:"not_after"`        // of its leaf
+	RenewAfter   time.Time         `json:"renew_after"`      // two thirds of its life
 	Upstreams    []UpstreamStatus  `json:"upstreams,omitempty"`
 	OS           string            `json:"os,omitempty"`
 	Arch         string            `json:"arch,omitempty"`

@@ -88,3 +88,65 @@ func TestMoveTheGateway(t *testing.T) {
 	// And new ones work.
 	site.Node(moved, "web-3").WaitRunning(runningWithin + 20*time.Second)
 }
+
+// TestTwinGateway: the gateway that was backed up still runs when the backup is
+// restored elsewhere. It stops itself when the RCP shows it the newer
+// generation, does not start again, and pulls no event any more (HA-07).
+func TestTwinGateway(t *testing.T) {
+	harness.Long(t)
+	site := harness.New(t)
+	old := site.Gateway()
+	relay := site.RCP(old, "dmz-1")
+	node := site.Node(old, "web-1", tagged("web-1"))
+	node.WaitRunning(runningWithin)
+	file := backUp(t, site, old, "twin.backup")
+	data := site.Path("elsewhere")
+	restoreTo(site, data, file).Exits(0)
+	moved := site.Gateway(harness.Env("SALLYPORT_DATA", data))
+	if code := old.Wait(20 * time.Second); code != 4 {
+		t.Errorf("the older twin ended with %d, want 4", code)
+	}
+	if log := old.Log(); !strings.Contains(log, "superseded") || !strings.Contains(log, "generation 2 is in use") {
+		t.Errorf("the older twin does not say why:\n%s", log)
+	}
+	harness.Eventually(t, 45*time.Second, "the node obeys the newer one", func() error {
+		return moved.Run("action", "run", "--node", "web-1", "--", "true").Err()
+	})
+
+	// It knows, although nobody tells it again.
+	relay.Kill()
+	old.Start()
+	if code := old.Wait(20 * time.Second); code != 4 {
+		t.Errorf("started again, the older twin ended with %d, want 4", code)
+	}
+	// A copy of the old state from before finds out from an RCP that was
+	// restarted meanwhile, before it has pulled anything.
+	moved.Stop()
+	copied := site.Path("copied")
+	restoreTo(site, copied, file).Exits(0) // generation 2 too, but later: it is the one that goes on
+	relay.Start()
+	third := site.Gateway(harness.Env("SALLYPORT_DATA", copied))
+	harness.Eventually(t, 45*time.Second, "the node obeys the latest one", func() error {
+		return third.Run("action", "run", "--node", "web-1", "--", "true").Err()
+	})
+	third.Stop()
+	node.Local("event", "send", "--severity", "minor", "while the twins changed").Exits(0)
+	moved.Start()
+	if code := moved.Wait(30 * time.Second); code != 4 {
+		t.Errorf("the second twin ended with %d, want 4", code)
+	}
+	third.Start()
+	third.WaitAPI()
+	harness.Eventually(t, 45*time.Second, "the event reaches the one that goes on", func() error { return third.HasEvent("while the twins changed") })
+	// The way back: what is restored once more stands above all others.
+	third.Stop()
+	again := restoreTo(site, data, file).Exits(0)
+	if !strings.Contains(again.Stdout, "generation 3") {
+		t.Errorf("restore says %q", again.Stdout)
+	}
+	moved.Start()
+	moved.WaitAPI()
+	harness.Eventually(t, 45*time.Second, "the node obeys it", func() error {
+		return moved.Run("action", "run", "--node", "web-1", "--", "true").Err()
+	})
+}
