@@ -22,6 +22,7 @@ type Gateway struct {
 	Accept        Services  `env:"SALLYPORT_GATEWAY_ACCEPT" doc:"services of the trusted network that clients at the proxies of RCPs and nodes may reach, by these names and no others" form:"name=host:port;..." why:"none: it is the one way from outside into the trusted network"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	BackupPass    string    `env:"SALLYPORT_BACKUP_PASSPHRASE_FILE" doc:"file with the passphrase of backups, for backup and restore without --passphrase-file" form:"a path" why:"none: a person is asked"`
+	RenewalGrace  Duration  `env:"SALLYPORT_GATEWAY_RENEWAL_GRACE" envDefault:"365d" doc:"how long after the end of its certificate a party that still has its key, and is not revoked, is given a new one without being asked for a join code" form:"a duration; 0s: never" why:"a machine that was switched off for a season comes back by itself"`
 	AdminListen   Listen    `env:"SALLYPORT_GATEWAY_ADMIN_LISTEN" envDefault:"127.0.0.1:9190" doc:"address of /metrics, /livez and /readyz" form:"host:port or off" why:"loopback: metrics name nodes"`
 }
 

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // Secret is text that never shows itself: not in an error, not in a log line,
@@ -36,6 +37,62 @@ func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // Reveal returns the secret itself.
 func (s Secret) Reveal() string { return string(s) }
+
+// Duration is a time span in whole numbers of w, d, h, m and s, such as 365d or
+// 1h30m.
+type Duration time.Duration
+
+var durationUnits = []struct {
+	name string
+	unit time.Duration
+}{{"w", 7 * 24 * time.Hour}, {"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second}}
+
+// maxDuration keeps sums of durations and times representable: 100 years.
+const maxDuration = 100 * 365 * 24 * time.Hour
+
+// UnmarshalText reads one or more numbers with their units.
+func (d *Duration) UnmarshalText(b []byte) error {
+	var total time.Duration
+	rest := string(b)
+	for first := true; first || rest != ""; first = false {
+		digits := len(rest) - len(strings.TrimLeft(rest, "0123456789"))
+		n, err := strconv.ParseInt(rest[:digits], 10, 64)
+		rest = rest[digits:]
+		i := slices.IndexFunc(durationUnits, func(u struct {
+			name string
+			unit time.Duration
+		}) bool {
+			return strings.HasPrefix(rest, u.name)
+		})
+		if err != nil || i < 0 {
+			return fmt.Errorf("%s is not a duration: want a number with s, m, h, d or w, such as 90s or 2d", quote(string(b)))
+		}
+		u := durationUnits[i]
+		if n > int64((maxDuration-total)/u.unit) {
+			return fmt.Errorf("%s is longer than 100 years", quote(string(b)))
+		}
+		total += time.Duration(n) * u.unit
+		rest = rest[len(u.name):]
+	}
+	*d = Duration(total)
+	return nil
+}
+
+// MarshalText writes a form that UnmarshalText reads.
+func (d Duration) MarshalText() ([]byte, error) {
+	var b strings.Builder
+	rest := time.Duration(d).Truncate(time.Second)
+	for _, u := range durationUnits {
+		if n := rest / u.unit; n > 0 {
+			fmt.Fprintf(&b, "%d%s", n, u.name)
+			rest %= u.unit
+		}
+	}
+	if b.Len() == 0 {
+		return []byte("0s"), nil
+	}
+	return []byte(b.String()), nil
+}
 
 // LogLevel is the least level that is logged.
 type LogLevel slog.Level

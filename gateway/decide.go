@@ -28,6 +28,7 @@ type decision struct {
 	known   bool           // the key was certified before: it is given a new leaf and nothing else happens
 	prior   *store.Request // the same key's last request, if it still waits
 	fresh   bool           // a new request was written
+	lapsed  time.Time      // end of the key's leaf, when the grace after it is over too
 }
 
 // victim is an identity that ends because another takes its name or UUID.
@@ -129,7 +130,8 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "this key belongs to %s %s", k.Role, k.PartyID)
 		return true, nil
 	}
-	if time.Since(k.NotAfter) > renewalGrace {
+	if time.Since(k.NotAfter) > e.grace && !undelivered(ctx, q, k) {
+		d.lapsed = k.NotAfter
 		return false, nil
 	}
 	var current wire.KeyHash
@@ -153,6 +155,16 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 	d.known = true
 	d.is(wire.EnrollGranted, "", "")
 	return true, nil
+}
+
+// undelivered tells whether a key was granted and never had a leaf: it waits as
+// long for it as a request waits for its grant, whatever the grace.
+func undelivered(ctx context.Context, q store.Queries, k *store.Key) bool {
+	r, err := q.LastRequest(ctx, k.KeyHash)
+	if err != nil || r.State != api.RequestGranted && r.State != api.RequestFailed {
+		return false
+	}
+	return k.NotAfter.Equal(k.IssuedAt) && time.Since(k.IssuedAt) <= maxUncollected
 }
 
 // decided repeats what an operator said of the same request.
@@ -338,6 +350,10 @@ func (e *enrolment) conclude(d *decision) *decision {
 			what = "UUID " + string(v.id)
 		}
 		return d.is(wire.EnrollPending, v.clash, "the %s belongs to a %s; an operator can replace it: sallyport request grant --replace", what, v.what())
+	}
+	if manual && !d.lapsed.IsZero() {
+		return d.is(wire.EnrollPending, wire.EnrollManual, "the certificate ended on %s, and the gateway renews none that ended more than %s ago (SALLYPORT_GATEWAY_RENEWAL_GRACE); an operator has to grant this request: sallyport request grant",
+			d.lapsed.UTC().Format(time.RFC3339), wire.Duration(e.grace))
 	}
 	if manual {
 		return d.is(wire.EnrollPending, wire.EnrollManual, "an operator has to grant this request: sallyport request grant")

@@ -21,14 +21,16 @@ import (
 )
 
 const (
-	// renewalGrace is how long after the end of its leaf a party that still
-	// has its key is given a new one without being asked for a join code.
-	renewalGrace = 365 * 24 * time.Hour
+	// minRevoked is how long after the end of its leaf a revoked key stays in
+	// the set at least: clocks may be wrong by days.
+	minRevoked = 30 * 24 * time.Hour
 	// maxWaiting bounds the requests that wait for an operator: whoever
 	// reaches an RCP can make one.
 	maxWaiting = 10_000
 	// requestLife is how long a request waits for its party to be seen again.
 	requestLife = 30 * 24 * time.Hour
+	// maxUncollected is how long a grant waits for its party.
+	maxUncollected = 365 * 24 * time.Hour
 	// maxAttempts bounds the memory of parties that were asked.
 	maxAttempts = 50_000
 	// maxRevocationsInVerdict keeps a verdict below wire.MaxEnrollBody; a
@@ -79,6 +81,9 @@ type enrolment struct {
 	look func(key wire.KeyHash)
 	// public is where nodes dial this gateway, for join codes; empty if they cannot.
 	public string
+	// grace is how long after the end of its leaf a party that still has its
+	// key is given a new one without being asked for a join code.
+	grace time.Duration
 
 	mu       sync.Mutex
 	attempts map[wire.KeyHash]*attempt

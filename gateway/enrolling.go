@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -23,7 +24,7 @@ var errEnrolled = errors.New("the party is enrolled: it is expected back with it
 // wireEnrolment gives the enrolment its ways to the rest of the gateway.
 func (s *Server) wireEnrolment() {
 	s.enrolment = &enrolment{
-		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.channelPublic(),
+		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.channelPublic(), grace: time.Duration(s.cfg.RenewalGrace),
 		attempts: make(map[wire.KeyHash]*attempt),
 		open:     s.openEnrolment,
 		changed:  s.partyChanged,
@@ -110,6 +111,10 @@ func (s *Server) removeRCP(ctx context.Context, r *store.RCP) (int64, error) {
 	return s.enrolment.removeRCP(ctx, r)
 }
 
-func (s *Server) renewNow(ctx context.Context, id wire.ID) error {
-	return s.enrolment.renewNow(ctx, id)
+func (s *Server) renewNow(ctx context.Context, id wire.ID, rekey bool) error {
+	return s.enrolment.renewNow(ctx, id, rekey)
+}
+
+func (s *Server) reidentify(ctx context.Context, n *store.Node, in api.Reidentify) (*store.Node, error) {
+	return s.enrolment.reidentify(ctx, n, in)
 }

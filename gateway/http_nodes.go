@@ -32,6 +32,7 @@ func (r *rest) nodeRoutes() {
 	handle(r, op("node.resume", http.MethodPost, "/nodes/{ref}/resume", "End a drain"), mayOperate, r.resumeNode)
 	handle(r, op("node.unlock", http.MethodPost, "/nodes/{ref}/unlock", "Make a locked node obey this installation"), mayAdmin, r.unlockNode)
 	handle(r, op("node.renew", http.MethodPost, "/nodes/{ref}/renew", "Renew a node's certificate now"), mayCertify, r.renewNode)
+	handle(r, op("node.reidentify", http.MethodPost, "/nodes/{ref}/reidentify", "Make a connected node enrol with another UUID and key"), mayCertify, r.reidentifyNode)
 	handle(r, op("node.revoke", http.MethodPost, "/nodes/{ref}/revoke", "Revoke a node's key"), mayCertify, r.revokeNode)
 	handle(r, op("node.remove", http.MethodDelete, "/nodes/{ref}", "Revoke a node's key and take the node off the list"), mayCertify, r.removeNode)
 }
@@ -393,12 +394,33 @@ func (r *rest) unlockNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetai
 	return nil, api.NewProblem(api.CodeUnsupported, fmt.Sprintf("unlocking from here is not supported yet: run `sallyport local unlock` on %s", n.Name))
 }
 
-func (r *rest) renewNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetail], error) {
+type renewInput struct {
+	ByRef
+	Rekey bool `query:"rekey" doc:"With a new key; the old one is revoked."`
+}
+
+func (r *rest) renewNode(ctx context.Context, in *renewInput) (*tagged[api.NodeDetail], error) {
 	n, err := r.node(ctx, in.Ref, true)
 	if err != nil {
 		return nil, err
 	}
-	if err := r.s.renewNow(ctx, n.ID); err != nil {
+	if err := r.s.renewNow(ctx, n.ID, in.Rekey); err != nil {
+		return nil, err
+	}
+	return r.nodeDetail(ctx, n.ID)
+}
+
+type reidentifyInput struct {
+	ByRef
+	Body api.Reidentify
+}
+
+func (r *rest) reidentifyNode(ctx context.Context, in *reidentifyInput) (*tagged[api.NodeDetail], error) {
+	n, err := r.node(ctx, in.Ref, true)
+	if err != nil {
+		return nil, err
+	}
+	if n, err = r.s.reidentify(ctx, n, in.Body); err != nil {
 		return nil, err
 	}
 	return r.nodeDetail(ctx, n.ID)

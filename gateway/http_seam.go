@@ -32,7 +32,10 @@ type enrolling interface {
 type revoking interface {
 	revokeNode(ctx context.Context, n *store.Node, remove bool) (number int64, err error)
 	removeRCP(ctx context.Context, r *store.RCP) (number int64, err error)
-	renewNow(ctx context.Context, id wire.ID) error
+	// renewNow renews a node's leaf, with a new key if rekey; the old key is revoked then.
+	renewNow(ctx context.Context, id wire.ID, rekey bool) error
+	// reidentify makes a connected node enrol with another UUID, and returns what it became.
+	reidentify(ctx context.Context, n *store.Node, in api.Reidentify) (*store.Node, error)
 }
 
 // reaching is fleet.go, trace.go and action.go.

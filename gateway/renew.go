@@ -27,7 +27,7 @@ func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello)
 	if time.Now().Before(due) {
 		return nil
 	}
-	return e.renew(ctx, hello.Party)
+	return e.renew(ctx, hello.Party, false)
 }
 
 // currentKey is what is known of the key in a party's leaf.
@@ -51,15 +51,17 @@ func (e *enrolment) currentKey(ctx context.Context, role wire.Role, id wire.ID) 
 
 // renew gives a connected party a new leaf in a session with it. Who it is
 // says the session; of its request only the public key counts. The old leaf
-// stays good until it ends, so that nothing is cut.
-func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
+// stays good until it ends, so that nothing is cut; with rekey the party makes a
+// new key, and the old ones are revoked as soon as it has the leaf.
+func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) error {
 	name, tenant, err := e.nameOf(ctx, party)
 	if err != nil {
 		return fmt.Errorf("renew certificate of %s: %w", party, err)
 	}
+	var ended int64 // keys that the new one takes the place of
 	err = e.talk(ctx, party, func(ctx context.Context, call caller) error {
 		var csr wire.CSR
-		if err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{}, &csr, wire.MaxEnrollBody); err != nil {
+		if err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{Rekey: rekey}, &csr, wire.MaxEnrollBody); err != nil {
 			return err
 		}
 		_, key, err := identity.ParseCSR(csr.DER)
@@ -68,6 +70,14 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
 		}
 		if e.id.Revoked(key) {
 			return identity.ErrRevoked
+		}
+		if rekey {
+			switch k, err := e.currentKey(ctx, party.Role, party.ID); {
+			case err != nil && !errors.Is(err, store.ErrNotFound):
+				return err
+			case err == nil && k.KeyHash == key:
+				return fmt.Errorf("%w: the party was asked for a new key and came with the one that it has", errKey)
+			}
 		}
 		if err := e.keep(ctx, party, name, tenant, key); err != nil {
 			return err
@@ -81,9 +91,17 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party) error {
 		}
 		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s", party, key.Fingerprint()))
-			return recordCertificate(ctx, tx, party, name, tenant, key, chain)
+			if err := recordCertificate(ctx, tx, party, name, tenant, key, chain); err != nil || !rekey {
+				return err
+			}
+			ended, err = tx.RevokeOtherKeys(ctx, party.ID, key, "replaced by "+key.Fingerprint())
+			return err
 		})
 	})
+	if err == nil && ended > 0 {
+		err = e.publish(ctx, nil) // it is repeated, if that fails
+		e.changed(ctx, party.Role, party.ID)
+	}
 	if err != nil {
 		return fmt.Errorf("renew certificate of %s (%s): %w", name, party, err)
 	}
@@ -159,6 +177,6 @@ func (e *enrolment) nameOf(ctx context.Context, party wire.Party) (name, tenant 
 }
 
 // renewNow renews the leaf of a node because an operator wants it.
-func (e *enrolment) renewNow(ctx context.Context, id wire.ID) error {
-	return e.renew(ctx, wire.Party{Role: wire.RoleNode, ID: id, TrustDomain: e.id.TrustDomain()})
+func (e *enrolment) renewNow(ctx context.Context, id wire.ID, rekey bool) error {
+	return e.renew(ctx, wire.Party{Role: wire.RoleNode, ID: id, TrustDomain: e.id.TrustDomain()}, rekey)
 }

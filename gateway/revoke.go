@@ -149,7 +149,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 	for _, k := range keys {
 		if !known[k.KeyHash] {
 			roles = append(roles, k.Role)
-		} else if time.Since(k.NotAfter) > renewalGrace {
+		} else if time.Since(k.NotAfter) > max(e.grace, minRevoked) {
 			continue // nobody would take it any more
 		}
 		set.Revoked = append(set.Revoked, wire.Revocation{Key: k.KeyHash, Role: k.Role, ID: k.PartyID, At: k.RevokedAt, Reason: k.Reason})

@@ -261,10 +261,10 @@ func TestRenewal(t *testing.T) {
 	if d.audited("certificate.renew") != 1 {
 		t.Error("no audit row")
 	}
-	if err := d.renewNow(t.Context(), party.ID); err != nil || len(d.told[party.ID]) != 4 {
+	if err := d.renewNow(t.Context(), party.ID, false); err != nil || len(d.told[party.ID]) != 4 {
 		t.Errorf("an operator's renewal: %v %v", err, d.told[party.ID])
 	}
-	if err := d.renewNow(t.Context(), wire.NewID()); !errors.Is(err, store.ErrNotFound) {
+	if err := d.renewNow(t.Context(), wire.NewID(), false); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("unknown node: %v", err)
 	}
 }
@@ -300,7 +300,7 @@ func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 			t.Fatal(err)
 		}
 		der, taken = csrOf(fresh), nil
-		if err := d.renewNow(t.Context(), party.ID); err == nil {
+		if err := d.renewNow(t.Context(), party.ID, false); err == nil {
 			t.Fatal("a renewal that the party says failed counts as done")
 		}
 		if taken != nil {
@@ -312,7 +312,7 @@ func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 	}
 	// Nor does it get one for a key that another's revocation must name.
 	der, taken = csrOf(other.id), nil
-	if err := d.renewNow(t.Context(), party.ID); !errors.Is(err, errKey) || taken != nil {
+	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, errKey) || taken != nil {
 		t.Errorf("a leaf for another party's key: %v", err)
 	}
 	if k, err := d.store.Key(t.Context(), other.id.KeyHash()); err != nil || k.PartyID != victim.ID {

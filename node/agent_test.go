@@ -265,7 +265,7 @@ func TestClosedList(t *testing.T) {
 	ag := p.node()
 	id := ag.in().id.ID()
 	paths := []string{"/", wire.PathSignals, wire.PathDrain, wire.PathLanes, wire.PathArtifacts + "abc", wire.PathPeers, wire.PathChannels, wire.PathHello, wire.PathDesired,
-		wire.PathOutbox, wire.PathActions, wire.PathActionID + "x", wire.PathCSR, wire.PathCertificate, wire.PathRevocations, wire.PathUnlock, wire.PathEcho, wire.PathEnroll, "/metrics", "/debug/pprof/"}
+		wire.PathOutbox, wire.PathActions, wire.PathActionID + "x", wire.PathCSR, wire.PathCertificate, wire.PathRevocations, wire.PathUnlock, wire.PathReidentify, wire.PathEcho, wire.PathEnroll, "/metrics", "/debug/pprof/"}
 	allowed := map[string]int{"POST " + wire.PathDrain: http.StatusNoContent, "GET " + wire.PathSignals: http.StatusOK,
 		"POST " + wire.PathLanes: http.StatusBadRequest} // for want of a ticket
 	for _, method := range []string{"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"} {

@@ -56,6 +56,8 @@ type instance struct {
 	outboxes   atomic.Int32
 	overflow   atomic.Int64 // unix seconds of the last event about it
 	dropped    chan int64
+	reborn     chan struct{} // holds a wake-up: the channels of the identity before are to end
+	join       *identity.JoinSource
 }
 
 // openInstance reads an instance's directory, or makes it, and repairs what a
@@ -64,6 +66,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	in := &instance{
 		cfg: cfg, td: td, dir: filepath.Join(cfg.Dir(string(wire.RoleNode)), td), boot: boot, salt: string(wire.NewID()),
 		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, lot: lot, dropped: make(chan int64, 1),
+		reborn: make(chan struct{}, 1), join: join,
 	}
 	defer func() {
 		if err != nil && in.spool != nil {
@@ -147,6 +150,9 @@ func (in *instance) Run(ctx context.Context) (err error) {
 // watch follows certificate, revocations, enrolment and spool.
 func (in *instance) watch(ctx context.Context) error {
 	var told int64 // next seq when the signals last spoke of the outbox
+	rebirth := time.NewTimer(0)
+	rebirth.Stop()
+	defer rebirth.Stop()
 	for {
 		identity, enrolment, spooled := in.id.Changed(), in.applicant.Changed(), in.spool.Changed()
 		if number, _ := in.id.Revocations(); number > 0 {
@@ -165,6 +171,10 @@ func (in *instance) watch(ctx context.Context) error {
 		case <-spooled:
 		case n := <-in.dropped:
 			in.tellDropped(n)
+		case <-in.reborn:
+			rebirth.Reset(rebirthPause)
+		case <-rebirth.C:
+			in.upstreams.cut(errReidentified, true)
 		}
 	}
 }

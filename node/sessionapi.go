@@ -33,6 +33,7 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux.HandleFunc("GET "+wire.PathRevocations, in.showRevocations)
 	mux.HandleFunc("PUT "+wire.PathTrust, in.takeTrust)
 	mux.HandleFunc("POST "+wire.PathUnlock, in.takeUnlock)
+	mux.HandleFunc("POST "+wire.PathReidentify, in.takeReidentify)
 	mux.HandleFunc("POST "+wire.PathDrain, in.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, in.endDrain)
 	mux.HandleFunc("POST "+wire.PathEcho, echo)

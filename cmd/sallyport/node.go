@@ -42,19 +42,12 @@ func (a *app) nodeCommand() *cobra.Command {
 			}
 			return a.printNode(n)
 		}}
-	renew := &cobra.Command{Use: "renew NAME", Short: "Renew a node's certificate now", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.RenewNode(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
-		}}
+	renew, reidentify := a.nodeRenewCommand(), a.nodeReidentifyCommand()
 	return cli.Group("node", "Nodes: the hosts that are managed",
 		a.nodeListCommand(), a.nodeShowCommand(), a.nodeTagCommand(), a.nodeTraceCommand(), drain, resume,
 		removal("revoke", "Revoke a node's key; it stays listed", (*api.Client).RevokeNode),
 		removal("remove", "Revoke a node's key and take it off the list; it may enrol again", (*api.Client).RemoveNode),
-		renew)
+		renew, reidentify)
 }
 
 func (a *app) nodeDrainCommand() *cobra.Command {

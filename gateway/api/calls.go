@@ -46,9 +46,21 @@ func (c *Client) UnlockNode(ctx context.Context, ref string) (NodeDetail, error)
 	return post[NodeDetail](ctx, c, at("/nodes", ref, "unlock"), nil)
 }
 
-// RenewNode renews a node's certificate now.
-func (c *Client) RenewNode(ctx context.Context, ref string) (NodeDetail, error) {
-	return post[NodeDetail](ctx, c, at("/nodes", ref, "renew"), nil)
+// RenewNode renews a node's certificate now; rekey makes it use a new key, and
+// revokes the old one.
+func (c *Client) RenewNode(ctx context.Context, ref string, rekey bool) (out NodeDetail, err error) {
+	q := values()
+	if rekey {
+		q = values("rekey", "true")
+	}
+	err = c.call(ctx, http.MethodPost, at("/nodes", ref, "renew"), q, nil, &out)
+	return out, err
+}
+
+// ReidentifyNode makes a connected node enrol with another UUID and key. It
+// returns the node that it became.
+func (c *Client) ReidentifyNode(ctx context.Context, ref string, in Reidentify) (NodeDetail, error) {
+	return post[NodeDetail](ctx, c, at("/nodes", ref, "reidentify"), in)
 }
 
 // RevokeNode revokes a node's key; the node stays listed as revoked.

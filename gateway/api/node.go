@@ -106,6 +106,15 @@ type DrainNode struct {
 	Reason string        `json:"reason,omitempty" maxLength:"200"`
 }
 
+// Reidentify gives the machine that answers as a node another identity. Name
+// is what it becomes, beside the old node; empty: the old identity ends, and
+// name, tags and history go on. Boot, if not empty, is the boot ID of the one
+// machine that is meant, where two have one identity.
+type Reidentify struct {
+	Name string `json:"name,omitempty"`
+	Boot string `json:"boot,omitempty"`
+}
+
 // Trace is the way to a node, hop by hop, with one verdict in plain words.
 type Trace struct {
 	Node    string     `json:"node"`

@@ -173,6 +173,15 @@ func (tx *Tx) RevokeKeys(ctx context.Context, party wire.ID, reason string) (n i
 	return res.RowsAffected()
 }
 
+// RevokeOtherKeys ends the trust in every key of a party but one.
+func (tx *Tx) RevokeOtherKeys(ctx context.Context, party wire.ID, keep wire.KeyHash, reason string) (n int64, err error) {
+	res, err := tx.q.NewRaw("UPDATE keys SET revoked_at = ?, reason = ? WHERE party_id = ? AND key_hash <> ? AND revoked_at IS NULL", tx.now, reason, party, keep).Exec(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
+}
+
 // NextRevocations returns the number of the next revocation set: above every
 // one before, and above atLeast, the highest that was seen elsewhere.
 func (tx *Tx) NextRevocations(ctx context.Context, atLeast int64) (n int64, err error) {

@@ -22,7 +22,7 @@ func (i *Identity) CSR(rekey bool) ([]byte, error) {
 	i.write.Lock()
 	defer i.write.Unlock()
 	i.mu.RLock()
-	key := i.key
+	key, id := i.key, i.id
 	i.mu.RUnlock()
 	if rekey {
 		next, err := i.makeKey(fileKeyNext)
@@ -35,7 +35,7 @@ func (i *Identity) CSR(rekey bool) ([]byte, error) {
 		key = next
 	}
 	return x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
-		Subject: pkix.Name{CommonName: string(i.id)},
+		Subject: pkix.Name{CommonName: string(id)},
 	}, key)
 }
 
@@ -160,35 +160,91 @@ func (i *Identity) verifyOwn(certs []*x509.Certificate) (Peer, []*x509.Certifica
 func (i *Identity) NewKey() error {
 	i.write.Lock()
 	defer i.write.Unlock()
+	if err := i.renew(""); err != nil {
+		return fmt.Errorf("new key: %w", err)
+	}
+	return nil
+}
+
+// Reidentify is NewKey with a new UUID besides: the party enrols as another
+// one. After a crash it is done wholly or not at all.
+func (i *Identity) Reidentify() error {
+	i.write.Lock()
+	defer i.write.Unlock()
+	id := wire.NewID()
+	if err := i.store.Write(fileIDNext, []byte(id+"\n"), 0o644); err != nil {
+		return fmt.Errorf("new identity: %w", err)
+	}
+	if err := i.renew(id); err != nil {
+		return fmt.Errorf("new identity: %w", err)
+	}
+	return nil
+}
+
+// renew makes a new key, and takes over the UUID of fileIDNext unless it is
+// empty; write is held.
+func (i *Identity) renew(id wire.ID) error {
 	// The chain goes first: a key without its chain is a party that waits,
 	// a chain without its key would be damage.
 	i.mu.RLock()
 	p := pin{Root: i.pin.Root, TrustDomain: i.trustDomain()}
 	i.mu.RUnlock()
 	if p.TrustDomain == "" {
-		return fmt.Errorf("new key: %w", ErrNotPinned)
+		return ErrNotPinned
 	}
 	if err := i.writePin(p); err != nil {
-		return fmt.Errorf("new key: %w", err)
+		return err
 	}
 	for _, name := range []string{fileChain, fileKeyNext} {
 		if err := i.store.Remove(name); err != nil {
-			return fmt.Errorf("new key: %w", err)
+			return err
 		}
 	}
 	key, err := i.makeKey(fileKey)
 	if err != nil {
-		return fmt.Errorf("new key: %w", err)
+		return err
+	}
+	if id != "" {
+		if err := i.store.Rename(fileIDNext, fileID); err != nil {
+			return err
+		}
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.chain, i.next, i.pin = nil, nil, p
 	i.party = wire.Party{}
+	if id != "" {
+		i.id = id
+	}
 	if err := i.setKey(key); err != nil {
 		return err
 	}
 	i.setCertificate()
 	i.notify()
+	return nil
+}
+
+// finishReidentify completes or takes back what a crash interrupted: while the
+// old chain is there nothing has happened yet.
+func (i *Identity) finishReidentify(files map[string][]byte) error {
+	next := files[fileIDNext]
+	if next == nil {
+		return nil
+	}
+	if files[fileChain] != nil {
+		return i.store.Remove(fileIDNext)
+	}
+	// The key may be the old one still, which is known under the old UUID.
+	for _, name := range []string{fileKey, fileKeyNext} {
+		if err := i.store.Remove(name); err != nil {
+			return err
+		}
+		files[name] = nil
+	}
+	if err := i.store.Rename(fileIDNext, fileID); err != nil {
+		return err
+	}
+	files[fileID] = next
 	return nil
 }
 

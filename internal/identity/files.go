@@ -16,6 +16,7 @@ import (
 
 const (
 	fileID          = "id"
+	fileIDNext      = "id-next" // of a change of identity that is under way
 	fileKey         = "key.pem"
 	fileKeyNext     = "key-next.pem"
 	fileChain       = "chain.pem"

@@ -114,12 +114,15 @@ const repairEnrol = "restore the directory from a backup, or delete it and enrol
 
 func (i *Identity) load() error {
 	files := map[string][]byte{}
-	for _, name := range []string{fileID, fileKey, fileKeyNext, fileChain, fileRoots, fileTrust, filePin, fileRevocations} {
+	for _, name := range []string{fileID, fileIDNext, fileKey, fileKeyNext, fileChain, fileRoots, fileTrust, filePin, fileRevocations} {
 		b, err := i.store.Read(name)
 		if err != nil {
 			return err
 		}
 		files[name] = b
+	}
+	if err := i.finishReidentify(files); err != nil {
+		return err
 	}
 	if b := files[filePin]; b != nil {
 		if err := json.Unmarshal(b, &i.pin); err != nil {
@@ -338,8 +341,13 @@ func selfSign(key *ecdsa.PrivateKey) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }
 
-// ID is the UUID, there from the first Open on.
-func (i *Identity) ID() wire.ID { return i.id }
+// ID is the UUID, there from the first Open on. Only [Identity.Reidentify]
+// changes it.
+func (i *Identity) ID() wire.ID {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	return i.id
+}
 
 // Role is the role that Open was told.
 func (i *Identity) Role() wire.Role { return i.role }

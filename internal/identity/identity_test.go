@@ -525,3 +525,55 @@ func TestJoinSource(t *testing.T) {
 		t.Errorf("a long standard input: %v", err)
 	}
 }
+
+func TestReidentify(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	id := ca.Party(t, wire.RoleNode)
+	uuid, key := id.ID(), id.KeyHash()
+	if err := id.Reidentify(); err != nil {
+		t.Fatal(err)
+	}
+	for _, got := range []*identity.Identity{id, reopen(t, id)} {
+		if got.ID() == uuid || got.ID() != id.ID() || got.KeyHash() == key || got.KeyHash() != id.KeyHash() || got.TrustDomain() != ca.TrustDomain {
+			t.Errorf("id %s (was %s), key %s", got.ID(), uuid, got.KeyHash())
+		}
+		if _, ok := got.Party(); ok {
+			t.Error("it has a certificate")
+		}
+	}
+	ca.Certify(t, id)
+	if p, ok := reopen(t, id).Party(); !ok || p.ID != id.ID() {
+		t.Errorf("party %v", p)
+	}
+}
+
+// A crash between any two steps leaves the old identity or a new one, never the
+// old key under a new UUID: that one is known as another party's.
+func TestReidentifyThatACrashInterrupts(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	write := func(id *identity.Identity, name, text string) {
+		if err := os.WriteFile(filepath.Join(id.Dir(), name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	id := ca.Party(t, wire.RoleNode)
+	next := wire.NewID()
+	write(id, "id-next", string(next)+"\n")
+	if got := reopen(t, id); got.ID() != id.ID() || got.KeyHash() != id.KeyHash() {
+		t.Errorf("nothing had happened yet, and it is %s", got.ID())
+	}
+	if _, err := os.Stat(filepath.Join(id.Dir(), "id-next")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the mark stays: %v", err)
+	}
+	write(id, "id-next", string(next)+"\n")
+	if err := os.Remove(filepath.Join(id.Dir(), "chain.pem")); err != nil {
+		t.Fatal(err)
+	}
+	got := reopen(t, id)
+	if got.ID() != next || got.KeyHash() == id.KeyHash() {
+		t.Errorf("id %s, want %s; same key: %t", got.ID(), next, got.KeyHash() == id.KeyHash())
+	}
+	if again := reopen(t, id); again.ID() != next || again.KeyHash() != got.KeyHash() {
+		t.Error("the next start made it another party again")
+	}
+}

@@ -21,6 +21,7 @@ const (
 	PathRevocations = "/v1/revocations" // PUT Envelope of Revocations
 	PathTrust       = "/v1/trust"       // PUT Envelope of Trust
 	PathUnlock      = "/v1/unlock"      // POST Envelope of Unlock
+	PathReidentify  = "/v1/reidentify"  // POST Envelope of Reidentify
 	PathEcho        = "/v1/echo"        // POST, answers the body (at most 64 KiB)
 	PathEnroll      = "/v1/enroll"      // GET EnrollRequest, PUT EnrollVerdict: enrolment sessions only
 )
@@ -185,6 +186,7 @@ const (
 	TypeDesired     = "sallyport/desired/1"
 	TypeAction      = "sallyport/action/1"
 	TypeUnlock      = "sallyport/unlock/1"
+	TypeReidentify  = "sallyport/reidentify/1"
 	TypeRevocations = "sallyport/revocations/1"
 	TypeTrust       = "sallyport/trust/1"
 )
@@ -304,6 +306,17 @@ type ActionResult struct {
 type Unlock struct {
 	Node         ID        `json:"node"`
 	Installation string    `json:"installation"`
+	Issued       time.Time `json:"issued"`
+}
+
+// Reidentify makes a node forget UUID, key and certificate, and enrol as
+// another party with the join code. Boot, if not empty, is the boot ID of the
+// one process that is meant, where two have one identity.
+type Reidentify struct {
+	Node         ID        `json:"node"`
+	Installation string    `json:"installation"`
+	Boot         string    `json:"boot,omitempty"`
+	Join         string    `json:"join"` // a secret: the code holds a token
 	Issued       time.Time `json:"issued"`
 }
 
