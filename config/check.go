@@ -58,7 +58,7 @@ func Check(environ []string, roles ...string) ([]RoleCheck, error) {
 		out = append(out, c)
 	}
 	if len(out) != len(roles) {
-		return nil, fmt.Errorf("%w: roles are gateway, rcp, node, pki and operator", ErrConfig)
+		return nil, fmt.Errorf("%w: roles are gateway, rcp, node, pki, signer and operator", ErrConfig)
 	}
 	return out, nil
 }

@@ -14,6 +14,7 @@ type PKI struct {
 	Common
 	Listen         string `env:"SALLYPORT_PKI_LISTEN" doc:"where a CA in a process of its own (run pki) listens for gateways; they prove their key" form:"host:port, or the absolute path of a unix socket" why:"$SALLYPORT_DATA/pki/pki.sock: the same user on the same host; opening it to others is a decision"`
 	PassphraseFile string `env:"SALLYPORT_PKI_PASSPHRASE_FILE" doc:"file with the passphrase of the CA's keys: they are encrypted in their files, also those that lie open there already" form:"a path" why:"none: a passphrase beside the keys protects backups and copies, not the host itself"`
+	Signer         string `env:"SALLYPORT_PKI_SIGNER" doc:"unix socket of the signer (run signer, or one in front of a TPM or an HSM) that makes and keeps the CA's keys from now on" form:"an absolute path" why:"none: the keys are in files of the CA"`
 	AdminListen    Listen `env:"SALLYPORT_PKI_ADMIN_LISTEN" envDefault:"127.0.0.1:9193" doc:"address of /metrics, /livez and /readyz of a CA in a process of its own; inside a gateway it has none" form:"host:port or off" why:"loopback: metrics name nodes"`
 }
 
@@ -29,6 +30,11 @@ func (c *PKI) common() *Common { return &c.Common }
 func (c *PKI) validate() error {
 	if c.Listen == "" {
 		c.Listen = filepath.Join(c.Dir("pki"), "pki.sock")
+	}
+	if c.Signer != "" {
+		if err := checkSocket("SALLYPORT_PKI_SIGNER", c.Signer); err != nil {
+			return err
+		}
 	}
 	return checkDoor("SALLYPORT_PKI_LISTEN", c.Listen, true)
 }

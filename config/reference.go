@@ -29,7 +29,7 @@ func groups() []struct {
 		role string
 		v    validator
 	}{
-		{"gateway", &Gateway{}}, {"rcp", &RCP{}}, {"node", &Node{}}, {"pki", &PKI{}}, {"operator", &Operator{}},
+		{"gateway", &Gateway{}}, {"rcp", &RCP{}}, {"node", &Node{}}, {"pki", &PKI{}}, {"signer", &Signer{}}, {"operator", &Operator{}},
 	}
 }
 
@@ -90,7 +90,7 @@ func Reference() string {
 	var b strings.Builder
 	titles := map[string]string{
 		"": "Every role", "gateway": "Gateway (`sallyport run gateway`)", "rcp": "RCP (`sallyport run rcp`, `sallyport-rcp`)",
-		"node": "Node (`sallyport run node`, `sallyport-node`)", "pki": "CA", "operator": "Operators",
+		"node": "Node (`sallyport run node`, `sallyport-node`)", "pki": "CA (in the gateway, or `sallyport run pki`)", "signer": "Signer (`sallyport run signer`)", "operator": "Operators",
 	}
 	cell := strings.NewReplacer("|", `\|`, "*", `\*`)
 	last := "-"

@@ -87,6 +87,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 		o(a)
 	}
 	if err := a.open(ctx); err != nil {
+		a.keys.signer.close()
 		_ = lock.Release()
 		return nil, fmt.Errorf("pki in %s: %w", dir, err)
 	}
@@ -163,6 +164,7 @@ func (a *Authority) mat() *material { return a.signer.Load().material }
 
 // Close gives the directory up.
 func (a *Authority) Close() error {
+	defer a.keys.signer.close()
 	errs := []error{a.signer.Load().ca.Shutdown()}
 	for _, ca := range a.former {
 		errs = append(errs, ca.Shutdown())

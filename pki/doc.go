@@ -16,7 +16,8 @@
 //	gateways/                           of a process of its own: who may ask it, and open codes
 //	lock                                one process at a time
 //
-// Gateways in other processes reach it through [Server] and [Client].
+// Gateways in other processes reach it through [Server] and [Client]. Keys may
+// be encrypted in their files, or kept by another process: [Signer].
 //
 // [Doors] certifies other programs: host names and addresses, never a party. Its
 // intermediate is barred from the trust domain and no channel trusts it.

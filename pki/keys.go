@@ -32,7 +32,8 @@ var ErrPassphrase = errors.New("the key is encrypted")
 // directory, encrypted when there is a passphrase.
 type keyring struct {
 	dir        string
-	passphrase []byte // nil: keys lie open in their files
+	passphrase []byte        // nil: keys lie open in their files
+	signer     *signerClient // nil: keys are made here
 }
 
 // WithPassphrase encrypts the keys in their files. Those that lie open there
@@ -43,6 +44,13 @@ func WithPassphrase(passphrase []byte) Option {
 
 // make makes a key and has it on disk before anybody can see its public half.
 func (k keyring) make(name string) (crypto.Signer, error) {
+	if k.signer != nil {
+		key, err := k.signer.make(name)
+		if err != nil {
+			return nil, err
+		}
+		return key, key.write(k.dir, name)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
@@ -68,7 +76,14 @@ func (k keyring) write(name string, pkcs8 []byte) error {
 
 // load opens a key file.
 func (k keyring) load(name string) (crypto.Signer, error) {
-	pkcs8, _, err := k.read(name)
+	block, err := k.block(name)
+	if err != nil {
+		return nil, err
+	}
+	if block.Type == pemSignerKey {
+		return k.open(name, block)
+	}
+	pkcs8, _, err := k.unseal(name, block)
 	if err != nil {
 		return nil, err
 	}
@@ -83,16 +98,21 @@ func (k keyring) load(name string) (crypto.Signer, error) {
 	return ec, nil
 }
 
-// read returns what a key file holds, and whether it was encrypted.
-func (k keyring) read(name string) (pkcs8 []byte, sealed bool, err error) {
+// block reads the one PEM block of a key file.
+func (k keyring) block(name string) (*pem.Block, error) {
 	b, err := os.ReadFile(filepath.Join(k.dir, name))
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	block, rest := pem.Decode(b)
 	if block == nil || len(bytes.TrimSpace(rest)) > 0 {
-		return nil, false, damaged(name, "is not a PEM file with one key")
+		return nil, damaged(name, "is not a PEM file with one key")
 	}
+	return block, nil
+}
+
+// unseal returns the key in a block, and whether it was encrypted.
+func (k keyring) unseal(name string, block *pem.Block) (pkcs8 []byte, sealed bool, err error) {
 	switch block.Type {
 	case pemKey:
 		return block.Bytes, false, nil
@@ -136,7 +156,14 @@ func (k keyring) seal() (done []string, err error) {
 		return nil, err
 	}
 	for _, name := range names {
-		pkcs8, sealed, err := k.read(name)
+		block, err := k.block(name)
+		if err != nil {
+			return done, err
+		}
+		if block.Type == pemSignerKey {
+			continue
+		}
+		pkcs8, sealed, err := k.unseal(name, block)
 		if err != nil {
 			return done, err
 		}
@@ -169,10 +196,17 @@ func Reseal(dir string, old, next []byte) (err error) {
 		return fmt.Errorf("pki: %w", err)
 	}
 	for _, name := range names {
-		if _, sealed, err := to.read(name); err == nil && sealed == (next != nil) {
+		block, err := from.block(name)
+		if err != nil {
+			return fmt.Errorf("pki in %s: %w", dir, err)
+		}
+		if block.Type == pemSignerKey {
 			continue
 		}
-		pkcs8, _, err := from.read(name)
+		if _, sealed, err := to.unseal(name, block); err == nil && sealed == (next != nil) {
+			continue
+		}
+		pkcs8, _, err := from.unseal(name, block)
 		if err != nil {
 			return fmt.Errorf("pki in %s: %w", dir, err)
 		}

@@ -31,7 +31,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 		a.applyCommand(), a.rcpCommand(), a.joinCommand(), a.requestCommand(), a.nodeCommand(), a.policyCommand(),
 		a.deploymentCommand(), a.actionCommand(), a.targetCommand(), a.eventCommand(), a.tokenCommand(), a.auditCommand(), a.caCommand(),
 		cli.LocalCommand(a.out, streams, wire.RoleNode, wire.RoleRCP, wire.RoleGateway),
-		cli.ConfigCommand(a.out, streams, "gateway", "rcp", "node", "pki", "operator"),
+		cli.ConfigCommand(a.out, streams, "gateway", "rcp", "node", "pki", "signer", "operator"),
 		cli.VersionCommand(a.out),
 	)
 	explainErrors(root)

@@ -25,6 +25,9 @@ func openAuthority(ctx context.Context, c config.PKI, log *slog.Logger) (*pki.Au
 	if passphrase != "" {
 		opts = append(opts, pki.WithPassphrase([]byte(passphrase.Reveal())))
 	}
+	if c.Signer != "" {
+		opts = append(opts, pki.WithSigner(c.Signer))
+	}
 	return pki.Open(ctx, c.Dir("pki"), log, opts...)
 }
 

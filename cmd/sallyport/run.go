@@ -17,7 +17,7 @@ import (
 
 // runnable are the roles in the order in which they start: what others depend
 // on comes first.
-var runnable = []string{"pki", "gateway", "rcp", "node"}
+var runnable = []string{"signer", "pki", "gateway", "rcp", "node"}
 
 func (a *app) runCommand() *cobra.Command {
 	return &cobra.Command{
@@ -41,7 +41,7 @@ func (a *app) runCommand() *cobra.Command {
 
 // roles reads the configuration of each role before the first one starts.
 func (a *app) roles(names []string) ([]cli.Role, error) {
-	builders := map[string]func() (cli.Role, error){"pki": a.pkiRole, "gateway": a.gatewayRole, "rcp": a.rcpRole, "node": a.nodeRole}
+	builders := map[string]func() (cli.Role, error){"signer": a.signerRole, "pki": a.pkiRole, "gateway": a.gatewayRole, "rcp": a.rcpRole, "node": a.nodeRole}
 	for _, name := range names {
 		if builders[name] == nil {
 			return nil, cli.Usage("unknown role %q; there are %s", name, strings.Join(runnable, ", "))

@@ -1,0 +1,214 @@
+package pki
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// A signer is a process that keeps private keys and signs with them: ours
+// (`run signer`), or anything else that speaks the same three requests on a
+// unix socket, in front of a TPM or an HSM.
+//
+//	POST /v1/keys              {"name": N}         makes a P-256 key; answers {"public": SPKI}
+//	GET  /v1/keys/N                                answers {"public": SPKI}
+//	POST /v1/keys/N/sign       {"digest": D, "hash": "SHA-256"|"SHA-384"|"SHA-512"}  answers {"signature": S}
+//
+// N is made of a-z, 0-9 and '-'; SPKI is DER and S is an ASN.1 ECDSA signature
+// (RFC 3279, 2.2.3), both base64. A refusal has another status than 200 and
+// {"message": TEXT}.
+const (
+	pathKeys   = "/v1/keys"
+	signTime   = 10 * time.Second
+	maxSigning = 16 << 10
+
+	// pemSignerKey is a key file that says which key of a signer it is: the
+	// header Key is its name, the content its public half.
+	pemSignerKey = "SALLYPORT SIGNER KEY"
+)
+
+// ErrSigner says that the signer did not sign.
+var ErrSigner = errors.New("signer")
+
+type (
+	makeKeyRequest struct {
+		Name string `json:"name"`
+	}
+	publicAnswer struct {
+		Public []byte `json:"public"`
+	}
+	signRequest struct {
+		Digest []byte `json:"digest"`
+		Hash   string `json:"hash"`
+	}
+	signAnswer struct {
+		Signature []byte `json:"signature"`
+	}
+)
+
+// digests are the hashes that a signer is asked for.
+var digests = map[string]crypto.Hash{"SHA-256": crypto.SHA256, "SHA-384": crypto.SHA384, "SHA-512": crypto.SHA512}
+
+// signerClient asks the signer behind a socket.
+type signerClient struct {
+	socket string
+	http   *http.Client
+}
+
+// WithSigner has keys that are made from now on made and kept by the signer
+// behind a unix socket. Keys that lie in files go on to be used until a
+// rollover replaces them.
+func WithSigner(socket string) Option {
+	return func(a *Authority) { a.keys.signer = newSignerClient(socket) }
+}
+
+func newSignerClient(socket string) *signerClient {
+	return &signerClient{socket: socket, http: &http.Client{
+		Timeout: signTime,
+		Transport: &http.Transport{
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+			},
+			MaxConnsPerHost: 8, MaxIdleConnsPerHost: 8, IdleConnTimeout: time.Minute, MaxResponseHeaderBytes: wire.MaxHeader,
+		},
+	}}
+}
+
+func (c *signerClient) close() {
+	if c != nil {
+		c.http.CloseIdleConnections()
+	}
+}
+
+func (c *signerClient) ask(method, path string, in, out any) (err error) {
+	defer func() {
+		if err != nil {
+			// The cause is text only: "no such file" of the socket must not
+			// be taken for that of a key, which would be made anew.
+			err = fmt.Errorf("%w at %s: %v (does it run there, and may this user ask it: SALLYPORT_SIGNER_USERS?)", ErrSigner, c.socket, err) //nolint:errorlint // see above
+		}
+	}()
+	var body io.Reader
+	if in != nil {
+		b, err := json.Marshal(in)
+		if err != nil {
+			return err
+		}
+		body = bytes.NewReader(b)
+	}
+	// crypto.Signer has no context; the client's timeout bounds it.
+	req, err := http.NewRequestWithContext(context.Background(), method, "http://signer"+path, body)
+	if err != nil {
+		return err
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		var p problem
+		if wire.DecodeJSON(resp.Body, maxSigning, &p) != nil || p.Message == "" {
+			return errors.New(resp.Status)
+		}
+		return errors.New(wire.Quotable(p.Message))
+	}
+	return wire.DecodeJSON(resp.Body, maxSigning, out)
+}
+
+// make has a key made for a file. The name in the signer is a new one each
+// time: what an interrupted start left there is never taken for ours.
+func (c *signerClient) make(file string) (*signerKey, error) {
+	var random [4]byte
+	if _, err := rand.Read(random[:]); err != nil {
+		return nil, err
+	}
+	k := &signerKey{client: c, name: strings.TrimSuffix(file, ".key") + "-" + hex.EncodeToString(random[:])}
+	var a publicAnswer
+	if err := c.ask(http.MethodPost, pathKeys, makeKeyRequest{k.name}, &a); err != nil {
+		return nil, fmt.Errorf("make key %s: %w", k.name, err)
+	}
+	return k, k.setPublic(a.Public)
+}
+
+// signerKey is one key of a signer.
+type signerKey struct {
+	client *signerClient
+	name   string
+	spki   []byte
+	public *ecdsa.PublicKey
+}
+
+func (k *signerKey) setPublic(spki []byte) error {
+	pub, err := x509.ParsePKIXPublicKey(spki)
+	if err != nil {
+		return fmt.Errorf("key %s: %w: %w", k.name, ErrSigner, err)
+	}
+	ec, ok := pub.(*ecdsa.PublicKey)
+	if !ok {
+		return fmt.Errorf("key %s: %w: it is a %T, want ECDSA", k.name, ErrSigner, pub)
+	}
+	k.spki, k.public = spki, ec
+	return nil
+}
+
+// Public is the public half.
+func (k *signerKey) Public() crypto.PublicKey { return k.public }
+
+// Sign has a digest signed. What comes back is verified: a signer that went
+// mad would otherwise be noticed by the parties.
+func (k *signerKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	var a signAnswer
+	if err := k.client.ask(http.MethodPost, pathKeys+"/"+k.name+"/sign", signRequest{Digest: digest, Hash: opts.HashFunc().String()}, &a); err != nil {
+		return nil, fmt.Errorf("sign with key %s: %w", k.name, err)
+	}
+	if !ecdsa.VerifyASN1(k.public, digest, a.Signature) {
+		return nil, fmt.Errorf("sign with key %s: %w at %s: the signature is wrong", k.name, ErrSigner, k.client.socket)
+	}
+	return a.Signature, nil
+}
+
+// write leaves the reference to a key of a signer in the place of a key.
+func (k *signerKey) write(dir, file string) error {
+	return writeFile(dir, file, pem.EncodeToMemory(&pem.Block{Type: pemSignerKey, Headers: map[string]string{"Key": k.name}, Bytes: k.spki}), 0o600)
+}
+
+// open finds the key that a file refers to, and makes sure that the signer has
+// that very key.
+func (k keyring) open(file string, block *pem.Block) (crypto.Signer, error) {
+	if k.signer == nil {
+		return nil, fmt.Errorf("%s: %w keeps the key: set SALLYPORT_PKI_SIGNER to its socket", file, ErrSigner)
+	}
+	s := &signerKey{client: k.signer, name: block.Headers["Key"]}
+	if !validKeyName(s.name) {
+		return nil, damaged(file, "names no key of a signer")
+	}
+	var a publicAnswer
+	if err := k.signer.ask(http.MethodGet, pathKeys+"/"+s.name, nil, &a); err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	if !bytes.Equal(a.Public, block.Bytes) {
+		return nil, fmt.Errorf("%s: %w at %s holds another key by the name %s: is it the right signer?", filepath.Join(k.dir, file), ErrSigner, k.signer.socket, s.name)
+	}
+	return s, s.setPublic(a.Public)
+}
+
+func validKeyName(s string) bool {
+	return s != "" && len(s) <= 64 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") == "" && s[0] != '-'
+}
