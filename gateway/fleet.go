@@ -400,9 +400,18 @@ func (f *fleet) ask(w want, ids ...wire.ID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, id := range ids {
-		if m := f.members[id]; m != nil && len(f.liveWays(m)) > 0 {
-			f.want(m, w, false)
+		if m := f.members[id]; m != nil {
+			f.askLocked(m, w)
 		}
+	}
+}
+
+// askLocked owes it to a party that is out of reach.
+func (f *fleet) askLocked(m *member, w want) {
+	if len(f.liveWays(m)) > 0 {
+		f.want(m, w, false)
+	} else {
+		m.owed |= w
 	}
 }
 
@@ -412,8 +421,8 @@ func (f *fleet) askAll(w want, roles ...wire.Role) {
 	defer f.mu.Unlock()
 	for _, m := range f.members {
 		for _, r := range roles {
-			if m.role == r && len(f.liveWays(m)) > 0 {
-				f.want(m, w, false)
+			if m.role == r {
+				f.askLocked(m, w)
 			}
 		}
 	}

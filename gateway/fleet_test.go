@@ -493,3 +493,38 @@ func TestHintsDoNotWaitForARetry(t *testing.T) {
 		}
 	})
 }
+
+// An RCP that was started again brings back nodes that are what they were: they
+// are proven in their turn. Who claims something new, or is owed something, is
+// visited at once.
+func TestNodesThatComeBackUnchangedWaitForTheirTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		hello := wire.Hello{State: wire.StateRunning, Versions: wire.OwnVersions, Installation: "inst"}
+		r := b.rcp("dmz")
+		same, changed, owed := b.node("same", wire.StateRunning), b.node("changed", wire.StateRunning), b.node("owed", wire.StateRunning)
+		claims := func(id wire.ID, digest string) wire.Peer {
+			p := nodePeer(id)
+			p.Digest = digest
+			return p
+		}
+		b.up(r)
+		b.snapshot(r, "before", claims(same, hello.Digest()), claims(changed, hello.Digest()), claims(owed, hello.Digest()))
+		b.work()
+		clear(b.visits)
+		b.f.linkDown(r, "killed")
+		b.f.ask(wantPush, owed)
+		b.pass(2 * time.Second)
+		b.up(r)
+		b.snapshot(r, "after", claims(same, hello.Digest()), claims(changed, "another"), claims(owed, hello.Digest()))
+		b.work()
+		if b.visits[same] != 0 || b.visits[changed] != 1 || b.visits[owed] != 1 {
+			t.Fatalf("visits at once: %d to the one that is the same, %d to the one that changed, %d to the one that is owed something", b.visits[same], b.visits[changed], b.visits[owed])
+		}
+		b.want(same, wire.StateRunning, "")
+		b.pass(b.f.t.settle)
+		if b.visits[same] == 0 {
+			t.Error("it was not proven in a minute")
+		}
+	})
+}

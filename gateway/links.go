@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -87,7 +88,7 @@ func (f *fleet) linkUp(info linkInfo) {
 		return
 	}
 	w.carrier, w.source, w.since, w.dialled = info.Carrier, info.Address, info.Since, !info.Dialled
-	f.arrive(m, w, fresh, now)
+	f.arrive(m, w, "", fresh, now)
 }
 
 // linkDown says that the last channel to a first hop ended. Its peers keep
@@ -173,7 +174,7 @@ func (f *fleet) peersHello(id wire.ID, h wire.PeersHello) error {
 			fresh := len(f.liveWays(m)) == 0
 			for _, w := range m.ways {
 				if w.link == id && w.blind && w.gone.IsZero() {
-					f.arrive(m, w, fresh, now)
+					f.arrive(m, w, w.digest, fresh, now)
 				}
 			}
 		}
@@ -292,7 +293,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	if m.role == wire.RoleRCP && fresh {
 		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
 	}
-	f.arrive(m, w, fresh, now)
+	f.arrive(m, w, p.Digest, fresh, now)
 	if held := m.held | m.retry; renewed && held != 0 { // the limit on hints still holds
 		m.held, m.retry = 0, 0
 		f.want(m, held, true)
@@ -301,19 +302,35 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	return nil
 }
 
-// arrive makes w live. A party that just came into reach is visited at once:
-// it is not running before it said so itself.
-func (f *fleet) arrive(m *member, w *way, fresh bool, now time.Time) {
+// same tells of a node that just came into reach again whether it can be taken
+// for what it was: it was proven not long ago, claims nothing new and is owed
+// nothing, so that the proof can wait for its turn. An RCP that was started
+// again brings back thousands at once, when there is enough to do.
+func (f *fleet) same(m *member, digest string, now time.Time) bool {
+	return m.role == wire.RoleNode && m.known && m.hello != nil && up(m.state) && m.failures == 0 && m.owed == 0 &&
+		now.Sub(m.verified) < f.t.proveMin && (digest == "" || digest == m.digest)
+}
+
+// arrive makes w live, by which digest is claimed of the party. One that just
+// came into reach is visited at once unless it is the same: it is not running
+// before it said so itself.
+func (f *fleet) arrive(m *member, w *way, digest string, fresh bool, now time.Time) {
 	w.stale, w.blind, w.gone, w.why = false, false, time.Time{}, ""
-	m.left, m.settle = time.Time{}, time.Time{}
 	if fresh {
-		w.failures, m.failures = 0, 0
-		m.prove = time.Time{}
-		f.want(m, wantHello|wantPush, true)
+		same := f.same(m, digest, now)
+		owed := m.owed
+		w.failures, m.failures, m.owed = 0, 0, 0
+		if same {
+			m.prove = now.Add(rand.N(f.t.settle))
+		} else {
+			m.prove = time.Time{}
+			f.want(m, wantHello|wantPush|owed, true)
+		}
 		if m.role == wire.RoleNode {
 			f.want(m, wantActions, false)
 		}
 	}
+	m.left, m.settle = time.Time{}, time.Time{}
 	f.judgeNow(m, now)
 }
 

@@ -120,6 +120,7 @@ type member struct {
 	retry   want
 	retryAt time.Time
 
+	owed   want // since it is out of reach
 	wants  [choreCount]want
 	chores choreBits // queued or busy, per chore
 

@@ -265,6 +265,40 @@ func TestRevocationCutsAndIsNotResumed(t *testing.T) {
 	})
 }
 
+// Ten thousand nodes come back to an RCP that was started again.
+func TestResumedAfterARestartOfTheListener(t *testing.T) {
+	v := variant{"h2", false} // an RCP and the nodes that dial it
+	p := newPlant(t, v, ok)
+	p.listen(t)
+	d := p.dialler(t)
+	for _, resumed := range []bool{false, true} {
+		ctx, cancel := context.WithCancel(t.Context())
+		c, err := d.Dial(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		served := make(chan struct{})
+		go func() {
+			defer close(served)
+			p.serve(ctx, c)
+		}()
+		up := <-p.accepted
+		if res, err := request(ctx, t, up, http.MethodGet, "/", nil); err != nil { // the ticket has arrived
+			t.Fatal(err)
+		} else {
+			_ = res.Body.Close()
+		}
+		if c.Resumed() != resumed {
+			t.Errorf("resumed is %v", c.Resumed())
+		}
+		p.stop()
+		cancel()
+		<-served
+		p.listen(t)
+		d.Addr = p.listener.Addr().String()
+	}
+}
+
 func TestChannelEndsWithTheLeafThatOpenedIt(t *testing.T) {
 	each(t, func(t *testing.T, v variant) {
 		t.Parallel()

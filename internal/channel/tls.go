@@ -146,6 +146,13 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 				return err
 			},
 		}
+		if !c.SessionTicketsDisabled {
+			key, err := ticketKey(s.id)
+			if err != nil {
+				return nil, err
+			}
+			c.SetSessionTicketKeys([][32]byte{key})
+		}
 		s.configs[p] = c
 	}
 	return c, nil

@@ -2,9 +2,6 @@ package channel
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/hkdf"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -13,8 +10,6 @@ import (
 	"sync"
 
 	"github.com/quic-go/quic-go"
-
-	"sallyport/internal/identity"
 )
 
 // udpPort is the UDP half of a Listener.
@@ -64,34 +59,6 @@ func openUDP(addr string, l *Listener) (*udpPort, error) {
 		return nil, err
 	}
 	return u, nil
-}
-
-// quicKeys are derived from the party's own key, so that they survive a
-// restart: then a peer of the time before learns in one round trip that its
-// connection is gone (RFC 9000 section 10.3) instead of waiting for silence.
-func quicKeys(id *identity.Identity) (*quic.StatelessResetKey, *quic.TokenGeneratorKey, error) {
-	cert, err := id.SelfSigned()
-	if err != nil {
-		return nil, nil, err
-	}
-	key, ok := cert.PrivateKey.(*ecdsa.PrivateKey)
-	if !ok {
-		return nil, nil, fmt.Errorf("key is a %T", cert.PrivateKey)
-	}
-	secret, err := key.Bytes()
-	if err != nil {
-		return nil, nil, err
-	}
-	var reset quic.StatelessResetKey
-	var token quic.TokenGeneratorKey
-	for info, out := range map[string][]byte{"sallyport quic reset": reset[:], "sallyport quic token": token[:]} {
-		b, err := hkdf.Key(sha256.New, secret, nil, info, len(out))
-		if err != nil {
-			return nil, nil, err
-		}
-		copy(out, b)
-	}
-	return &reset, &token, nil
 }
 
 func (u *udpPort) close() {
