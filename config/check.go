@@ -126,6 +126,12 @@ func (c *Gateway) surface() []Surface {
 		}
 		out = append(out, Surface{kindDial, what, "the certificate authority, as one of its gateways", "SALLYPORT_GATEWAY_PKI"})
 	}
+	if len(c.Doors) > 0 {
+		what := show(reflect.ValueOf(c.Doors))
+		out = append(out, Surface{kindPermit, what + " on tcp " + string(c.Listen) + ", and as " + c.DoorsName, "anybody who reaches it, without an API token", "SALLYPORT_GATEWAY_DOORS"},
+			Surface{kindPermit, show(reflect.ValueOf(c.DoorsAllow)), "names that the doors certify", "SALLYPORT_GATEWAY_DOORS_ALLOW"})
+	}
+	out = append(out, listens(c.DoorsListen, "tcp", "anybody who reaches it: CRL, OCSP and CA certificates, no changes", "SALLYPORT_GATEWAY_DOORS_LISTEN")...)
 	for _, v := range c.Accept {
 		out = append(out, Surface{kindDial, "tcp " + v.Addr, "clients at the proxies of RCPs and nodes, who ask for " + v.Name, "SALLYPORT_GATEWAY_ACCEPT"})
 	}

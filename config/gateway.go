@@ -20,6 +20,11 @@ type Gateway struct {
 	TargetLimit   int       `env:"SALLYPORT_GATEWAY_TARGET_LIMIT" envDefault:"1000" doc:"connections and relayed requests at once through one target; more are refused (429)" form:"a number from 1 on" why:"one busy target leaves files and memory to the others"`
 	WarmSessions  int       `env:"SALLYPORT_GATEWAY_WARM_SESSIONS" envDefault:"512" doc:"end-to-end sessions that stay open for a moment after use; the next change or action needs no handshake" form:"a number from 1 on" why:"each takes about 100 KiB here and 30 KiB at an RCP"`
 	Accept        Services  `env:"SALLYPORT_GATEWAY_ACCEPT" doc:"services of the trusted network that clients at the proxies of RCPs and nodes may reach, by these names and no others" form:"name=host:port;..." why:"none: it is the one way from outside into the trusted network"`
+	Doors         Doors     `env:"SALLYPORT_GATEWAY_DOORS" envDefault:"off" doc:"doors for the certificates of other programs, on the API's address and for clients at the proxies of nodes and RCPs: ACME, EST, CRL and OCSP (status), and the SPIFFE trust bundle" form:"acme;est;status;bundle or off" why:"off: nothing is certified but nodes and RCPs"`
+	DoorsAllow    NameRules `env:"SALLYPORT_GATEWAY_DOORS_ALLOW" envDefault:"none" doc:"names that may be certified; with @selector only for clients of the nodes with such tags, which operators or join codes gave them" form:"glob[@selector];... or none" why:"none: whoever owns a node answers for every name that it may have"`
+	DoorsName     string    `env:"SALLYPORT_GATEWAY_DOORS_NAME" envDefault:"doors.sallyport" doc:"host name under which clients at the proxies of nodes and RCPs find the doors" form:"a host name" why:"it needs no DNS: the proxies know it"`
+	DoorsURL      BaseURL   `env:"SALLYPORT_GATEWAY_DOORS_URL" doc:"where certificates of the doors say that their CRL and OCSP responder are" form:"http://host[:port]" why:"none: who looks for them where they cannot be reached waits in vain"`
+	DoorsListen   Listen    `env:"SALLYPORT_GATEWAY_DOORS_LISTEN" envDefault:"off" doc:"plain HTTP address of CRL, OCSP and the CA's certificates, which carry their own signatures" form:"host:port or off" why:"off: the API's address serves them over https"`
 	Carrier       Carrier   `env:"SALLYPORT_GATEWAY_CARRIER" envDefault:"auto" doc:"carrier of the channels that the gateway dials" form:"auto, h2 or h3" why:"races QUIC and HTTP/2, and stays on what works"`
 	BackupPass    string    `env:"SALLYPORT_BACKUP_PASSPHRASE_FILE" doc:"file with the passphrase of backups, for backup and restore without --passphrase-file" form:"a path" why:"none: a person is asked"`
 	RenewalGrace  Duration  `env:"SALLYPORT_GATEWAY_RENEWAL_GRACE" envDefault:"365d" doc:"how long after the end of its certificate a party that still has its key, and is not revoked, is given a new one without being asked for a join code" form:"a duration; 0s: never" why:"a machine that was switched off for a season comes back by itself"`
@@ -68,6 +73,9 @@ func (c *Gateway) validate() error {
 		return wrong("SALLYPORT_GATEWAY_WARM_SESSIONS", "want a number from 1 on")
 	}
 	if err := c.RCPs.needAddresses("SALLYPORT_GATEWAY_RCPS"); err != nil {
+		return err
+	}
+	if err := c.checkDoors(); err != nil {
 		return err
 	}
 	if c.ChannelPublic != "" {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -70,7 +71,7 @@ func newAcceptor(s *Server, services config.Services, reg prometheus.Registerer)
 		asked:   map[wire.ID]bool{}, rcps: map[wire.ID]bool{}, busy: map[wire.ID]bool{}, byParty: map[wire.ID]int{},
 		strangers: rate.NewLimiter(1, 10), failures: rate.NewLimiter(1, 10)}
 	a.ctx, a.end = context.WithCancelCause(context.Background())
-	if len(services) > 0 {
+	if len(services) > 0 || s.doors != nil {
 		s.fleet.onParked = a.hint
 	}
 	if reg == nil {
@@ -81,7 +82,7 @@ func newAcceptor(s *Server, services config.Services, reg prometheus.Registerer)
 
 // run asks RCPs until ctx ends, and returns when all that was accepted has ended.
 func (a *acceptor) run(ctx context.Context) error {
-	if len(a.services) > 0 {
+	if len(a.services) > 0 || a.s.doors != nil {
 		a.lookForRCPs(ctx)
 	}
 	<-ctx.Done()
@@ -247,6 +248,10 @@ func (a *acceptor) begin(party wire.Party, p wire.Parked) {
 // service is dialled first, so that the client hears when it is not there.
 func (a *acceptor) accept(party wire.Party, p wire.Parked) {
 	log := a.s.log.With("party", party.String(), "service", wire.Quotable(p.Service), "source", wire.Quotable(p.Source))
+	if a.s.doors != nil && p.Service == a.s.cfg.DoorsName {
+		a.admit(party, p, log)
+		return
+	}
 	service, ok := a.services.Find(p.Service)
 	if !ok {
 		a.metrics.WithLabelValues("unknown").Inc()
@@ -278,6 +283,20 @@ func (a *acceptor) accept(party wire.Party, p wire.Parked) {
 	log.Info("local client accepted")
 	sent, received, err := tunnel.Join(a.ctx, stream, conn)
 	log.Debug("local client ended", "sent", sent, "received", received, "reason", err)
+}
+
+// admit leads one parked connection to the doors, which are here.
+func (a *acceptor) admit(party wire.Party, p wire.Parked, log *slog.Logger) {
+	ctx, cancel := context.WithTimeout(a.ctx, openAll)
+	stream, err := a.s.dialTarget(ctx, party.ID, wire.ParkedTarget(p.ID))
+	cancel()
+	if err != nil {
+		a.metrics.WithLabelValues("lost").Inc()
+		log.Debug("local client lost", "error", err)
+		return
+	}
+	a.metrics.WithLabelValues("accepted").Inc()
+	a.s.doors.admit(a.ctx, party, stream)
 }
 
 func (a *acceptor) dial(service config.Service) (net.Conn, error) {

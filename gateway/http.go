@@ -67,6 +67,7 @@ func newREST(s *Server) *rest {
 	r.nodeRoutes()
 	r.rcpRoutes()
 	r.enrollRoutes()
+	r.certificateRoutes()
 	r.deployRoutes()
 	r.actionRoutes()
 	r.eventRoutes()
@@ -114,8 +115,8 @@ func (r *rest) serveTLS(ctx context.Context, addr string) error {
 		return fmt.Errorf("api listener: %w (set SALLYPORT_GATEWAY_LISTEN to another address, or to off)", err)
 	}
 	r.log.Info("api listens", "address", "https://"+ln.Addr().String(), "ca_file", cert.certFile())
-	cfg := &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}}
-	return r.serve(ctx, tls.NewListener(ln, cfg), r.fromNetwork())
+	cfg := r.s.doors.tlsConfig(&tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}})
+	return r.serve(ctx, tls.NewListener(ln, cfg), r.s.doors.before(r.fromNetwork()))
 }
 
 // serve answers on one listener until ctx ends.

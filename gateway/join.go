@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -25,7 +26,7 @@ const (
 
 // createJoin makes a join code for nodes.
 func (e *enrolment) createJoin(ctx context.Context, in api.CreateJoin) (api.CreatedJoin, error) {
-	j := &store.Join{Role: wire.RoleNode, Name: in.Name, Tags: in.Tags, AllowTags: in.AllowTags, RCPs: in.RCPs, MaxUses: in.Uses, Manual: in.Manual, Replaces: in.Replace}
+	j := &store.Join{Role: cmp.Or(in.Role, wire.RoleNode), Name: in.Name, Tags: in.Tags, AllowTags: in.AllowTags, RCPs: in.RCPs, MaxUses: in.Uses, Manual: in.Manual, Replaces: in.Replace}
 	if j.MaxUses == 0 {
 		j.MaxUses = 1
 	}
@@ -43,6 +44,12 @@ func checkJoin(j *store.Join) *api.Problem {
 	var faults []api.ProblemError
 	fault := func(where, format string, args ...any) {
 		faults = append(faults, api.ProblemError{Location: where, Message: fmt.Sprintf(format, args...)})
+	}
+	if j.Role == api.JoinEST {
+		return checkESTCode(j)
+	}
+	if j.Role != wire.RoleNode {
+		fault("role", "%q: want node or est", wire.Quotable(string(j.Role)))
 	}
 	if j.Name != "" && !wire.ValidPartyName(j.Name) {
 		fault("name", "%q: %s", wire.Quotable(j.Name), nameRule)
@@ -110,6 +117,9 @@ func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duratio
 	})
 	if err != nil {
 		return api.CreatedJoin{}, err
+	}
+	if j.Role == api.JoinEST {
+		return api.CreatedJoin{Join: joinView(j, j.Generation), Code: j.ID + "." + token}, nil
 	}
 	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: wire.KeyOf(e.ca.Root()), Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
 	if err != nil {

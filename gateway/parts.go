@@ -32,6 +32,7 @@ func (s *Server) runMore(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.forwards.run(ctx, s.bus) })
 	g.Go(func() error { return s.acceptor.run(ctx) })
 	g.Go(func() error { return s.serveAPI(ctx) })
+	g.Go(func() error { return s.doors.run(ctx) })
 }
 
 func (s *Server) dialSession(ctx context.Context, stream net.Conn, party wire.Party) (endToEnd, error) {

@@ -14,6 +14,7 @@ import (
 	"sallyport/config"
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
+	"sallyport/internal/doors"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -32,6 +33,7 @@ type Deps struct {
 	Store    *store.DB
 	Bus      bus.Bus // the one that wakes after commits of Store
 	CA       Issuer
+	Doors    doors.Authority    // certifies other programs; nil: the configuration opens no doors
 	Identity *identity.Identity // role gateway, in $SALLYPORT_DATA/gateway/identity
 	Log      *slog.Logger
 	Metrics  prometheus.Registerer // nil: none
@@ -83,6 +85,7 @@ type Server struct {
 	forwards  *forwards
 	twin      *twin
 	acceptor  *acceptor
+	doors     *doorway // nil: closed
 	hooks     hooks
 	settling  chan struct{} // holds one token: a node may have been freed of a deleted deployment
 	started   time.Time
@@ -110,6 +113,9 @@ func New(cfg Config, d Deps) (*Server, error) {
 	s.sessions = newSessions(s.fleet, s.metrics, cfg.WarmSessions, s.links.connect, s.dialSession)
 	if s.tunnels, err = newTunnels(s, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
+	}
+	if s.doors, err = newDoorway(s, d.Doors); err != nil {
+		return nil, err
 	}
 	if s.acceptor, err = newAcceptor(s, cfg.Accept, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)

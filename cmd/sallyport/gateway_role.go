@@ -84,9 +84,17 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 		return err
 	}
 	closers = append(closers, closeCA)
-	server, err := gateway.New(gateway.Config{Gateway: h.cfg, Program: cli.BuildVersion()}, gateway.Deps{
-		Store: db, Bus: wakes, CA: ca, Identity: id, Log: h.log, Metrics: h.reg,
-	})
+	deps := gateway.Deps{Store: db, Bus: wakes, CA: ca, Identity: id, Log: h.log, Metrics: h.reg}
+	if len(h.cfg.Doors) > 0 {
+		here, ok := ca.(*pki.Authority)
+		if !ok {
+			return errors.New("SALLYPORT_GATEWAY_DOORS: the doors need the certificate authority in the gateway's own process; leave SALLYPORT_GATEWAY_PKI or SALLYPORT_GATEWAY_DOORS off")
+		}
+		if deps.Doors, err = here.Doors(ctx, string(h.cfg.DoorsURL)); err != nil {
+			return err
+		}
+	}
+	server, err := gateway.New(gateway.Config{Gateway: h.cfg, Program: cli.BuildVersion()}, deps)
 	if err != nil {
 		return err
 	}

@@ -42,11 +42,13 @@ func (a *app) joinCreateCommand() *cobra.Command {
 	var in api.CreateJoin
 	var tags []string
 	var ttl cli.DurationFlag
+	var est bool
 	cmd := &cobra.Command{
 		Use:   "create [--name N] [--tag k=v]... [--uses N] [--ttl D]",
 		Short: "Print a join code for nodes",
 		Long: "Print a join code, alone, on stdout; what to set on the node's host stands on stderr.\n" +
-			"With --manual the code holds no token: the node waits until `sallyport request grant`.",
+			"With --manual the code holds no token: the node waits until `sallyport request grant`.\n" +
+			"With --est it is the password of an EST client, which gets a certificate for the host --name.",
 		Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
@@ -56,6 +58,10 @@ func (a *app) joinCreateCommand() *cobra.Command {
 			if in.Uses < 1 {
 				return cli.Usage("--uses: want a number of at least 1")
 			}
+			in.TTL = ttl.Duration
+			if est {
+				return a.createESTCode(cmd.Context(), in)
+			}
 			if in.Name != "" && in.Uses > 1 {
 				return cli.Usage("--name with --uses %d: one name is for one node", in.Uses)
 			}
@@ -64,7 +70,6 @@ func (a *app) joinCreateCommand() *cobra.Command {
 					return cli.Usage("--name: %w", err)
 				}
 			}
-			in.TTL = ttl.Duration
 			j, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
 			if err != nil {
 				return err
@@ -82,8 +87,26 @@ func (a *app) joinCreateCommand() *cobra.Command {
 	f.StringArrayVar(&in.RCPs, "rcp", nil, "RCP whose addresses stand in the code (gateway: those of the gateway itself); all RCPs without it")
 	f.BoolVar(&in.Manual, "manual", false, "without a token: an operator grants by hand")
 	f.BoolVar(&in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
+	f.BoolVar(&est, "est", false, "a code for the EST door; --name is the host name")
+	for _, other := range []string{"tag", "allow-tag", "rcp", "manual", "replace"} {
+		cmd.MarkFlagsMutuallyExclusive("est", other)
+	}
 	_ = cmd.RegisterFlagCompletionFunc("rcp", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))
 	return cmd
+}
+
+// createESTCode prints the password of an EST client.
+func (a *app) createESTCode(ctx context.Context, in api.CreateJoin) error {
+	in.Role = api.JoinEST
+	j, err := call(ctx, a, func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
+	if err != nil {
+		return err
+	}
+	if a.out.Format != cli.FormatTable {
+		return a.out.Print(j, cli.Table{Columns: []string{"id", "code"}, Rows: [][]string{{j.ID, j.Code}}})
+	}
+	a.out.Note("# The password of the EST client, for HTTP basic authentication (any user name). It is shown this once: put it into a file (mode 0600). Good until %s.", cli.Time(j.Expires))
+	return a.out.Raw([]byte(j.Code + "\n"))
 }
 
 func (a *app) printJoin(j api.CreatedJoin) error {

@@ -6,8 +6,12 @@ import (
 	"sallyport/internal/wire"
 )
 
-// CreateJoin asks for a join code for nodes.
+// JoinEST is the role of a code for the EST door.
+const JoinEST = wire.Role("est")
+
+// CreateJoin asks for a join code for nodes, or for the EST door.
 type CreateJoin struct {
+	Role      wire.Role         `json:"role,omitempty"` // node, which is the default, or est
 	Name      string            `json:"name,omitempty"`
 	Tags      map[string]string `json:"tags,omitempty"`
 	AllowTags []string          `json:"allow_tags,omitempty"` // globs over key=value that the node may set; none: all
