@@ -33,12 +33,13 @@ type decision struct {
 
 // victim is an identity that ends because another takes its name or UUID.
 type victim struct {
-	role  wire.Role
-	id    wire.ID
-	name  string
-	keep  bool // tags that the gateway set, and history, go to the successor
-	clash string
-	ended bool // it was revoked or removed: nobody lives there
+	role   wire.Role
+	id     wire.ID
+	name   string
+	tenant string // of a node
+	keep   bool   // tags that the gateway set, and history, go to the successor
+	clash  string
+	ended  bool // it was revoked or removed: nobody lives there
 }
 
 // what describes a victim for people.
@@ -266,7 +267,11 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 	case err != nil:
 		return err
 	case n.KeyHash != "" && n.KeyHash != key && !d.returns(n):
-		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollUUIDInUse, keep: true, ended: ended(n)})
+		if n.Tenant != d.tenant { // nobody's code reaches into another tenant
+			d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID belongs to a node of another tenant: delete the identity directory of this one, which makes it a new UUID")
+			return nil
+		}
+		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, tenant: n.Tenant, clash: wire.EnrollUUIDInUse, keep: true, ended: ended(n)})
 	}
 	n, err := q.NodeByName(ctx, d.tenant, d.name)
 	if errors.Is(err, store.ErrNotFound) || err == nil && n.ID == d.party.ID {
@@ -275,7 +280,7 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 	if err != nil {
 		return err
 	}
-	v := victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollNameInUse, keep: true}
+	v := victim{role: wire.RoleNode, id: n.ID, name: n.Name, tenant: n.Tenant, clash: wire.EnrollNameInUse, keep: true}
 	if n.State == wire.StateRevoked { // nobody lives there: the name is free
 		v.clash, v.keep = "", false
 	}
@@ -290,7 +295,7 @@ func ended(n *store.Node) bool { return n.State == wire.StateRevoked || !n.Remov
 // back, and with it the tags that operators set and its history: an operator
 // made the code for it, or for one machine. A code for many is in many hands.
 func (d *decision) returns(n *store.Node) bool {
-	return ended(n) && d.join != nil && !d.join.Manual && (d.join.MaxUses == 1 || d.join.Name == n.Name)
+	return ended(n) && n.Tenant == d.tenant && d.join != nil && !d.join.Manual && (d.join.MaxUses == 1 || d.join.Name == n.Name)
 }
 
 func (e *enrolment) claimsRCP(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash) error {
@@ -341,10 +346,22 @@ func (d *decision) clash() *victim {
 	return nil
 }
 
+// protected returns the first identity that a token alone does not replace. A
+// code made with --replace ends who has its name, and nobody else: its holder
+// may claim any UUID.
+func (d *decision) protected() *victim {
+	for i := range d.victims {
+		if v := &d.victims[i]; v.clash != "" && (d.join == nil || d.join.Manual || !d.join.Replaces || d.join.Name != v.name) {
+			return v
+		}
+	}
+	return nil
+}
+
 // conclude turns claims and token into a verdict.
 func (e *enrolment) conclude(d *decision) *decision {
 	manual := d.join == nil || d.join.Manual
-	if v := d.clash(); v != nil && (manual || !d.join.Replaces) {
+	if v := d.protected(); v != nil {
 		what := "name " + d.name
 		if v.clash == wire.EnrollUUIDInUse {
 			what = "UUID " + string(v.id)

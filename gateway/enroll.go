@@ -27,6 +27,9 @@ const (
 	// maxWaiting bounds the requests that wait for an operator: whoever
 	// reaches an RCP can make one.
 	maxWaiting = 10_000
+	// maxWaitingPerRCP leaves room for those behind the others, when one RCP
+	// makes parties up or its network is full of strangers.
+	maxWaitingPerRCP = maxWaiting / 2
 	// requestLife is how long a request waits for its party to be seen again.
 	requestLife = 30 * 24 * time.Hour
 	// maxUncollected is how long a grant waits for its party.

@@ -25,10 +25,10 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 	q := d.prior
 	if q == nil {
 		if d.state == wire.EnrollPending {
-			switch n, err := tx.CountRequests(ctx, api.RequestPending); {
+			switch n, ofRCP, err := tx.CountWaiting(ctx, from.rcp); {
 			case err != nil:
 				return err
-			case n >= maxWaiting:
+			case n >= maxWaiting || ofRCP >= maxWaitingPerRCP:
 				d.reason = "too many requests wait for an operator; this one is not among them yet"
 				return nil
 			}

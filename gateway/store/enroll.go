@@ -33,7 +33,12 @@ func (r Queries) LastRequest(ctx context.Context, key wire.KeyHash) (*Request, e
 // with it.
 func (r Queries) FindRequests(ctx context.Context, ref string) ([]*Request, error) {
 	var out []*Request
-	err := r.q.NewSelect().Model(&out).Where("state = ?", api.RequestPending).Where("id = ? OR name = ?", ref, ref).OrderExpr("requested_at").Scan(ctx)
+	// One after the other, each by an index: many are looked for at a time.
+	err := r.q.NewSelect().Model(&out).Where("id = ?", ref).Where("state = ?", api.RequestPending).Scan(ctx)
+	if err != nil || len(out) > 0 {
+		return out, err
+	}
+	err = r.q.NewSelect().Model(&out).Where("state = ?", api.RequestPending).Where("name = ?", ref).OrderExpr("requested_at").Scan(ctx)
 	if err != nil || len(out) > 0 || len(ref) < minPrefix {
 		return out, err
 	}
@@ -47,6 +52,13 @@ const minPrefix = 8
 // CountRequests counts the requests in a state.
 func (r Queries) CountRequests(ctx context.Context, state string) (int64, error) {
 	return r.q.NewSelect().Model((*Request)(nil)).Where("state = ?", state).Count(ctx)
+}
+
+// CountWaiting counts the requests that wait for an operator, and those of them
+// that came by way of one RCP.
+func (r Queries) CountWaiting(ctx context.Context, rcp string) (all, ofRCP int64, err error) {
+	err = r.q.NewRaw("SELECT count(*), coalesce(sum(CASE WHEN rcp = ? THEN 1 ELSE 0 END), 0) FROM requests WHERE state = ?", rcp, api.RequestPending).Scan(ctx, &all, &ofRCP)
+	return all, ofRCP, err
 }
 
 // AddRequest stores a new request.

@@ -20,3 +20,7 @@ ALTER TABLE requests ADD COLUMN rule TEXT NOT NULL DEFAULT '';
 
 -- How far an RCP's clock is ahead of the gateway's, as its last hello showed.
 ALTER TABLE rcps ADD COLUMN skew_seconds DOUBLE PRECISION NOT NULL DEFAULT 0;
+
+-- What waits is looked for by name and counted by RCP, among all that ever was.
+CREATE INDEX requests_waiting_name ON requests (name) WHERE state = 'pending';
+CREATE INDEX requests_waiting_rcp ON requests (rcp, seen_at) WHERE state = 'pending';
