@@ -254,8 +254,8 @@ func (s *simulation) verify(ctx context.Context, f *eventFigures, began time.Tim
 	}
 	// A gateway that is being killed for the sake of this figure is asked again.
 	err := count()
-	for until := time.Now().Add(s.o.timeout.Std()); err != nil && time.Now().Before(until); err = count() {
-		time.Sleep(time.Second)
+	for until := time.Now().Add(s.o.timeout.Std()); err != nil && time.Now().Before(until) && rest(ctx, time.Second); {
+		err = count()
 	}
 	if err != nil {
 		return fmt.Errorf("count the events that the gateway has: %w", err)
