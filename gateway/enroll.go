@@ -272,6 +272,9 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if env, ok := e.ca.Revocations(); ok && len(env.Payload) < maxRevocationsInVerdict && d.state != wire.EnrollPending {
 		v.Revocations = &env
 	}
+	if d.state == wire.EnrollGranted {
+		v.Trust = e.trustOf()
+	}
 	if d.state != wire.EnrollGranted {
 		return exchange(ctx, s, http.MethodPut, v, nil)
 	}

@@ -48,7 +48,7 @@ func (s *Server) wireEnrolment() {
 		},
 	}
 	s.hooks.pending = s.enrolment.pending
-	s.hooks.met = append(s.hooks.met, s.enrolment.deliverRevocations, s.enrolment.renewDue)
+	s.hooks.met = append(s.hooks.met, s.enrolment.deliverTrust, s.enrolment.deliverRevocations, s.enrolment.renewDue)
 }
 
 // openEnrolment opens an enrolment session with whoever holds the key; rcp

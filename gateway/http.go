@@ -68,6 +68,7 @@ func newREST(s *Server) *rest {
 	r.rcpRoutes()
 	r.enrollRoutes()
 	r.certificateRoutes()
+	r.caRoutes()
 	r.deployRoutes()
 	r.actionRoutes()
 	r.eventRoutes()

@@ -97,7 +97,7 @@ func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duratio
 		token = base64.RawURLEncoding.EncodeToString(b)
 		j.TokenHash = hashToken(token)
 	}
-	j.ID, j.Tenant, j.TrustDomain = string(wire.NewID()), store.DefaultTenant, e.id.TrustDomain()
+	j.ID, j.Tenant, j.TrustDomain, j.Root = string(wire.NewID()), store.DefaultTenant, e.id.TrustDomain(), wire.KeyOf(e.ca.Root())
 	j.CreatedBy = store.ActorFrom(ctx).Who
 	var addresses []string
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
@@ -121,7 +121,7 @@ func (e *enrolment) addJoin(ctx context.Context, j *store.Join, ttl time.Duratio
 	if j.Role == api.JoinEST {
 		return api.CreatedJoin{Join: joinView(j, j.Generation), Code: j.ID + "." + token}, nil
 	}
-	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: wire.KeyOf(e.ca.Root()), Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
+	code, err := wire.JoinCode{TrustDomain: j.TrustDomain, Root: j.Root, Role: j.Role, Name: j.Name, Addresses: addresses, TokenID: j.ID, Token: token}.Encode()
 	if err != nil {
 		return api.CreatedJoin{}, err
 	}

@@ -14,7 +14,7 @@ import (
 )
 
 // renewDue renews a party's leaf, after a verified hello, when two thirds of
-// its life are over. The clock is ours and so is the record of when it began:
+// its life are over, or when its intermediate is given up. The clock is ours and so is the record of when it began:
 // a party cannot ask for one leaf after the other.
 func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello) error {
 	due := hello.RenewAfter
@@ -25,7 +25,9 @@ func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello)
 		return err
 	}
 	if time.Now().Before(due) {
-		return nil
+		if behind, err := e.behind(ctx, id); err != nil || !behind {
+			return err
+		}
 	}
 	return e.renew(ctx, hello.Party, false)
 }

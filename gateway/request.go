@@ -176,6 +176,9 @@ func recordCertificate(ctx context.Context, tx *store.Tx, party wire.Party, name
 	if err != nil {
 		return err
 	}
+	if err := noteIssuer(ctx, tx, party, chain); err != nil {
+		return err
+	}
 	if err := noteLeaf(ctx, tx, leaf, chain, party); err != nil {
 		return err
 	}

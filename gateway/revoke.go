@@ -121,7 +121,7 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	}
 	e.log.Info("revocation set signed", "number", numberOf(*env), "revoked", ended)
 	e.spread(ctx, *env)
-	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) {
+	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) || slices.Contains(roles, rolePKI) {
 		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
 	}
 	return nil
@@ -136,6 +136,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 	if err != nil {
 		return nil, nil, err
 	}
+	keys = append(keys, e.retiredKeys()...)
 	held, err := e.heldSet()
 	if err != nil {
 		return nil, nil, err
@@ -293,7 +294,9 @@ func (e *enrolment) merge(ctx context.Context, env wire.Envelope) error {
 	for _, k := range keys {
 		known[k.KeyHash] = true
 	}
-	set.Revoked = slices.DeleteFunc(set.Revoked, func(r wire.Revocation) bool { return known[r.Key] })
+	set.Revoked = slices.DeleteFunc(set.Revoked, func(r wire.Revocation) bool {
+		return known[r.Key] || r.Role == rolePKI && e.retired(r.Key) // which the authority itself knows
+	})
 	if len(set.Revoked) == 0 {
 		return nil
 	}

@@ -302,10 +302,14 @@ func (s *Server) ensureCertificate(ctx context.Context) error {
 			return fmt.Errorf("trust the certificate authority: %w", err)
 		}
 	}
-	if _, err := s.id.Certificate(); err == nil && time.Now().Before(s.id.RenewAfter()) {
+	behind, err := s.takeTrust()
+	if err != nil {
+		return err
+	}
+	if _, err := s.id.Certificate(); err == nil && !behind && time.Now().Before(s.id.RenewAfter()) {
 		return nil
 	}
-	err := s.renewOwn(ctx)
+	err = s.renewOwn(ctx)
 	if err != nil && time.Now().Before(s.id.NotAfter()) {
 		s.log.Error("the gateway starts with the certificate that it has; renewal is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
 		return nil
@@ -329,20 +333,24 @@ func (s *Server) renewOwn(ctx context.Context) error {
 		return fmt.Errorf("renew the gateway's certificate: %w", err)
 	}
 	s.log.Info("gateway certificate issued", "id", s.id.ID(), "fingerprint", s.id.Fingerprint(), "not_after", s.id.NotAfter())
-	return nil
+	_, err = s.takeTrust() // the first leaf brings the first roots
+	return err
 }
 
-// keepCertificate renews the leaf at two thirds of its life.
+// keepCertificate renews the leaf at two thirds of its life, and within a
+// minute when its intermediate is given up.
 func (s *Server) keepCertificate(ctx context.Context) error {
 	for {
-		wait := time.Until(s.id.RenewAfter())
-		if wait <= 0 {
-			if err := s.renewOwn(ctx); err == nil {
-				continue
-			} else if ctx.Err() == nil {
-				s.log.Error("renewal failed; it is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
-			}
-			wait = time.Minute
+		behind, err := s.takeTrust()
+		if err == nil && (behind || !time.Now().Before(s.id.RenewAfter())) {
+			err = s.renewOwn(ctx)
+		}
+		if err != nil && ctx.Err() == nil {
+			s.log.Error("renewal failed; it is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
+		}
+		wait := time.Minute
+		if err == nil {
+			wait = max(0, min(wait, time.Until(s.id.RenewAfter())))
 		}
 		select {
 		case <-ctx.Done():

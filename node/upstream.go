@@ -221,7 +221,7 @@ func (u *upstreams) cut(cause error, all bool) {
 	u.mu.Lock()
 	var conns []*channel.Conn
 	for c := range u.live {
-		if all || u.in.id.Ended(c.Peer()) {
+		if all || u.in.id.Revoked(c.Peer().Key) {
 			conns = append(conns, c)
 		}
 	}
@@ -230,7 +230,7 @@ func (u *upstreams) cut(cause error, all bool) {
 		u.in.log.Warn("channel cut", "upstream", c.Peer().String(), "reason", cause)
 		c.Close(cause)
 	}
-	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Ended(p) }, cause)
+	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Revoked(p.Key) }, cause)
 }
 
 // status lists every address and everybody who has dialled us.

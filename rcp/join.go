@@ -155,7 +155,7 @@ func (l *lane) run(ctx context.Context, above *channel.Leg, down *net.TCPConn) {
 	defer func() { _ = down.Close() }()
 	r.lanes.add(l) // cut from here on
 	defer r.lanes.remove(l)
-	if r.id.Ended(l.up.peer) || r.id.Ended(l.down.peer) {
+	if r.id.Revoked(l.up.peer.Key) || r.id.Revoked(l.down.peer.Key) {
 		l.cut(identity.ErrRevoked)
 	}
 	within, cancel := context.WithTimeout(ctx, laneWithin)

@@ -187,7 +187,7 @@ func (r *Relay) takeRevocations(w http.ResponseWriter, req *http.Request) {
 // cutRevoked ends every channel of a party whose key is revoked.
 func (r *Relay) cutRevoked() {
 	number, _ := r.id.Revocations()
-	gone := r.id.Ended
+	gone := func(p identity.Peer) bool { return r.id.Revoked(p.Key) }
 	for _, a := range r.roster.all(gone) {
 		r.log.Warn("channel cut: its key is revoked", "peer", a.peer.String(), "set", number)
 		r.metrics.refuse(identity.ErrRevoked)

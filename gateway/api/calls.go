@@ -320,3 +320,21 @@ func (c *Client) RemoveForward(ctx context.Context, listen string) (out Forward,
 	err = c.call(ctx, http.MethodDelete, at("/forwards", listen), nil, nil, &out)
 	return out, err
 }
+
+// CA says which issuers there are, and who is not on the issuing one.
+func (c *Client) CA(ctx context.Context) (CA, error) { return get[CA](ctx, c, "/ca", nil) }
+
+// RotateCA begins a rollover, or rehearses it.
+func (c *Client) RotateCA(ctx context.Context, in RotateCA) (CAChange, error) {
+	return post[CAChange](ctx, c, "/ca/rotate", in)
+}
+
+// FinishCA ends a rollover, or rehearses that.
+func (c *Client) FinishCA(ctx context.Context, in FinishCA) (CAChange, error) {
+	return post[CAChange](ctx, c, "/ca/finish", in)
+}
+
+// AbortCA turns a rollover round.
+func (c *Client) AbortCA(ctx context.Context) (CAChange, error) {
+	return post[CAChange](ctx, c, "/ca/abort", nil)
+}

@@ -32,6 +32,7 @@ type Join struct {
 	Name          string
 	TokenHash     string // hex SHA-256; empty where an operator grants by hand
 	TrustDomain   string
+	Root          wire.KeyHash // that it pins; empty: the first one
 	Tags          map[string]string
 	AllowTags     []string
 	RCPs          []string `bun:"rcps"`

@@ -59,6 +59,7 @@ type Conn struct {
 	named    atomic.Bool // class was told to, or by, the peer
 	streams  atomic.Int64
 	drainReq chan struct{}
+	outlived bool        // its peer's intermediate was given up; of registry.watch
 	drained  atomic.Bool // takes no more
 	drainOne sync.Once
 

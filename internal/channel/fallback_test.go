@@ -21,6 +21,11 @@ func TestFallback(t *testing.T) {
 			t.Errorf("%v: attempts by the enrolment protocol: %s", err, got)
 		}
 	}
+	f.Note(channel.State{Conn: new(channel.Conn)})
+	f.Note(channel.State{Err: identity.ErrRevoked})
+	if f.Enroll() {
+		t.Error("a connection that was cut is followed by one by the enrolment protocol")
+	}
 	for _, err := range []error{nil, errors.New("connection refused")} {
 		f.Note(channel.State{Err: err, Failures: 2})
 		if f.Enroll() {

@@ -26,6 +26,7 @@ var errNoOffer = errors.New("no gateway has renewed our certificate")
 // feigns that gains nothing: what it can do to a pending party is to wait.
 type Fallback struct {
 	mu         sync.Mutex
+	up         bool
 	distrusted bool
 	tried      bool
 }
@@ -34,7 +35,9 @@ type Fallback struct {
 func (f *Fallback) Note(s State) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.distrusted = s.Conn == nil && s.Err != nil && Distrusted(s.Err)
+	// What ends a connection, such as a revocation, says nothing of the next.
+	f.distrusted = s.Conn == nil && !f.up && s.Err != nil && Distrusted(s.Err)
+	f.up = s.Conn != nil
 }
 
 // Enroll is asked before every attempt.

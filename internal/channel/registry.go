@@ -8,11 +8,15 @@ import (
 	"sallyport/internal/identity"
 )
 
+// issuerGrace is how long a connection goes on whose peer's intermediate was
+// given up, so that the one that takes its place is there first.
+const issuerGrace = 10 * time.Second
+
 // grantGrace is how long the exchange that brought a certificate may take to end.
 const grantGrace = 5 * time.Second
 
-// registry holds the live connections of one owner, and cuts those whose peer
-// is revoked.
+// registry holds the live connections of one owner, cuts those whose peer is
+// revoked, and has those replaced whose peer's intermediate was given up.
 type registry struct {
 	id *identity.Identity
 
@@ -29,7 +33,9 @@ func (r *registry) add(c *Conn) {
 	r.mu.Lock()
 	r.conns[c] = struct{}{}
 	r.mu.Unlock()
-	r.check(c)
+	if r.id.Ended(c.peer) {
+		c.Close(identity.ErrRevoked)
+	}
 }
 
 func (r *registry) remove(c *Conn) {
@@ -38,10 +44,17 @@ func (r *registry) remove(c *Conn) {
 	delete(r.conns, c)
 }
 
-func (r *registry) check(c *Conn) {
-	if r.id.Ended(c.peer) {
-		c.Close(identity.ErrRevoked)
+// outlive ends a connection some time after its replacement was asked for.
+func (c *Conn) outlive(ctx context.Context) {
+	c.requestDrain()
+	late := time.NewTimer(issuerGrace)
+	defer late.Stop()
+	select {
+	case <-late.C:
+	case <-c.done:
+	case <-ctx.Done():
 	}
+	c.Close(identity.ErrRevoked)
 }
 
 func (r *registry) all() []*Conn {
@@ -63,7 +76,13 @@ func (r *registry) watch(ctx context.Context) {
 	for {
 		changed := r.id.Changed()
 		for _, c := range r.all() {
-			r.check(c)
+			switch {
+			case r.id.Revoked(c.peer.Key):
+				c.Close(identity.ErrRevoked)
+			case r.id.Ended(c.peer) && !c.outlived:
+				c.outlived = true
+				wg.Go(func() { c.outlive(ctx) })
+			}
 			if c.Enrolling() && c.dir == PeerUpstream && !c.dialled && !c.Draining() && !waiting(r.id) {
 				wg.Go(func() { c.retire(ctx, grantGrace) })
 			}

@@ -118,6 +118,10 @@ func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.
 	return err
 }
 
+// issuerGrace is how long a session goes on whose peer's intermediate was given
+// up: what is short may end, and the gateway opens another.
+const issuerGrace = 10 * time.Second
+
 // watch ends a session when its peer is revoked or a leaf expires: the peer's,
 // or our own at the given time.
 func watch(ctx context.Context, id *identity.Identity, peer identity.Peer, own time.Time, end context.CancelCauseFunc) {
@@ -127,14 +131,23 @@ func watch(ctx context.Context, id *identity.Identity, peer identity.Peer, own t
 	}
 	expired := time.NewTimer(time.Until(until))
 	defer expired.Stop()
+	var late <-chan time.Time
 	for {
 		changed := id.Changed()
-		if id.Ended(peer) {
+		switch {
+		case id.Revoked(peer.Key):
 			end(fmt.Errorf("%s: %w", peer, identity.ErrRevoked))
 			return
+		case late == nil && id.Ended(peer):
+			t := time.NewTimer(issuerGrace)
+			defer t.Stop()
+			late = t.C
 		}
 		select {
 		case <-changed:
+		case <-late:
+			end(fmt.Errorf("%s: its intermediate: %w", peer, identity.ErrRevoked))
+			return
 		case <-expired.C:
 			end(fmt.Errorf("%s: %w", peer, identity.ErrExpired))
 			return

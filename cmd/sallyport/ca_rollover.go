@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/gateway/api"
+	"sallyport/internal/cli"
+	"sallyport/internal/wire"
+)
+
+// maxLeft is how many of the parties that are left are named on a terminal.
+const maxLeft = 20
+
+func (a *app) caRolloverCommands() []*cobra.Command {
+	return []*cobra.Command{a.caShowCommand(), a.caRotateCommand(), a.caFinishCommand(), a.caAbortCommand()}
+}
+
+func (a *app) caShowCommand() *cobra.Command {
+	return &cobra.Command{Use: "show", Short: "Show roots and intermediates, and who is not on the issuing one", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ca, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CA, error) { return c.CA(ctx) })
+			if err != nil {
+				return err
+			}
+			return a.printCA(ca, ca)
+		}}
+}
+
+func (a *app) caRotateCommand() *cobra.Command {
+	rotate := func(what, short, long string) *cobra.Command {
+		in := api.RotateCA{What: what}
+		yes := false
+		cmd := &cobra.Command{Use: what + " [--dry-run] [--yes]", Short: short, Long: long, Args: cli.Exactly(0),
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				return a.changeCA(cmd.Context(), in.DryRun || yes, func(ctx context.Context, c *api.Client, dry bool) (api.CAChange, error) {
+					return c.RotateCA(ctx, api.RotateCA{What: what, DryRun: dry || in.DryRun})
+				}, "replace the "+what+" of the certificate authority, and renew %d parties")
+			}}
+		cmd.Flags().BoolVar(&in.DryRun, "dry-run", false, "say what would happen: who is offline, which join codes pin the old root")
+		cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+		return cmd
+	}
+	return cli.Group("rotate", "Replace an issuer of certificates",
+		rotate(wire.RolloverIntermediate, "Make a new intermediate, and renew everybody onto it",
+			"A new intermediate issues from now on, and the gateway renews every party onto it.\nThe old one stays trusted until `sallyport ca finish`."),
+		rotate(wire.RolloverRoot, "Make a new root and a new intermediate, and renew everybody onto them",
+			"A new root with a new intermediate issues from now on. Each root vouches for the other's\nintermediate, so that join codes and parties that know only the old one go on working.\nThe old root stays trusted until `sallyport ca finish`; `sallyport ca abort` goes back."))
+}
+
+func (a *app) caFinishCommand() *cobra.Command {
+	var in api.FinishCA
+	yes := false
+	cmd := &cobra.Command{Use: "finish [--force] [--forget] [--dry-run] [--yes]", Short: "Trust no longer what a rollover has replaced", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.changeCA(cmd.Context(), in.DryRun || yes, func(ctx context.Context, c *api.Client, dry bool) (api.CAChange, error) {
+				try := in
+				try.DryRun = dry || in.DryRun
+				return c.FinishCA(ctx, try)
+			}, "trust the old issuer no longer (%d parties)")
+		}}
+	cmd.Flags().BoolVar(&in.Force, "force", false, "although parties are left: they are renewed when they come back")
+	cmd.Flags().BoolVar(&in.Forget, "forget", false, "the old root vouches for nothing any more: what missed the rollover needs a new join code")
+	cmd.Flags().BoolVar(&in.DryRun, "dry-run", false, "say what would happen")
+	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
+	return cmd
+}
+
+func (a *app) caAbortCommand() *cobra.Command {
+	return &cobra.Command{Use: "abort", Short: "Turn a rollover round: everybody goes back to the old issuer", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			ch, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CAChange, error) { return c.AbortCA(ctx) })
+			if err != nil {
+				return err
+			}
+			return a.printCAChange(ch)
+		}}
+}
+
+// changeCA rehearses, asks, and changes; sure leaves out the asking.
+func (a *app) changeCA(ctx context.Context, sure bool, change func(ctx context.Context, c *api.Client, dry bool) (api.CAChange, error), question string) error {
+	ch, err := call(ctx, a, func(ctx context.Context, c *api.Client) (api.CAChange, error) {
+		if !sure {
+			plan, err := change(ctx, c, true)
+			if err != nil {
+				return plan, err
+			}
+			a.noteCAChange(plan)
+			if err := cli.Confirm(a.streams, false, question, plan.CA.Parties); err != nil {
+				return plan, err
+			}
+		}
+		return change(ctx, c, false)
+	})
+	if err != nil {
+		return err
+	}
+	return a.printCAChange(ch)
+}
+
+func (a *app) printCAChange(ch api.CAChange) error {
+	a.noteCAChange(ch)
+	return a.printCA(ch, ch.CA)
+}
+
+// noteCAChange tells a person what is to be known.
+func (a *app) noteCAChange(ch api.CAChange) {
+	if a.out.Format != cli.FormatTable {
+		return
+	}
+	for _, n := range ch.Notes {
+		a.out.Note("%s", n)
+	}
+	if ch.DryRun {
+		a.noteParties("offline", ch.Offline)
+	}
+	for i, j := range ch.Joins {
+		if i == maxLeft {
+			a.out.Note("  and %d more join codes (-o json names them all)", len(ch.Joins)-maxLeft)
+			break
+		}
+		a.out.Note("  join code %s (%s %s), until %s, pins root %s", j.ID, j.Role, j.Name, cli.Time(j.Expires), j.Root)
+	}
+}
+
+func (a *app) noteParties(what string, parties []api.CAParty) {
+	for i, p := range parties {
+		if i == maxLeft {
+			a.out.Note("  and %d more (-o json names them all)", len(parties)-maxLeft)
+			return
+		}
+		where := "connected"
+		if !p.Connected {
+			where = "offline, last seen " + cli.Time(deref(p.LastSeen))
+		}
+		a.out.Note("  %s: %s %s (%s): %s", what, p.Role, p.Name, where, p.Reason)
+	}
+}
+
+// printCA prints the issuers as a table, and all of v as JSON.
+func (a *app) printCA(v any, ca api.CA) error {
+	t := cli.Table{Columns: []string{"kind", "n", "state", "root", "not_after", "fingerprint"}}
+	for _, r := range ca.Roots {
+		t.Add("root", fmt.Sprint(r.N), r.State, "", cli.Time(r.NotAfter), r.Fingerprint)
+	}
+	for _, i := range ca.Intermediates {
+		t.Add("intermediate", fmt.Sprint(i.N), i.State, fmt.Sprint(i.Root), cli.Time(i.NotAfter), i.Fingerprint)
+	}
+	if err := a.out.Print(v, t); err != nil || a.out.Format != cli.FormatTable {
+		return err
+	}
+	if r := ca.Rollover; r != nil {
+		way := "under way"
+		if r.Aborted {
+			way = "aborted, going back"
+		}
+		a.out.Note("rollover of the %s since %s: %s; %d of %d parties are on the issuing intermediate", r.Kind, cli.Time(r.Since), way, ca.Moved, ca.Parties)
+		if len(ca.Left) == 0 {
+			a.out.Note("nobody is left: `sallyport ca finish` ends it")
+		}
+	}
+	a.noteParties("left", ca.Left)
+	return nil
+}
