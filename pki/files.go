@@ -74,6 +74,9 @@ func loadOrMake(dir string, keys keyring) (*material, bool, error) {
 	made := false
 	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] && !have[fileIssuers] {
 		made = true
+		if _, err := os.Stat(filepath.Join(dir, fileImport)); !errors.Is(err, fs.ErrNotExist) {
+			return nil, false, fmt.Errorf("an intermediate was asked for with ca csr: import its certificate with `sallyport ca import`, or delete %s to have a CA made here (%w)", fileImport, errors.Join(ErrImport, err))
+		}
 		if err := create(dir, keys); err != nil {
 			return nil, made, err
 		}

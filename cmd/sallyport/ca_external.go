@@ -1,6 +1,13 @@
 package main
 
 import (
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+
 	"github.com/spf13/cobra"
 
 	"sallyport/config"
@@ -54,4 +61,110 @@ func (a *app) caPassphraseCommand() *cobra.Command {
 	}
 	cmd.Flags().BoolVar(&none, "none", false, "leave the keys unencrypted")
 	return cmd
+}
+
+// maxChainFile bounds what is read as certificates.
+const maxChainFile = 256 << 10
+
+func readChain(file string) ([]*x509.Certificate, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	b, err := io.ReadAll(io.LimitReader(f, maxChainFile))
+	if err != nil {
+		return nil, err
+	}
+	chain, err := pki.ParseChain(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return chain, nil
+}
+
+// caCSRCommand works on the files of this host.
+func (a *app) caCSRCommand() *cobra.Command {
+	var rootFile, trustDomain string
+	cmd := &cobra.Command{
+		Use: "csr [--root FILE] [--trust-domain NAME]", Short: "Print a request for an intermediate that a root kept elsewhere signs", Args: cli.Exactly(0),
+		Long: "Make a key for the next SPIFFE intermediate in $SALLYPORT_DATA/pki (or in the signer of SALLYPORT_PKI_SIGNER) and\n" +
+			"print the request (PKCS #10, PEM) alone on stdout. Before the first start, --root names the root's certificate, from\n" +
+			"which the trust domain is made, or --trust-domain the trust domain itself. The same request can be had again.",
+		RunE: func(*cobra.Command, []string) error {
+			c, err := config.LoadPKI(a.streams.Env)
+			if err != nil {
+				return err
+			}
+			opts, err := keyOptions(c)
+			if err != nil {
+				return err
+			}
+			var root *x509.Certificate
+			if rootFile != "" {
+				chain, err := readChain(rootFile)
+				if err != nil {
+					return err
+				}
+				root = chain[len(chain)-1]
+			}
+			csr, td, err := pki.RequestIntermediate(c.Dir("pki"), root, trustDomain, opts...)
+			if err != nil {
+				return err
+			}
+			a.out.Note("# for spiffe://%s. Sign it as a CA, with all that it asks for, and for years; with openssl:", td)
+			a.out.Note("#   openssl x509 -req -in FILE -CA root.pem -CAkey root.key -days 1825 -copy_extensions copyall -out intermediate.pem")
+			a.out.Note("# Then, while no process holds the CA: cat intermediate.pem root.pem > chain.pem; sallyport ca import chain.pem")
+			return a.out.Raw(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))
+		},
+	}
+	cmd.Flags().StringVar(&rootFile, "root", "", "PEM file of the root that will sign it")
+	cmd.Flags().StringVar(&trustDomain, "trust-domain", "", "the trust domain of a new CA (default: made from the root's key)")
+	return cmd
+}
+
+// imported is what `ca import` prints.
+type imported struct {
+	TrustDomain  string `json:"trust_domain"`
+	Intermediate string `json:"intermediate"`
+	Root         string `json:"root"`
+	NotAfter     string `json:"not_after"`
+	Rollover     bool   `json:"rollover"` // one is under way now
+}
+
+func (a *app) caImportCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "import CHAIN", Short: "Take the certificate that was made of ca csr, and the root above it", Args: cli.Exactly(1),
+		Long: "Take the certificate that was made of the request of ca csr, and the root that signed it, from one PEM file. A\n" +
+			"directory without a CA gets one, whose root key never was on this host. In one that has a CA the imported\n" +
+			"intermediate issues from now on, and a rollover is under way. The process that holds the CA must not run.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := config.LoadPKI(a.streams.Env)
+			if err != nil {
+				return err
+			}
+			opts, err := keyOptions(c)
+			if err != nil {
+				return err
+			}
+			chain, err := readChain(args[0])
+			if err != nil {
+				return err
+			}
+			state, err := pki.Import(cmd.Context(), c.Dir("pki"), chain, slog.New(slog.DiscardHandler), opts...)
+			if err != nil {
+				return err
+			}
+			i := state.Issuing()
+			r := imported{TrustDomain: state.TrustDomain, Intermediate: i.Key.Fingerprint(), Root: state.RootOf(i.Key).Key.Fingerprint(), NotAfter: cli.Time(i.NotAfter), Rollover: state.Rollover != nil}
+			if !pki.Constrained(chain[0]) {
+				a.out.Note("The intermediate has no name constraints: its key can make certificates of your root for any name, not for %s only.", r.TrustDomain)
+			}
+			if r.Rollover {
+				a.out.Note("A rollover is under way: the parties are renewed from the new intermediate when the gateway runs.")
+			}
+			return a.out.Print(r, cli.Table{Columns: []string{"trust_domain", "intermediate", "root", "not_after"},
+				Rows: [][]string{{r.TrustDomain, r.Intermediate, r.Root, r.NotAfter}}})
+		},
+	}
 }

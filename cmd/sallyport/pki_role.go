@@ -17,18 +17,26 @@ import (
 
 // openAuthority opens the certificate authority of this host.
 func openAuthority(ctx context.Context, c config.PKI, log *slog.Logger) (*pki.Authority, error) {
+	opts, err := keyOptions(c)
+	if err != nil {
+		return nil, err
+	}
+	return pki.Open(ctx, c.Dir("pki"), log, opts...)
+}
+
+// keyOptions say where the authority's keys are.
+func keyOptions(c config.PKI) (opts []pki.Option, err error) {
 	passphrase, err := c.Passphrase()
 	if err != nil {
 		return nil, err
 	}
-	var opts []pki.Option
 	if passphrase != "" {
 		opts = append(opts, pki.WithPassphrase([]byte(passphrase.Reveal())))
 	}
 	if c.Signer != "" {
 		opts = append(opts, pki.WithSigner(c.Signer))
 	}
-	return pki.Open(ctx, c.Dir("pki"), log, opts...)
+	return opts, nil
 }
 
 // pkiRole is the certificate authority as a process of its own.

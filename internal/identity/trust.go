@@ -135,7 +135,7 @@ func parseRoots(list [][]byte) ([]*x509.Certificate, error) {
 		return nil, err
 	}
 	for _, r := range roots {
-		if _, err := checkKey(r.PublicKey); err != nil {
+		if err := CheckRootKey(r.PublicKey); err != nil {
 			return nil, err
 		}
 		if !r.IsCA {
