@@ -143,6 +143,7 @@ func (r *rest) adminRoutes() {
 	handle(r, huma.Operation{OperationID: "token.list", Method: http.MethodGet, Path: "/tokens", Summary: "List API tokens, newest first"}, mayAdmin, r.listTokens)
 	handle(r, huma.Operation{OperationID: "token.create", Method: http.MethodPost, Path: "/tokens", Summary: "Make an API token"}, mayAdmin, r.createToken)
 	handle(r, huma.Operation{OperationID: "token.revoke", Method: http.MethodPost, Path: "/tokens/{id}/revoke", Summary: "Make an API token useless"}, mayAdmin, r.revokeToken)
+	handle(r, huma.Operation{OperationID: "revocation.list", Method: http.MethodGet, Path: "/revocations", Summary: "List the keys that are not trusted any more, newest first"}, mayRead, r.listRevocations)
 	handle(r, huma.Operation{OperationID: "audit.list", Method: http.MethodGet, Path: "/audit", Summary: "List the audit log, newest first"}, mayAdmin, r.listAudit)
 }
 

@@ -120,6 +120,9 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 		return fmt.Errorf("publish revocations: %w", err)
 	}
 	e.log.Info("revocation set signed", "number", numberOf(*env), "revoked", ended)
+	for _, p := range ended { // before the others: an RCP that hangs must not keep the door here open
+		e.changed(ctx, p.Role, p.ID)
+	}
 	e.spread(ctx, *env)
 	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) || slices.Contains(roles, rolePKI) {
 		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
