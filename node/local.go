@@ -3,9 +3,12 @@ package node
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
+	"sallyport/config"
+	"sallyport/internal/doctor"
 	"sallyport/internal/local"
 	"sallyport/internal/wire"
 )
@@ -213,7 +216,7 @@ func (in *instance) checkUpstreams() []local.Check {
 			c.Detail += fmt.Sprintf(" over %s, %s %s", u.Carrier, u.Role, u.ID)
 		} else {
 			c.Detail = strings.TrimSuffix(c.Detail+": "+u.Error, ": ")
-			c.Fix = "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
+			c.Fix = doctor.Upstream(u.Error)
 		}
 		checks = append(checks, c)
 	}
@@ -271,6 +274,10 @@ func (a *Agent) checkBounds() local.Check {
 		a.cfg.Mode, show(a.cfg.AllowCommands), show(a.cfg.AllowPolicyCommands), show(a.cfg.AllowPaths))}
 	if a.cfg.AllowCommands.Any() {
 		c.Detail += "; a gateway may run anything here as the agent's user"
+		if os.Geteuid() == 0 && a.cfg.Mode == config.Managed {
+			c.Warning, c.Detail = true, c.Detail+", which is root"
+			c.Fix = "name the programs that actions may run in SALLYPORT_NODE_ALLOW_COMMANDS, or run the agent as a user of its own"
+		}
 	}
 	return c
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sallyport/internal/channel"
+	"sallyport/internal/doctor"
 	"sallyport/internal/local"
 	"sallyport/internal/wire"
 )
@@ -127,7 +128,7 @@ func (r *Relay) checkUpstreams() []local.Check {
 		if u.Dialler == "us" && u.State != "connected" {
 			checks = append(checks, local.Check{
 				Check: "upstream " + u.Address, Detail: fmt.Sprintf("%s since %s: %s", u.State, u.Since.UTC().Format(time.RFC3339), u.Error),
-				Fix: "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address",
+				Fix: doctor.Upstream(u.Error),
 			})
 		}
 	}

@@ -185,55 +185,6 @@ func prefixed(prefix, s string) string {
 	return prefix + s
 }
 
-func (l *localRole) doctorCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "doctor", Short: "Find what is wrong, and what to do about it", Args: Exactly(0),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := l.clients()
-			if err != nil {
-				return err
-			}
-			checks := []local.Check{}
-			for _, c := range all {
-				found, err := c.Doctor(cmd.Context())
-				if err != nil {
-					if len(all) > 1 && errors.Is(err, local.ErrNotRunning) {
-						l.out.Note("%v", err)
-						continue
-					}
-					return err
-				}
-				checks = append(checks, found...)
-			}
-			t := Table{Columns: []string{"check", "ok", "detail", "fix"}}
-			bad := 0
-			for _, c := range checks {
-				verdict := "ok"
-				if !c.OK {
-					verdict = "failed"
-					bad++
-				}
-				t.Add(c.Check, verdict, c.Detail, c.Fix)
-				if l.out.Format == FormatTable { // sentences: a table would be too wide to read
-					l.out.Say("%-7s %s: %s", verdict, c.Check, Clean(c.Detail))
-					if c.Fix != "" && !c.OK {
-						l.out.Say("        %s", Clean(c.Fix))
-					}
-				}
-			}
-			if l.out.Format != FormatTable {
-				if err := l.out.Print(checks, t); err != nil {
-					return err
-				}
-			}
-			if bad > 0 {
-				return Fail(ExitFailed, "%d of %d checks failed", bad, len(checks))
-			}
-			return nil
-		},
-	}
-}
-
 func (l *localRole) eventCommand() *cobra.Command {
 	var e local.EventRequest
 	var severity string

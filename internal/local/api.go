@@ -93,12 +93,14 @@ type Outbox struct {
 	Dropped int64      `json:"dropped"`
 }
 
-// Check is one finding of `local doctor`. Fix says what to do when it is not OK.
+// Check is one finding of `local doctor`. Fix says what to do when it is not
+// OK, or when it is a warning: something that works and should not stay so.
 type Check struct {
-	Check  string `json:"check"`
-	OK     bool   `json:"ok"`
-	Detail string `json:"detail"`
-	Fix    string `json:"fix,omitempty"`
+	Check   string `json:"check"`
+	OK      bool   `json:"ok"`
+	Warning bool   `json:"warning,omitempty"`
+	Detail  string `json:"detail"`
+	Fix     string `json:"fix,omitempty"`
 }
 
 // EventRequest is an event that a local user sends.

@@ -1,0 +1,230 @@
+package doctor
+
+import (
+	"context"
+	"encoding/json"
+	"encoding/pem"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
+	"sallyport/internal/local"
+	"sallyport/internal/wire"
+)
+
+// healthy makes the identity of an enrolled node on disk.
+func healthy(t *testing.T, ca *identitytest.CA, role wire.Role) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "identity")
+	id, err := identity.Open(dir, role)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := id.Pin(wire.KeyOf(ca.Root), ca.TrustDomain); err != nil {
+		t.Fatal(err)
+	}
+	ca.Certify(t, id)
+	return dir
+}
+
+func failed(checks []local.Check) map[string]local.Check {
+	out := map[string]local.Check{}
+	for _, c := range checks {
+		if !c.OK {
+			out[c.Check] = c
+		}
+	}
+	return out
+}
+
+func write(t *testing.T, dir, name, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func remove(t *testing.T, dir, name string) {
+	t.Helper()
+	if err := os.Remove(filepath.Join(dir, name)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestClassicBreakages(t *testing.T) {
+	ca, other := identitytest.NewCA(t), identitytest.NewCA(t)
+	copyFrom := func(t *testing.T, from, to, name string) {
+		t.Helper()
+		b, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, to, name, string(b))
+	}
+	signedLater, err := json.Marshal(wire.Revocations{Issued: time.Now().Add(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := json.Marshal(wire.Envelope{Payload: signedLater})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		damage func(t *testing.T, dir string)
+		at     time.Duration // our clock, less the true time
+		check  string        // that fails; empty: none
+		says   string
+	}{
+		"healthy":             {damage: func(*testing.T, string) {}},
+		"no directory":        {damage: func(t *testing.T, dir string) { _ = os.RemoveAll(dir) }, check: "identity", says: "never started"},
+		"missing key":         {damage: func(t *testing.T, dir string) { remove(t, dir, "key.pem") }, check: "key", says: "no key.pem"},
+		"corrupt key":         {damage: func(t *testing.T, dir string) { write(t, dir, "key.pem", "x") }, check: "key", says: "corrupt"},
+		"open key":            {damage: func(t *testing.T, dir string) { _ = os.Chmod(filepath.Join(dir, "key.pem"), 0o644) }, check: "key", says: "read by others"},
+		"missing certificate": {damage: func(t *testing.T, dir string) { remove(t, dir, "chain.pem") }, check: "certificate", says: "none yet"},
+		"corrupt certificate": {damage: func(t *testing.T, dir string) { write(t, dir, "chain.pem", "-----BEGIN") }, check: "certificate", says: "corrupt"},
+		"another's key":       {damage: func(t *testing.T, dir string) { copyFrom(t, healthy(t, ca, wire.RoleNode), dir, "key.pem") }, check: "certificate", says: "does not belong"},
+		"missing trust":       {damage: func(t *testing.T, dir string) { remove(t, dir, "root.pem") }, check: "trust", says: "missing"},
+		"corrupt trust":       {damage: func(t *testing.T, dir string) { write(t, dir, "root.pem", "x") }, check: "trust", says: "corrupt"},
+		"wrong CA": {damage: func(t *testing.T, dir string) {
+			write(t, dir, "root.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Root.Raw})))
+		}, check: "trust", says: "another CA"},
+		"another gateway": {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", `{"trust_domain":"other.sallyport"}`) }, check: "name", says: "another gateway"},
+		"another's name":  {damage: func(t *testing.T, dir string) { write(t, dir, "id", string(wire.NewID())) }, check: "name", says: "the file id says"},
+		"another role":    {damage: func(t *testing.T, dir string) { copyAll(t, healthy(t, ca, wire.RoleRCP), dir) }, check: "name", says: "for a rcp"},
+		"clock behind":    {damage: func(*testing.T, string) {}, at: -100 * 24 * time.Hour, check: "clock", says: "behind"},
+		"expired":         {damage: func(*testing.T, string) {}, at: 400 * 24 * time.Hour, check: "clock", says: "ended"},
+		"behind a set":    {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", string(env)) }, check: "clock", says: "signed at"},
+		"corrupt set":     {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", "x") }, check: "revocations", says: "corrupt"},
+		"corrupt pin":     {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", "x") }, check: "trust", says: "pin.json"},
+		"a certificate's lie": {damage: func(t *testing.T, dir string) {
+			write(t, dir, "chain.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Root.Raw})))
+		}, check: "certificate", says: "does not belong"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := healthy(t, ca, wire.RoleNode)
+			c.damage(t, dir)
+			got := failed(Identity(dir, wire.RoleNode, time.Now().Add(c.at)))
+			if c.check == "" {
+				if len(got) > 0 {
+					t.Errorf("healthy, but %+v", got)
+				}
+				return
+			}
+			found := got[c.check]
+			if !strings.Contains(found.Detail, c.says) || found.Fix == "" {
+				t.Errorf("want %s to say %q and how to repair it; got %+v", c.check, c.says, got)
+			}
+		})
+	}
+}
+
+func copyAll(t *testing.T, from, to string) {
+	t.Helper()
+	entries, err := os.ReadDir(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		b, err := os.ReadFile(filepath.Join(from, e.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, to, e.Name(), string(b))
+	}
+}
+
+// TestNothingIsChanged: the doctor only looks.
+func TestNothingIsChanged(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "identity")
+	Identity(dir, wire.RoleNode, time.Now())
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("it made the directory")
+	}
+}
+
+func TestAuthority(t *testing.T) {
+	ca, other := identitytest.NewCA(t), identitytest.NewCA(t)
+	dir := healthy(t, ca, wire.RoleGateway)
+	chain, err := os.ReadFile(filepath.Join(dir, "chain.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, issuers := pem.Decode(chain) // what stands behind the leaf
+	pki := t.TempDir()
+	if got := Authority(pki, dir, time.Now()); got != nil {
+		t.Errorf("elsewhere: %+v", got)
+	}
+	write(t, pki, "trust-domain", ca.TrustDomain)
+	if got := failed(Authority(pki, dir, time.Now())); len(got) != 1 {
+		t.Errorf("lost: %+v", got)
+	}
+	write(t, pki, "intermediate.pem", string(issuers))
+	if got := failed(Authority(pki, dir, time.Now())); len(got) != 0 {
+		t.Errorf("healthy: %+v", got)
+	}
+	if got := failed(Authority(pki, dir, time.Now().Add(100*365*24*time.Hour))); len(got) != 1 {
+		t.Errorf("ended: %+v", got)
+	}
+	write(t, pki, "intermediate.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Root.Raw})))
+	if got := failed(Authority(pki, dir, time.Now())); !strings.Contains(got["authority"].Detail, "another one") {
+		t.Errorf("another CA: %+v", got)
+	}
+	write(t, pki, "intermediate.pem", "x")
+	if got := failed(Authority(pki, dir, time.Now())); !strings.Contains(got["authority"].Detail, "corrupt") {
+		t.Errorf("corrupt: %+v", got)
+	}
+	if got := Restoration(pki); got != nil {
+		t.Errorf("restoration: %+v", got)
+	}
+	write(t, pki, "restoring", "2")
+	if got := failed(Restoration(pki)); len(got) != 1 {
+		t.Errorf("cut off: %+v", got)
+	}
+}
+
+func TestReach(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := l.Addr().String()
+	if c := Reach(t.Context(), addr); !c.OK {
+		t.Errorf("%+v", c)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if c := Reach(t.Context(), addr); c.OK || !strings.Contains(c.Fix, "nothing listens") {
+		t.Errorf("refused: %+v", c)
+	}
+	if c := Reach(t.Context(), "no-such-host.invalid:9090"); c.OK || !strings.Contains(c.Fix, "not known here") {
+		t.Errorf("no name: %+v", c)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if c := Reach(ended, "192.0.2.1:9"); c.OK || c.Fix == "" {
+		t.Errorf("silence: %+v", c)
+	}
+}
+
+func TestUpstream(t *testing.T) {
+	for text, want := range map[string]string{
+		"x: " + identity.ErrRevoked.Error() + " y":                      "revoked",
+		identity.ErrWrongTrustDomain.Error():                            "another installation",
+		identity.ErrUntrusted.Error():                                   "another CA",
+		"remote error: tls: unknown certificate authority":              "right gateway",
+		"x509: certificate signed by unknown authority":                 "right gateway",
+		identity.ErrExpired.Error():                                     "clocks",
+		"dial tcp 192.0.2.1:9090: i/o timeout":                          "firewall",
+		"node x: " + identity.ErrWrongRole.Error() + ": want [gateway]": "another role",
+	} {
+		if got := Upstream(text); !strings.Contains(got, want) {
+			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}
