@@ -275,7 +275,7 @@ func (s *Server) foreignJoins(ctx context.Context, root wire.CAIssuer, state wir
 		if pinned == "" && len(state.Roots) > 0 {
 			pinned = state.Roots[0].Key
 		}
-		if pinned != root.Key && joinView(j, s.store.Installation().Generation).State == "open" {
+		if j.Role != api.JoinEST && pinned != root.Key && joinView(j, s.store.Installation().Generation).State == "open" {
 			out = append(out, api.CAJoin{ID: j.ID, Role: j.Role, Name: j.Name, Root: pinned.Fingerprint(), Expires: j.ExpiresAt.UTC()})
 		}
 	}

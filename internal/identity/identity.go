@@ -505,7 +505,8 @@ func (i *Identity) Pin(root wire.KeyHash, trustDomain string) error {
 			return fmt.Errorf("join code: %w: it is for %s, this %s is enrolled in %s (a fresh SALLYPORT_DATA, or deleting %s, lets it enrol elsewhere)",
 				ErrWrongTrustDomain, trustDomain, i.role, td, i.dir)
 		case !known:
-			return fmt.Errorf("join code: %w: it pins another root than the one of %s that is trusted here", ErrWrongTrustDomain, td)
+			return fmt.Errorf("join code: %w: it pins another root than those of %s that are trusted here (if this %s has missed the replacement of the root and is not renewed: stop it, delete %s, and start it with a code made with --replace)",
+				ErrWrongTrustDomain, td, i.role, i.dir)
 		}
 		return nil
 	}
