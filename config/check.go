@@ -177,6 +177,9 @@ func (c *Node) surface() []Surface {
 			out = append(out, Surface{kindPermit, strings.Join(p.list, ";"), p.who, p.variable})
 		}
 	}
+	if len(c.Challenges) > 0 {
+		out = append(out, Surface{kindPermit, show(reflect.ValueOf(c.Challenges)), "ACME challenges are looked at, at ports 80 and 443", "SALLYPORT_NODE_CHALLENGES"})
+	}
 	if len(c.AllowTargets) > 0 {
 		out = append(out, Surface{kindPermit, show(reflect.ValueOf(c.AllowTargets)), "operators reach by relayed requests and connections", "SALLYPORT_NODE_ALLOW_TARGETS"})
 	}

@@ -76,9 +76,6 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 	if ca == nil {
 		return nil, errors.New("gateway: SALLYPORT_GATEWAY_DOORS needs a certificate authority that certifies other programs, and this one does not: leave it off")
 	}
-	if s.cfg.Doors.Has(config.DoorACME) {
-		return nil, errors.New("gateway: SALLYPORT_GATEWAY_DOORS: the ACME door is not supported yet; open est, status or bundle")
-	}
 	names, err := newDoorNames(s.store, s.cfg.DoorsAllow)
 	if err != nil {
 		return nil, fmt.Errorf("gateway: SALLYPORT_GATEWAY_DOORS_ALLOW: %w", err)
@@ -94,6 +91,13 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 	if d.open.Has(config.DoorEST) {
 		d.est = &doorEST{d}
 		d.est.routes()
+	}
+	if d.open.Has(config.DoorACME) {
+		h, err := ca.ACME(d.acmeBackend())
+		if err != nil {
+			return nil, fmt.Errorf("gateway: %w", err)
+		}
+		d.mux.Handle("/acme/", h)
 	}
 	if d.open.Has(config.DoorBundle) {
 		d.mux.HandleFunc("GET /spiffe/bundle.json", d.serveBundle)
@@ -270,8 +274,9 @@ func (d *doorway) keep(ctx context.Context) error {
 		err := d.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 			return tx.ForgetCertificates(ctx, tx.Now().Add(-certificateMemory))
 		})
+		err = errors.Join(err, doorValues{d.s.store}.forget(ctx))
 		if err != nil && ctx.Err() == nil {
-			d.log.Error("certificates that ended are not forgotten; it is tried again", "error", err)
+			d.log.Error("what is over is not forgotten; it is tried again", "error", err)
 		}
 		select {
 		case <-tick.C:

@@ -50,6 +50,7 @@ type instance struct {
 	lanes      *lanes
 	signals    signals
 	targets    *targets
+	challenges *challenges
 	lot        *parking.Lot // of all instances; nil: no local clients
 	sessionAPI http.Handler
 	generation atomic.Int64
@@ -113,6 +114,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 		Identity: in.id, Join: join, TrustDomain: td, Name: string(cfg.Name), Tags: cfg.Tags, Program: cfg.Version, OnGrant: in.granted, Log: in.log,
 	})
 	in.targets = newTargets(in.engine, reach, newBuiltin(in.about, in.log), in.closedToTargets, in.log)
+	in.challenges = newChallenges(cfg.Challenges, in.closedToTargets, in.log)
 	in.upstreams = newUpstreams(in)
 	in.lanes = newLanes()
 	in.sessionAPI = in.newSessionAPI()

@@ -205,6 +205,10 @@ func (in *instance) serveTarget(ctx context.Context, target string, s *tunnel.St
 		in.serveParked(ctx, id, s)
 		return
 	}
+	if kind, host, ok := wire.ParseChallengeTarget(target); ok {
+		in.challenges.serve(ctx, kind, host, s)
+		return
+	}
 	in.targets.serve(ctx, target, s)
 }
 

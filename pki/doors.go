@@ -39,11 +39,12 @@ const (
 // Doors issues certificates for other programs, from an intermediate that the
 // channels do not trust. It is safe for concurrent use.
 type Doors struct {
-	a     *Authority
-	chain []*x509.Certificate // the intermediate first, the root last
-	key   crypto.Signer
-	ca    *authority.Authority
-	urls  string
+	a       *Authority
+	chain   []*x509.Certificate // the intermediate first, the root last
+	key     crypto.Signer
+	ca      *authority.Authority
+	revoked *revocations
+	urls    string
 }
 
 // Doors opens the intermediate for other programs, or makes it when it is
@@ -76,6 +77,7 @@ func (d *Doors) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	d.revoked = &revocations{AuthDB: noDB}
 	d.ca, err = authority.NewEmbedded(
 		authority.WithConfig(&config.Config{
 			SkipValidation: true,
@@ -85,7 +87,7 @@ func (d *Doors) open(ctx context.Context) error {
 				Backdate:             &provisioner.Duration{Duration: identity.Backdate},
 			},
 		}),
-		authority.WithDatabase(noDB),
+		authority.WithDatabase(d.revoked),
 		authority.WithQuietInit(),
 		authority.WithX509RootCerts(root),
 		authority.WithX509SignerChain(d.chain[:len(d.chain)-1], d.key),

@@ -60,6 +60,11 @@ func (a *app) joinCreateCommand() *cobra.Command {
 			}
 			in.TTL = ttl.Duration
 			if est {
+				for _, other := range []string{"tag", "allow-tag", "rcp", "manual", "replace"} {
+					if cmd.Flags().Changed(other) {
+						return cli.Usage("--est with --%s: that is for nodes", other)
+					}
+				}
 				return a.createESTCode(cmd.Context(), in)
 			}
 			if in.Name != "" && in.Uses > 1 {
@@ -88,9 +93,6 @@ func (a *app) joinCreateCommand() *cobra.Command {
 	f.BoolVar(&in.Manual, "manual", false, "without a token: an operator grants by hand")
 	f.BoolVar(&in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
 	f.BoolVar(&est, "est", false, "a code for the EST door; --name is the host name")
-	for _, other := range []string{"tag", "allow-tag", "rcp", "manual", "replace"} {
-		cmd.MarkFlagsMutuallyExclusive("est", other)
-	}
 	_ = cmd.RegisterFlagCompletionFunc("rcp", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))
 	return cmd
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"math/big"
 	"net"
+	"net/http"
 	"net/netip"
 	"strings"
 	"time"
@@ -68,6 +69,8 @@ type Authority interface {
 	// SignCRL and SignOCSP answer in DER.
 	SignCRL(ctx context.Context, issuer wire.KeyHash, crl CRL) ([]byte, error)
 	SignOCSP(ctx context.Context, issuer wire.KeyHash, s Status) ([]byte, error)
+	// ACME makes the handler of the ACME door, for paths /acme/<side>/....
+	ACME(c ACME) (http.Handler, error)
 }
 
 // IssuerName is what an issuer is called in URLs and tables.
@@ -156,4 +159,44 @@ func ValidHost(s string) bool {
 		}
 	}
 	return strings.Trim(labels[len(labels)-1], "0123456789") != ""
+}
+
+// Kinds of ACME challenges (RFC 8555, 8.3; RFC 8737).
+const (
+	ChallengeHTTP = "http-01"
+	ChallengeTLS  = "tls-alpn-01"
+)
+
+// Side is where the client of the ACME door is, and from where its challenges
+// are looked at.
+type Side struct {
+	ID   string // orders and accounts belong to it, and to no other
+	Name string // in the URL
+	// Allow refuses a name, or an address, that clients of this side do not get.
+	Allow func(ctx context.Context, name string) error
+	// Dial connects to where a challenge of the kind is answered for a host.
+	Dial func(ctx context.Context, kind, host string) (net.Conn, error)
+}
+
+// ErrNoValue says that a value is not there.
+var ErrNoValue = errors.New("no such value")
+
+// Values keeps what the ACME door knows of its clients.
+type Values interface {
+	Value(ctx context.Context, bucket, name string) ([]byte, error) // or ErrNoValue
+	Values(ctx context.Context, bucket string) (map[string][]byte, error)
+	// Swap writes a value if the one there is old; nil is none, and writing
+	// it removes the value. If it is another, that is returned with false.
+	Swap(ctx context.Context, bucket, name string, old, value []byte) ([]byte, bool, error)
+}
+
+// ACME is what the ACME door asks of the gateway.
+type ACME struct {
+	Values Values
+	Side   func(req *http.Request, name string) (Side, error) // name is that in the URL
+	// Record notes a leaf before it is handed out.
+	Record func(ctx context.Context, side Side, leaf *x509.Certificate) error
+	// Revoked and Revoke are about a leaf of the doors.
+	Revoked func(ctx context.Context, serial *big.Int) (bool, error)
+	Revoke  func(ctx context.Context, serial *big.Int, reason int) error
 }

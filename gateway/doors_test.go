@@ -1,0 +1,246 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/base64"
+	"errors"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"sallyport/config"
+	"sallyport/gateway/store"
+	"sallyport/internal/doors"
+	"sallyport/internal/wire"
+)
+
+// Names are given for tags that operators or join codes set, and not for what
+// a node says of itself.
+func TestDoorNames(t *testing.T) {
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	ctx := t.Context()
+	given, claims, both := wire.NewID(), wire.NewID(), wire.NewID()
+	err := w.db.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		for id, name := range map[wire.ID]string{given: "given", claims: "claims", both: "both"} {
+			if err := tx.AddNode(ctx, &store.Node{ID: id, Name: name, State: wire.StateRunning}); err != nil {
+				return err
+			}
+		}
+		var errs []error
+		for _, id := range []wire.ID{claims, both} {
+			_, err := tx.RecordHello(ctx, &wire.Hello{Party: wire.Party{Role: wire.RoleNode, ID: id}, Tags: map[string]string{"site": "plant"}}, 0)
+			errs = append(errs, err)
+		}
+		return errors.Join(append(errs, tx.SetJoinTags(ctx, given, map[string]string{"site": "plant"}), tx.TagNode(ctx, both, map[string]string{"site": "office"}, nil))...)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names, err := newDoorNames(w.db, config.NameRules{{Glob: "*.plant.example", Selector: "site=plant"}, {Glob: "all.example"}, {Glob: "*.office.example", Selector: "site=office"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		node wire.ID
+		want bool
+	}{
+		{"www.plant.example", given, true}, {"a.b.plant.example", given, true}, {"plant.example", given, false}, {"www.plant.example.org", given, false},
+		{"www.plant.example", claims, false}, {"www.plant.example", both, false}, {"www.office.example", both, true},
+		{"www.plant.example", "", false}, {"all.example", "", true}, {"all.example", claims, true}, {"all.example", wire.NewID(), true},
+		{"www.plant.example", wire.NewID(), false},
+	} {
+		err := names.allow(ctx, c.name, c.node)
+		if (err == nil) != c.want || err != nil && !errors.Is(err, errDoorName) {
+			t.Errorf("%s for %s: %v, want it given: %v", c.name, c.node.Short(), err, c.want)
+		}
+	}
+	if _, err := newDoorNames(w.db, config.NameRules{{Glob: "x", Selector: "="}}); err == nil {
+		t.Error("a broken selector is taken")
+	}
+}
+
+// At a proxy the side is that of the proxy, whatever the client's URL says.
+func TestACMESide(t *testing.T) {
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	d := &doorway{s: &Server{store: w.db}, log: testLog(t)}
+	mine, other, gone := wire.NewID(), wire.NewID(), wire.NewID()
+	err := w.db.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return errors.Join(tx.AddNode(ctx, &store.Node{ID: mine, Name: "mine", State: wire.StateRunning}), tx.AddNode(ctx, &store.Node{ID: other, Name: "other", State: wire.StateRunning}),
+			tx.AddNode(ctx, &store.Node{ID: gone, Name: "gone", State: wire.StateRevoked}))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		what  string
+		party wire.Party // of the proxy
+		name  string
+		plain bool
+		want  wire.ID
+	}{
+		{what: "a node's proxy", party: wire.Party{Role: wire.RoleNode, ID: mine}, name: "here", want: mine},
+		{what: "another node at a proxy", party: wire.Party{Role: wire.RoleNode, ID: mine}, name: "other"},
+		{what: "the same node by its name at its proxy", party: wire.Party{Role: wire.RoleNode, ID: mine}, name: "mine"},
+		{what: "an RCP's proxy", party: wire.Party{Role: wire.RoleRCP, ID: wire.NewID()}, name: "here"},
+		{what: "a revoked node's proxy", party: wire.Party{Role: wire.RoleNode, ID: gone}, name: "here"},
+		{what: "the API, a name", name: "other", want: other},
+		{what: "the API, a UUID", name: string(other), want: other},
+		{what: "the API, here", name: "here"},
+		{what: "the API, nobody", name: "nobody"},
+		{what: "the API, a revoked node", name: "gone"},
+		{what: "without https", name: "other", plain: true},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "https://doors.sallyport/acme/"+c.name+"/directory", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.party.ID != "" {
+			req = req.WithContext(context.WithValue(req.Context(), doorPartyKey{}, c.party))
+		}
+		if !c.plain {
+			req.TLS = &tls.ConnectionState{}
+		}
+		side, err := d.acmeSide(req, c.name)
+		if side.ID != string(c.want) || (err == nil) != (c.want != "") || err != nil && !errors.Is(err, errDoorSide) {
+			t.Errorf("%s: %q %v, want %q", c.what, side.ID, err, c.want)
+		}
+	}
+}
+
+func TestDoorValuesSwap(t *testing.T) {
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	v := doorValues{w.db}
+	ctx := t.Context()
+	swap := func(old, value string, want bool, now string) {
+		t.Helper()
+		bytesOf := func(s string) []byte {
+			if s == "" {
+				return nil
+			}
+			return []byte(s)
+		}
+		got, swapped, err := v.Swap(ctx, "acme_orders", "x", bytesOf(old), bytesOf(value))
+		if err != nil || swapped != want || string(got) != now {
+			t.Errorf("swap %q for %q: %q %v %v, want %q %v", old, value, got, swapped, err, now, want)
+		}
+	}
+	if _, err := v.Value(ctx, "acme_orders", "x"); !errors.Is(err, doors.ErrNoValue) {
+		t.Errorf("before the first: %v", err)
+	}
+	swap("1", "2", false, "")
+	swap("", "1", true, "1")
+	swap("", "2", false, "1")
+	swap("1", "2", true, "2")
+	swap("2", "", true, "2")
+	swap("", "3", true, "3")
+	if all, err := v.Values(ctx, "acme_orders"); err != nil || len(all) != 1 || string(all["x"]) != "3" {
+		t.Errorf("%v %v", all, err)
+	}
+	if _, _, err := v.Swap(ctx, "of nobody", "x", nil, []byte("1")); err == nil {
+		t.Error("a bucket that nobody forgets is written to")
+	}
+	if _, _, err := v.Swap(ctx, "acme_orders", "y", nil, bytes.Repeat([]byte("x"), maxDoorValue+1)); err == nil {
+		t.Error("a value without end is kept")
+	}
+}
+
+func TestReadCSR(t *testing.T) {
+	der := testCSR(t)
+	broken := bytes.Clone(der)
+	broken[len(broken)-1] ^= 1
+	for what, c := range map[string]struct {
+		in string
+		ok bool
+	}{
+		"DER": {string(der), true}, "base64": {base64.StdEncoding.EncodeToString(der), true}, "lines": {string(base64Lines(der)), true},
+		"broken signature": {string(broken), false}, "nothing": {"", false}, "text": {"hello", false}, "too large": {strings.Repeat("A", maxDoorBody+1), false},
+	} {
+		if _, err := readCSR(strings.NewReader(c.in)); (err == nil) != c.ok {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+func testCSR(t testing.TB) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{"a.example"}}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// What the certificates of an EST answer are wrapped in holds just them.
+func TestCertsOnly(t *testing.T) {
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	der, err := certsOnly([]*x509.Certificate{w.ca.Root, w.ca.Root})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var outer struct {
+		Type    asn1.ObjectIdentifier
+		Content asn1.RawValue `asn1:"explicit,tag:0"`
+	}
+	if rest, err := asn1.Unmarshal(der, &outer); err != nil || len(rest) > 0 || !outer.Type.Equal(oidSignedData) {
+		t.Fatalf("%v %v", outer.Type, err)
+	}
+	if n := bytes.Count(der, w.ca.Root.Raw); n != 2 {
+		t.Errorf("%d certificates", n)
+	}
+}
+
+// One source that asks without end does not keep the others out.
+func TestDoorSources(t *testing.T) {
+	d := &doorway{sources: map[string]*rate.Limiter{}}
+	for range doorBurst {
+		if !d.limiter("a").Allow() {
+			t.Fatal("refused within the burst")
+		}
+	}
+	if d.limiter("a").Allow() {
+		t.Error("more than the burst")
+	}
+	if !d.limiter("b").Allow() {
+		t.Error("another source is refused")
+	}
+	for i := range maxDoorSources + 10 {
+		d.limiter(strings.Repeat("x", 1+i%7) + time.Duration(i).String())
+	}
+	if len(d.sources) > maxDoorSources {
+		t.Errorf("%d sources are remembered", len(d.sources))
+	}
+}
+
+func FuzzOCSP(f *testing.F) {
+	f.Add([]byte{0x30, 0x03, 0x0a, 0x01, 0x01})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		d := &doorStatus{ca: noIssuers{}, now: time.Now}
+		if out := d.ocsp(t.Context(), b); len(out) == 0 {
+			t.Error("no answer")
+		}
+	})
+}
+
+// noIssuers is an authority that issued nothing.
+type noIssuers struct{ doors.Authority }
+
+func (noIssuers) Issuers() []*x509.Certificate { return nil }
