@@ -28,6 +28,7 @@ type decision struct {
 	known   bool           // the key was certified before: it is given a new leaf and nothing else happens
 	prior   *store.Request // the same key's last request, if it still waits
 	fresh   bool           // a new request was written
+	rules   ruleVerdict    // what the rules say of it
 	lapsed  time.Time      // end of the key's leaf, when the grace after it is over too
 }
 
@@ -65,6 +66,13 @@ func (d *decision) joinID() string {
 	return d.join.ID
 }
 
+func (d *decision) ruleName() string {
+	if d.rules.rule == nil {
+		return ""
+	}
+	return d.rules.rule.name
+}
+
 func (d *decision) is(state, code, format string, args ...any) *decision {
 	d.state, d.code, d.reason = state, code, fmt.Sprintf(format, args...)
 	return d
@@ -73,7 +81,7 @@ func (d *decision) is(state, code, format string, args ...any) *decision {
 // decide judges a request whose key the party has proven. It changes nothing.
 // The order is: what can never be, what was decided before, what the token
 // says, and whose name and UUID it is.
-func (e *enrolment) decide(ctx context.Context, q store.Queries, key wire.KeyHash, req *wire.EnrollRequest) (*decision, error) {
+func (e *enrolment) decide(ctx context.Context, q store.Queries, key wire.KeyHash, req *wire.EnrollRequest, from origin) (*decision, error) {
 	d := &decision{party: wire.Party{Role: req.Role, ID: req.ID, TrustDomain: e.id.TrustDomain()}, name: req.Name, tenant: store.DefaultTenant}
 	if e.impossible(d, key, req) {
 		return d, nil
@@ -89,6 +97,9 @@ func (e *enrolment) decide(ctx context.Context, q store.Queries, key wire.KeyHas
 	}
 	if err := e.claims(ctx, q, d, key); err != nil || d.state != "" {
 		return d, err
+	}
+	if err := e.byRules(ctx, q, d, key, req, from); err != nil {
+		return nil, err
 	}
 	return e.conclude(d), nil
 }
@@ -367,6 +378,12 @@ func (e *enrolment) conclude(d *decision) *decision {
 			what = "UUID " + string(v.id)
 		}
 		return d.is(wire.EnrollPending, v.clash, "the %s belongs to a %s; an operator can replace it: sallyport request grant --replace", what, v.what())
+	}
+	if d.rules.rule != nil {
+		return d.is(wire.EnrollGranted, "", "")
+	}
+	if d.rules.bound {
+		return d.is(wire.EnrollPending, wire.EnrollNoRule, "the join code grants by rule only, and none fits (%s); an operator has to grant this request: sallyport request grant", d.rules.why)
 	}
 	if manual && !d.lapsed.IsZero() {
 		return d.is(wire.EnrollPending, wire.EnrollManual, "the certificate ended on %s, and the gateway renews none that ended more than %s ago (SALLYPORT_GATEWAY_RENEWAL_GRACE); an operator has to grant this request: sallyport request grant",

@@ -72,9 +72,30 @@ func (s *Server) apply(ctx context.Context, in api.Apply) (api.Applied, error) {
 	default:
 		return api.Applied{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("unknown kind %q (want policy or deployment)", in.Kind))
 	}
-	var set manifest.Set
+	set, err := parseManifests(in.Manifests)
+	if err != nil {
+		return api.Applied{}, err
+	}
+	skipped := len(set.Rules) // rule apply is for certificate officers
+	if in.Kind == manifest.KindPolicy {
+		skipped, set.Deployments = skipped+len(set.Deployments), nil
+	}
+	if in.Kind == manifest.KindDeployment {
+		skipped, set.Policies = skipped+len(set.Policies), nil
+	}
+	if len(set.Policies)+len(set.Deployments) == 0 {
+		return api.Applied{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("there is no document to apply (%d of another kind)", skipped))
+	}
+	return s.change(ctx, in.DryRun, func(ctx context.Context, tx *store.Tx, out *api.Applied) error {
+		out.Skipped = skipped
+		return s.applySet(ctx, tx, set, out)
+	})
+}
+
+// parseManifests reads files of documents, and finds the faults of all of them.
+func parseManifests(files []api.Manifest) (set manifest.Set, err error) {
 	var faults manifest.Errors
-	for _, m := range in.Manifests {
+	for _, m := range files {
 		name := m.File
 		if name == "" {
 			name = "-"
@@ -87,22 +108,9 @@ func (s *Server) apply(ctx context.Context, in api.Apply) (api.Applied, error) {
 		}
 	}
 	if len(faults) > 0 {
-		return api.Applied{}, faults
+		return set, faults
 	}
-	skipped := 0
-	if in.Kind == manifest.KindPolicy {
-		skipped, set.Deployments = len(set.Deployments), nil
-	}
-	if in.Kind == manifest.KindDeployment {
-		skipped, set.Policies = len(set.Policies), nil
-	}
-	if len(set.Policies)+len(set.Deployments) == 0 {
-		return api.Applied{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("there is no document to apply (%d of another kind)", skipped))
-	}
-	return s.change(ctx, in.DryRun, func(ctx context.Context, tx *store.Tx, out *api.Applied) error {
-		out.Skipped = skipped
-		return s.applySet(ctx, tx, set, out)
-	})
+	return set, nil
 }
 
 func (s *Server) applySet(ctx context.Context, tx *store.Tx, set manifest.Set, out *api.Applied) error {

@@ -226,7 +226,7 @@ var errForeignCSR = errors.New("not the party's own key")
 func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.EnrollRequest, from origin) (*decision, error) {
 	var d *decision
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
-		if d, err = e.decide(ctx, tx.Queries, key, req); err != nil {
+		if d, err = e.decide(ctx, tx.Queries, key, req, from); err != nil {
 			return err
 		}
 		return e.write(ctx, tx, d, key, req, from)
@@ -242,7 +242,7 @@ func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.En
 		e.log.Info("certificate request waits for an operator", "code", d.code, "party", req.Role, "id", req.ID,
 			"name", wire.Quotable(d.name), "fingerprint", key.Fingerprint(), "rcp", from.rcp, "source", from.address)
 	case d.state == wire.EnrollGranted && !d.known:
-		e.log.Info("certificate request granted", "party", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID())
+		e.log.Info("certificate request granted", "party", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID(), "rule", d.ruleName())
 		e.settle(ctx, []wire.Party{d.party}, d.victims)
 	}
 	return d, nil

@@ -99,6 +99,14 @@ func (s *Server) discard(ctx context.Context, ref string) (*store.Request, error
 	return s.enrolment.discard(ctx, ref)
 }
 
+func (s *Server) applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error) {
+	return s.enrolment.applyRules(ctx, in)
+}
+
+func (s *Server) deleteRule(ctx context.Context, name string) error {
+	return s.enrolment.deleteRule(ctx, name)
+}
+
 func (s *Server) decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error) {
 	return s.enrolment.decideMany(ctx, verb, in)
 }

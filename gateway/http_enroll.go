@@ -14,6 +14,7 @@ import (
 )
 
 func (r *rest) enrollRoutes() {
+	r.ruleRoutes()
 	op := func(id, method, path, summary string) huma.Operation {
 		return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary}
 	}
@@ -32,6 +33,37 @@ func (r *rest) enrollRoutes() {
 	handle(r, op("request.grant", http.MethodPost, "/requests/{ref}/grant", "Grant a request, by ID, or by a name that only it has"), mayCertify, r.grantRequest)
 	handle(r, op("request.deny", http.MethodPost, "/requests/{ref}/deny", "Refuse a request, and tell the party so"), mayCertify, r.denyRequest)
 	handle(r, op("request.discard", http.MethodPost, "/requests/{ref}/discard", "Forget a request silently"), mayCertify, r.discardRequest)
+}
+
+type ruleName struct {
+	Name string `path:"name" maxLength:"256"`
+}
+
+func (r *rest) ruleRoutes() {
+	op := func(id, method, path, summary string) huma.Operation {
+		return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary}
+	}
+	apply := op("rule.apply", http.MethodPost, "/rules", "Create and change rules by which requests are granted")
+	apply.MaxBodyBytes, apply.BodyReadTimeout = maxApply, apiReadTime
+	handle(r, apply, mayCertify, func(ctx context.Context, in *body[api.ApplyRules]) (*body[api.AppliedRules], error) {
+		out, err := r.s.applyRules(ctx, in.Body)
+		return answer(out), err
+	})
+	handle(r, op("rule.list", http.MethodGet, "/rules", "List rules by name"), mayRead, func(ctx context.Context, in *Page) (*body[api.List[api.Rule]], error) {
+		rows, err := r.s.store.Rules(ctx, store.DefaultTenant)
+		if err != nil {
+			return nil, err
+		}
+		out := make([]api.Rule, len(rows))
+		for i, row := range rows {
+			out[i] = ruleView(row)
+		}
+		l, err := slicePage(out, *in, func(v api.Rule) string { return v.Name })
+		return answer(l), err
+	})
+	handle(r, op("rule.delete", http.MethodDelete, "/rules/{name}", "Delete a rule; what it granted stays"), mayCertify, func(ctx context.Context, in *ruleName) (*struct{}, error) {
+		return nil, r.s.deleteRule(ctx, in.Name)
+	})
 }
 
 // maxBulkBody is room for maxBulk names of the longest kind.
@@ -94,7 +126,7 @@ func (r *rest) revokeJoin(ctx context.Context, in *ByID) (*body[api.Join], error
 func requestView(q *store.Request) api.Request {
 	v := api.Request{
 		ID: q.ID, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Fingerprint: q.KeyHash.Fingerprint(), Source: q.Source, RCP: q.RCP, Tags: q.Tags,
-		State: q.State, Reason: cmp.Or(q.Reason, q.Code), Requested: utc(q.RequestedAt), Decided: when(q.DecidedAt), DecidedBy: q.DecidedBy, Version: q.Program,
+		State: q.State, Reason: cmp.Or(q.Reason, q.Code), Requested: utc(q.RequestedAt), Decided: when(q.DecidedAt), DecidedBy: q.DecidedBy, Rule: q.Rule, Version: q.Program,
 	}
 	if q.Code != "" && q.State == api.RequestPending {
 		v.Reason = q.Code // what waits says why in one word, such as name-in-use

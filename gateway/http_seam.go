@@ -24,6 +24,8 @@ type enrolling interface {
 	deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error)
 	discard(ctx context.Context, ref string) (*store.Request, error)
 	// decideMany does the same with several; verb is grant, deny or discard.
+	applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error)
+	deleteRule(ctx context.Context, name string) error
 	decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error)
 }
 

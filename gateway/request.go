@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -113,6 +114,13 @@ func (e *enrolment) grantIn(ctx context.Context, tx *store.Tx, d *decision, q *s
 		return err
 	}
 	detail := fmt.Sprintf("%s, %s", d.party, q.KeyHash.Fingerprint())
+	if d.rules.rule != nil {
+		q.Rule = d.ruleName()
+		detail += ", rule " + q.Rule
+		if err := tx.CountRule(ctx, q.Tenant, q.Rule); err != nil {
+			return err
+		}
+	}
 	if d.join != nil {
 		detail += ", join code " + d.join.ID
 	}
@@ -137,6 +145,14 @@ func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *
 	var tags map[string]string
 	if d.join != nil {
 		n.JoinID, n.AllowTags, tags = d.join.ID, d.join.AllowTags, d.join.Tags
+	}
+	if r := d.rules.rule; r != nil {
+		n.AllowTags = slices.Concat(n.AllowTags, r.Allow)
+		tags = maps.Clone(tags)
+		if tags == nil {
+			tags = map[string]string{}
+		}
+		maps.Copy(tags, r.Set)
 	}
 	if err := tx.AddNode(ctx, n); err != nil {
 		return err

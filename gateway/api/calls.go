@@ -161,6 +161,21 @@ func (c *Client) DecideRequests(ctx context.Context, verb string, in DecideReque
 	return post[DecidedRequests](ctx, c, at("/requests", verb), in)
 }
 
+// ApplyRules creates and changes rules by which requests are granted.
+func (c *Client) ApplyRules(ctx context.Context, in ApplyRules) (AppliedRules, error) {
+	return post[AppliedRules](ctx, c, "/rules", in)
+}
+
+// Rules lists them by name.
+func (c *Client) Rules(ctx context.Context) ([]Rule, error) {
+	return list[Rule](ctx, c, "/rules", values(), Page{})
+}
+
+// DeleteRule deletes a rule; what it granted stays.
+func (c *Client) DeleteRule(ctx context.Context, name string) error {
+	return c.call(ctx, http.MethodDelete, at("/rules", name), nil, nil, nil)
+}
+
 // Apply creates and changes policies and deployments.
 func (c *Client) Apply(ctx context.Context, in Apply) (Applied, error) {
 	return post[Applied](ctx, c, "/apply", in)

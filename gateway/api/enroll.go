@@ -62,6 +62,7 @@ type Request struct {
 	Requested   time.Time         `json:"requested"`
 	Decided     *time.Time        `json:"decided"`
 	DecidedBy   string            `json:"decided_by"`
+	Rule        string            `json:"rule"` // that granted it; empty: an operator, or its token
 	Version     string            `json:"version"`
 }
 

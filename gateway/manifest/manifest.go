@@ -1,5 +1,5 @@
-// Package manifest reads the YAML documents in which operators write policies
-// and deployments, several to a file. It is strict: a key that it does not
+// Package manifest reads the YAML documents in which operators write policies,
+// deployments and rules, several to a file. It is strict: a key that it does not
 // know, a key that stands twice and a value of the wrong kind are refused,
 // every one with file and line, because a misspelt key that is ignored is a
 // setting that silently does not hold.
@@ -63,6 +63,7 @@ type Rollout struct {
 type Set struct {
 	Policies    []Policy
 	Deployments []Deployment
+	Rules       []Rule
 }
 
 // Pos is a place in a file.
@@ -102,12 +103,16 @@ func (s *Set) Parse(file string, text []byte) error {
 	for _, d := range s.Deployments {
 		p.seen[KindDeployment+" "+d.Name] = d.Pos
 	}
+	for _, d := range s.Rules {
+		p.seen[KindRule+" "+d.Name] = d.Pos
+	}
 	p.parse(text)
 	if len(p.errs) > 0 {
 		return p.errs
 	}
 	s.Policies = append(s.Policies, p.set.Policies...)
 	s.Deployments = append(s.Deployments, p.set.Deployments...)
+	s.Rules = append(s.Rules, p.set.Rules...)
 	return nil
 }
 
@@ -176,10 +181,12 @@ func (p *parser) document(n *yaml.Node) {
 		p.policy(n)
 	case KindDeployment:
 		p.deployment(n)
+	case KindRule:
+		p.rule(n)
 	case "":
-		p.failf(line, "document has no kind (want policy or deployment)")
+		p.failf(line, "document has no kind (want policy, deployment or rule)")
 	default:
-		p.failf(line, "unknown kind %q (want policy or deployment)", wire.Quotable(kind))
+		p.failf(line, "unknown kind %q (want policy, deployment or rule)", wire.Quotable(kind))
 	}
 }
 

@@ -80,6 +80,7 @@ type Request struct {
 	SeenAt        time.Time // when it was last there
 	DecidedAt     time.Time `bun:",nullzero"`
 	DecidedBy     string
+	Rule          string // that granted it
 }
 
 // Joins lists join codes, newest first.

@@ -162,6 +162,16 @@ func (k KeyHash) Fingerprint() string {
 	return "SHA256:" + base64.StdEncoding.EncodeToString(b)
 }
 
+// ParseFingerprint reads what [KeyHash.Fingerprint] writes.
+func ParseFingerprint(s string) (KeyHash, error) {
+	text, ok := strings.CutPrefix(s, "SHA256:")
+	b, err := base64.StdEncoding.DecodeString(text)
+	if !ok || err != nil || len(b) != sha256.Size {
+		return "", fmt.Errorf("%q is not a fingerprint (SHA256: and 44 characters)", Quotable(s))
+	}
+	return KeyHash(hex.EncodeToString(b)), nil
+}
+
 // The authorities of the CONNECT requests that an RCP understands. They always
 // carry port 443, which means nothing and which RFC 9110 section 9.3.6 demands.
 const (

@@ -385,6 +385,7 @@ const (
 	EnrollTokenForeign = "token-foreign" // for another role
 	EnrollNeedsToken   = "token-missing" // nothing is known of the party and it showed no token
 	EnrollManual       = "manual"        // an operator grants it
+	EnrollNoRule       = "no-rule"       // likewise: the code is bound to rules, and none of them fits
 	EnrollNameInUse    = "name-in-use"   // likewise
 	EnrollUUIDInUse    = "uuid-in-use"   // likewise
 	EnrollByOperator   = "denied"        // an operator refused it

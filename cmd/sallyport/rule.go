@@ -1,0 +1,92 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/gateway/api"
+	"sallyport/internal/cli"
+)
+
+func (a *app) ruleCommand() *cobra.Command {
+	list := &cobra.Command{Use: "list", Short: "List rules, and what they granted", Args: cli.Exactly(0),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Rule, error) { return c.Rules(ctx) })
+			if err != nil {
+				return err
+			}
+			t := cli.Table{Columns: []string{"name", "granted", "last", "updated", "updated_by", "spec"}}
+			for _, r := range all {
+				t.Add(r.Name, fmt.Sprint(r.Granted), cli.Time(deref(r.GrantedAt)), cli.Time(r.Updated), r.UpdatedBy, string(r.Spec))
+			}
+			return a.out.Print(all, t)
+		}}
+	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a rule; what it granted stays", Args: cli.Exactly(1),
+		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Rules, func(r api.Rule) string { return r.Name })),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := a.client()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			return c.DeleteRule(cmd.Context(), args[0])
+		}}
+	return cli.Group("rule", "Rules by which certificate requests are granted", a.ruleApplyCommand(), list, remove)
+}
+
+func (a *app) ruleApplyCommand() *cobra.Command {
+	var files []string
+	var in api.ApplyRules
+	cmd := &cobra.Command{
+		Use: "apply -f FILE|- [--dry-run]", Short: "Create and change rules", Args: cli.Exactly(0),
+		Long: "Create and change rules: all documents of kind rule in all files, or none.\n" +
+			"--dry-run computes the same, says which waiting requests would be granted, and changes nothing.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if len(files) == 0 {
+				return cli.Usage("-f: name a file, or - for standard input")
+			}
+			var err error
+			if in.Manifests, err = a.readManifests(files); err != nil {
+				return err
+			}
+			out, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.AppliedRules, error) { return c.ApplyRules(ctx, in) })
+			if err != nil {
+				return err
+			}
+			return a.printRules(out)
+		},
+	}
+	cmd.Flags().StringArrayVarP(&files, "file", "f", nil, "YAML documents; - is standard input")
+	cmd.Flags().BoolVar(&in.DryRun, "dry-run", false, "say what would change and be granted, and change nothing")
+	return cmd
+}
+
+func (a *app) printRules(out api.AppliedRules) error {
+	t := cli.Table{Columns: []string{"kind", "name", "change"}}
+	for _, o := range out.Objects {
+		t.Add(o.Kind, o.Name, o.Change)
+	}
+	if err := a.out.Print(out, t); err != nil {
+		return err
+	}
+	if a.out.Format != cli.FormatTable {
+		return nil
+	}
+	granted := 0
+	for _, g := range out.Grants {
+		verdict := "waits on: " + g.Why
+		if g.Rule != "" && g.Why == "" {
+			granted++
+			verdict = "granted by rule " + g.Rule
+		}
+		a.out.Say("%s", cli.Clean(fmt.Sprintf("request %s %s %s: %s", g.Request.ID, g.Request.Name, g.Request.Fingerprint, verdict)))
+	}
+	tense := "are granted as soon as their parties are there"
+	if out.DryRun {
+		tense = "would be granted. Nothing was changed"
+	}
+	a.out.Say("%d waiting requests %s.", granted, tense)
+	return nil
+}

@@ -1,0 +1,318 @@
+package gateway
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path"
+	"slices"
+	"strings"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/manifest"
+	"sallyport/gateway/store"
+	"sallyport/internal/selector"
+	"sallyport/internal/wire"
+)
+
+// rule is one rule, ready to be asked.
+type rule struct {
+	name string
+	manifest.RuleSpec
+	prefixes []netip.Prefix
+	tags     selector.Selector
+}
+
+// contender is what a rule looks at. Key and join are proven: the party holds
+// the key, and has shown the token of the code.
+type contender struct {
+	key    wire.KeyHash
+	join   string // empty: none, or a code without a token
+	id     wire.ID
+	name   string
+	source string // address, as reported by the RCP
+	rcp    string
+	tags   map[string]string
+}
+
+func newRule(name, spec string) (*rule, error) {
+	r := &rule{name: name, tags: selector.Everything}
+	if err := json.Unmarshal([]byte(spec), &r.RuleSpec); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	for _, c := range r.CIDRs {
+		p, err := netip.ParsePrefix(c)
+		if err != nil {
+			return nil, fmt.Errorf("rule %s: %w", name, err)
+		}
+		r.prefixes = append(r.prefixes, p.Masked())
+	}
+	if r.Tags != "" {
+		var err error
+		if r.tags, err = selector.Parse(r.Tags); err != nil {
+			return nil, fmt.Errorf("rule %s: %w", name, err)
+		}
+	}
+	return r, nil
+}
+
+// fits tells what speaks against a rule; nothing: it grants. What has to be
+// proven comes first: everything behind it is what the party or its RCP says.
+func (r *rule) fits(c *contender) (against string) {
+	match := func(globs []string) bool {
+		return slices.ContainsFunc(globs, func(g string) bool { ok, err := path.Match(g, c.name); return ok && err == nil })
+	}
+	switch {
+	case len(r.Joins) == 0 && len(r.Keys) == 0:
+		return "it proves nothing"
+	case len(r.Joins) > 0 && (c.join == "" || !slices.Contains(r.Joins, c.join)):
+		return "it is for other join codes"
+	case len(r.Keys) > 0 && !slices.Contains(r.Keys, c.key.Fingerprint()):
+		return "its keys are others"
+	case len(r.IDs) > 0 && !slices.Contains(r.IDs, c.id):
+		return "its UUIDs are others"
+	case len(r.Names) > 0 && !match(r.Names):
+		return fmt.Sprintf("the name %q is not among its names", c.name)
+	case len(r.RCPs) > 0 && !slices.Contains(r.RCPs, c.rcp):
+		return "its RCPs are others"
+	case len(r.prefixes) > 0 && !within(r.prefixes, c.source):
+		return fmt.Sprintf("the source %q, as reported, is outside its networks", wire.Quotable(c.source))
+	case !r.tags.Matches(c.tags):
+		return "the tags do not match " + r.Tags
+	}
+	return ""
+}
+
+// within tells whether an address, with or without a port, lies in a network.
+func within(prefixes []netip.Prefix, source string) bool {
+	host, _, err := net.SplitHostPort(source)
+	if err != nil {
+		host = source
+	}
+	addr, err := netip.ParseAddr(host)
+	if err != nil {
+		return false
+	}
+	addr = addr.Unmap().WithZone("")
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Contains(addr) })
+}
+
+// ruleVerdict is what the rules of a tenant say of a party that asks.
+type ruleVerdict struct {
+	rule  *rule  // that grants; nil: none
+	bound bool   // some rule names the join code: its token alone does not do
+	why   string // of bound without a rule: what speaks against each
+}
+
+// askRules finds the first rule, by name, that grants. A join code that any
+// rule names grants by such a rule only, so that its token is narrowed by it.
+func askRules(rules []*rule, c *contender) (v ruleVerdict) {
+	var against []string
+	for _, r := range rules {
+		no := r.fits(c)
+		if no == "" {
+			v.rule = r
+			return v
+		}
+		if c.join != "" && slices.Contains(r.Joins, c.join) {
+			v.bound = true
+			against = append(against, r.name+": "+no)
+		}
+	}
+	v.why = strings.Join(against, "; ")
+	return v
+}
+
+// rulesOf reads the rules of a tenant. One that cannot be read grants nothing,
+// and still binds the codes that it named: that is an error, not a gap.
+func rulesOf(ctx context.Context, q store.Queries, tenant string) ([]*rule, error) {
+	rows, err := q.Rules(ctx, tenant)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]*rule, len(rows))
+	for i, row := range rows {
+		if out[i], err = newRule(row.Name, row.Spec); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// byRules looks whether a rule grants a request, or keeps its code from it.
+func (e *enrolment) byRules(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash, req *wire.EnrollRequest, from origin) error {
+	if d.party.Role != wire.RoleNode {
+		return nil
+	}
+	rules, err := rulesOf(ctx, q, d.tenant)
+	if err != nil || len(rules) == 0 {
+		return err
+	}
+	c := &contender{key: key, id: d.party.ID, name: d.name, source: from.address, rcp: from.rcp, tags: requestTags(req.Tags, d.join)}
+	if d.join != nil && !d.join.Manual {
+		c.join = d.join.ID
+	}
+	d.rules = askRules(rules, c)
+	return nil
+}
+
+// applyRules creates and changes rules, and says which waiting requests they
+// let in.
+func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error) {
+	out := api.AppliedRules{DryRun: in.DryRun, Objects: []api.AppliedObject{}, Grants: []api.RuleGrant{}}
+	set, err := parseManifests(in.Manifests)
+	if err != nil {
+		return out, err
+	}
+	out.Skipped = len(set.Policies) + len(set.Deployments)
+	if len(set.Rules) == 0 {
+		return out, api.NewProblem(api.CodeInvalid, fmt.Sprintf("there is no rule to apply (%d documents of another kind)", out.Skipped))
+	}
+	run := e.store.Update
+	if in.DryRun {
+		run = e.store.Try
+	}
+	err = run(ctx, func(ctx context.Context, tx *store.Tx) error {
+		out.Objects = []api.AppliedObject{}
+		for _, d := range set.Rules {
+			if err := e.checkRule(ctx, tx.Queries, d); err != nil {
+				return err
+			}
+			spec, err := json.Marshal(d.Spec)
+			if err != nil {
+				return err
+			}
+			change, err := tx.PutRule(ctx, store.DefaultTenant, d.Name, string(spec))
+			if err != nil {
+				return err
+			}
+			if change != "unchanged" {
+				tx.Audit(ctx, "rule.apply", d.Name, change+": "+clip(string(spec)))
+			}
+			out.Objects = append(out.Objects, api.AppliedObject{Kind: manifest.KindRule, Name: d.Name, Change: change})
+		}
+		return nil
+	})
+	if err != nil {
+		return out, err
+	}
+	var keys []wire.KeyHash
+	if out.Grants, keys, err = e.rehearse(ctx, e.store.Queries, set.Rules); err != nil || in.DryRun {
+		return out, err
+	}
+	for _, key := range keys {
+		e.again(key)
+	}
+	return out, nil
+}
+
+// checkRule finds what only the database knows to be wrong with a rule.
+func (e *enrolment) checkRule(ctx context.Context, q store.Queries, d manifest.Rule) error {
+	fault := func(format string, args ...any) error {
+		return manifest.Errors{{Pos: d.Pos, Message: fmt.Sprintf("rule %s: ", d.Name) + fmt.Sprintf(format, args...)}}
+	}
+	for _, id := range d.Spec.Joins {
+		switch j, err := q.Join(ctx, id); {
+		case errors.Is(err, store.ErrNotFound):
+			return fault("no join code %s", id)
+		case err != nil:
+			return err
+		case j.Manual:
+			return fault("join code %s holds no token (--manual): whoever has seen it could come with it", id)
+		case j.Role != wire.RoleNode || j.Tenant != store.DefaultTenant:
+			return fault("join code %s is not for nodes of this tenant", id)
+		}
+	}
+	for k, v := range d.Spec.Set {
+		if err := store.ValidTag(k, v); err != nil {
+			return fault("set: %v", err)
+		}
+	}
+	return nil
+}
+
+// rehearse says of the waiting requests what the rules make of them, with those
+// of changed in the place of what the database has: a dry run finds the old
+// ones there. It takes no lock: ten thousand may wait.
+func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []manifest.Rule) (grants []api.RuleGrant, keys []wire.KeyHash, err error) {
+	rules, err := rulesOf(ctx, q, store.DefaultTenant)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, m := range changed {
+		spec, err := json.Marshal(m.Spec)
+		if err != nil {
+			return nil, nil, err
+		}
+		r, err := newRule(m.Name, string(spec))
+		if err != nil {
+			return nil, nil, err
+		}
+		rules = append(slices.DeleteFunc(rules, func(old *rule) bool { return old.name == m.Name }), r)
+	}
+	slices.SortFunc(rules, func(a, b *rule) int { return cmp.Compare(a.name, b.name) })
+	tokens := map[string]bool{} // by join code: it has one
+	waiting, err := q.Requests(ctx, api.RequestPending)
+	if err != nil {
+		return nil, nil, err
+	}
+	grants = []api.RuleGrant{}
+	for _, r := range waiting {
+		if r.Role != wire.RoleNode || r.Tenant != store.DefaultTenant {
+			continue
+		}
+		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, source: r.Source, rcp: r.RCP, tags: r.Tags}
+		if r.JoinID != "" { // its token was shown, or the request would not wait
+			has, known := tokens[r.JoinID]
+			if !known {
+				j, err := q.Join(ctx, r.JoinID)
+				if err != nil && !errors.Is(err, store.ErrNotFound) {
+					return nil, nil, err
+				}
+				has = err == nil && !j.Manual
+				tokens[r.JoinID] = has
+			}
+			if has {
+				c.join = r.JoinID
+			}
+		}
+		v := askRules(rules, c)
+		g := api.RuleGrant{Request: requestView(r), Why: v.why}
+		if v.rule != nil {
+			g.Rule = v.rule.name
+			// A name or UUID that is taken waits for an operator, whatever a
+			// rule says.
+			if d, err := e.judge(ctx, q, r, false); err != nil {
+				g.Why = err.Error()
+			} else if d != nil {
+				keys = append(keys, r.KeyHash)
+			}
+		}
+		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && v.bound {
+			grants = append(grants, g)
+		}
+	}
+	return grants, keys, nil
+}
+
+// deleteRule forgets a rule. A join code that no other rule names grants by its
+// token alone again.
+func (e *enrolment) deleteRule(ctx context.Context, name string) error {
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, "rule.delete", name, "")
+		return tx.DeleteRule(ctx, store.DefaultTenant, name)
+	})
+	if errors.Is(err, store.ErrNotFound) {
+		return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rule %q", wire.Quotable(name)))
+	}
+	return err
+}
+
+func ruleView(r *store.Rule) api.Rule {
+	return api.Rule{Name: r.Name, Spec: json.RawMessage(cmp.Or(r.Spec, "{}")), Granted: r.Granted, GrantedAt: when(r.GrantedAt),
+		Created: utc(r.CreatedAt), CreatedBy: r.CreatedBy, Updated: utc(r.UpdatedAt), UpdatedBy: r.UpdatedBy}
+}

@@ -1,0 +1,167 @@
+package gateway
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/enroll"
+	"sallyport/internal/wire"
+)
+
+func (d *desk) rules(text string, dryRun bool) api.AppliedRules {
+	d.t.Helper()
+	out, err := d.applyRules(d.t.Context(), api.ApplyRules{Manifests: []api.Manifest{{File: "rules.yaml", Text: text}}, DryRun: dryRun})
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	return out
+}
+
+// from shows the party to the gateway as an RCP reports it.
+func (d *desk) from(a *applicant, rcp, source string) {
+	d.t.Helper()
+	d.pending(d.t.Context(), a.id.KeyHash(), &store.RCP{Name: rcp}, wire.Peer{Pending: a.id.KeyHash(), Source: source, Since: time.Now()})
+}
+
+// A rule that names a join code narrows it: its token alone does not do any more.
+func TestRuleNarrowsAToken(t *testing.T) {
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Uses: 10, Tags: map[string]string{"site": "plant"}})
+	text := fmt.Sprintf("kind: rule\nname: plant\njoins: [%s]\ncidrs: [10.7.0.0/16, '2001:db8::/32']\nrcps: [edge]\nnames: ['web-*']\ntags: site=plant\nset: {tier: gold, site: other}\nallow: [env=*]\n", mustParse(t, code).TokenID)
+	d.rules(text, false)
+	for _, tc := range []struct{ name, rcp, source, against string }{
+		{"web-1", "edge", "10.8.0.1:4000", "outside its networks"},
+		{"web-2", "edge", "nonsense", "outside its networks"},
+		{"web-3", "dmz", "10.7.0.1:4000", "RCPs"},
+		{"db-1", "edge", "10.7.0.1:4000", "name"},
+		{"web-4", "edge", "10.7.3.4:4000", ""},
+		{"web-5", "edge", "[2001:db8::7]:4000", ""},
+		{"web-6", "edge", "::ffff:10.7.0.9", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			a := d.party(wire.RoleNode, code, tc.name)
+			d.from(a, tc.rcp, tc.source)
+			if tc.against != "" {
+				d.expect(a, enroll.StateWaiting, wire.EnrollNoRule)
+				if s := a.Status(); !strings.Contains(s.Reason, tc.against) {
+					t.Errorf("reason %q, want %q in it", s.Reason, tc.against)
+				}
+				return
+			}
+			d.expect(a, enroll.StateEnrolled, "")
+			q, err := d.store.LastRequest(t.Context(), a.id.KeyHash())
+			if err != nil || q.Rule != "plant" {
+				t.Errorf("request %+v %v", q, err)
+			}
+			n, err := d.store.Node(t.Context(), a.id.ID())
+			if err != nil || len(n.AllowTags) != 1 {
+				t.Errorf("node %+v %v", n, err)
+			}
+			rows, err := d.store.NodeTags(t.Context(), a.id.ID())
+			if tags := store.Effective(rows); err != nil || tags["tier"] != "gold" || tags["site"] != "other" {
+				t.Errorf("tags %v %v", tags, err)
+			}
+		})
+	}
+	if rules, err := d.store.Rules(t.Context(), store.DefaultTenant); err != nil || rules[0].Granted != 3 {
+		t.Errorf("rules %+v %v", rules, err)
+	}
+	// A dry run says who would get in, and changes nothing.
+	wider := strings.Replace(text, "10.7.0.0/16", "10.0.0.0/8", 1)
+	dry := d.rules(wider, true)
+	granted := map[string]string{}
+	for _, g := range dry.Grants {
+		granted[g.Request.Name] = g.Rule
+	}
+	if len(dry.Grants) != 4 || granted["web-1"] != "plant" || granted["db-1"] != "" || dry.Objects[0].Change != "changed" {
+		t.Errorf("dry run %+v", dry)
+	}
+	if n := len(d.requests(api.RequestPending)); n != 4 || d.audited("rule.apply") != 1 {
+		t.Errorf("the dry run changed something: %d wait", n)
+	}
+	d.mu.Lock()
+	d.looked = nil
+	d.mu.Unlock()
+	d.rules(wider, false)
+	if len(d.looked) != 1 {
+		t.Errorf("%d waiting parties were looked at, want the one that the rule lets in", len(d.looked))
+	}
+	for key, a := range d.parties {
+		if q, err := d.store.LastRequest(t.Context(), key); err == nil && q.Name == "web-1" {
+			d.from(a, "edge", "10.8.0.1:4000")
+			d.expect(a, enroll.StateEnrolled, "")
+		}
+	}
+	// Without the rule the token does again.
+	if err := d.deleteRule(t.Context(), "plant"); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.deleteRule(t.Context(), "plant"); !api.Is(err, api.CodeNotFound) {
+		t.Errorf("deleted twice: %v", err)
+	}
+	a := d.party(wire.RoleNode, code, "db-9")
+	d.from(a, "dmz", "192.0.2.1:1")
+	d.expect(a, enroll.StateEnrolled, "")
+}
+
+// A key that was registered before is let in without a token; another one with
+// the same name, tags, UUID and address is not.
+func TestRuleGrantsARegisteredKey(t *testing.T) {
+	d := newDesk(t)
+	manual := d.join(api.CreateJoin{Manual: true})
+	a := d.party(wire.RoleNode, manual, "web-1")
+	out := d.rules(fmt.Sprintf("kind: rule\nname: delivered\nkeys: ['%s']\nids: [%s]\n", a.id.Fingerprint(), a.id.ID()), false)
+	if len(out.Objects) != 1 || out.Objects[0].Change != "created" || len(out.Grants) != 0 {
+		t.Errorf("%+v", out)
+	}
+	thief := d.party(wire.RoleNode, manual, "web-1")
+	claiming(t, thief, func(r *wire.EnrollRequest) { r.ID = a.id.ID() })
+	d.see(thief)
+	d.expect(thief, enroll.StateWaiting, wire.EnrollManual)
+	d.see(a)
+	d.expect(a, enroll.StateEnrolled, "")
+	// It opens no other name or UUID: those are an operator's to take away.
+	live := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
+	b := d.party(wire.RoleNode, manual, "db")
+	d.rules(fmt.Sprintf("kind: rule\nname: second\nkeys: ['%s']\n", b.id.Fingerprint()), false)
+	d.see(b)
+	d.expect(b, enroll.StateWaiting, wire.EnrollNameInUse)
+	if d.id.Revoked(live.id.KeyHash()) {
+		t.Error("a rule replaced a live node")
+	}
+}
+
+func TestRulesThatProveNothingAreRefused(t *testing.T) {
+	d := newDesk(t)
+	manual := mustParse(t, d.join(api.CreateJoin{Manual: true})).TokenID
+	rcp, err := d.addRCP(t.Context(), api.AddRCP{Name: "edge"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, want := range map[string]string{
+		"kind: rule\nname: a\ncidrs: [10.0.0.0/8]\n":                                "proves nothing",
+		"kind: rule\nname: a\nids: [" + string(wire.NewID()) + "]\nnames: [x]\n":    "proves nothing",
+		"kind: rule\nname: a\njoins: [" + manual + "]\n":                            "holds no token",
+		"kind: rule\nname: a\njoins: [" + rcp.Join.ID + "]\n":                       "not for nodes",
+		"kind: rule\nname: a\njoins: [" + string(wire.NewID()) + "]\n":              "no join code",
+		"kind: rule\nname: a\njoins: []\n":                                          "want 1 to",
+		"kind: rule\nname: a\nkeys: [SHA256:abc]\n":                                 "is not a fingerprint",
+		"kind: rule\nname: a\nkeys: [x]\ncidrs: [10.0.0.0]\n":                       "is not a network",
+		"kind: rule\nname: a\nkeys: [x]\nnames: ['[']\n":                            "no glob",
+		"kind: rule\nname: a\nkeys: [x]\nnetworks: [10.0.0.0/8]\n":                  "unknown key",
+		"kind: policy\nname: p\ntype: check\nspec: {command: [/bin/true]}\n":        "no rule to apply",
+		"kind: rule\nname: a\nkeys: ['" + d.id.Fingerprint() + "']\nset: {'': b}\n": "set:",
+	} {
+		_, err := d.applyRules(t.Context(), api.ApplyRules{Manifests: []api.Manifest{{File: "r.yaml", Text: text}}})
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+	if rules, err := d.store.Rules(t.Context(), store.DefaultTenant); err != nil || len(rules) != 0 {
+		t.Errorf("rules %+v %v", rules, err)
+	}
+}
