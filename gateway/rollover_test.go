@@ -1,0 +1,164 @@
+package gateway
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+// rollingCA is the authority in memory, as one whose issuers can be changed.
+type rollingCA struct {
+	*memoryCA
+	state wire.CAState
+	env   *wire.Envelope
+}
+
+func (c *rollingCA) State() wire.CAState { return c.state }
+
+func (c *rollingCA) Trust() (wire.Envelope, bool) {
+	if c.env == nil {
+		return wire.Envelope{}, false
+	}
+	return *c.env, true
+}
+
+func (c *rollingCA) Rotate(context.Context, string, int64) (wire.CAState, error) { return c.state, nil }
+func (c *rollingCA) Abort(context.Context, int64) (wire.CAState, error)          { return c.state, nil }
+func (c *rollingCA) Finish(context.Context, bool, int64) (wire.CAState, error)   { return c.state, nil }
+
+// rolls gives the desk an authority whose first intermediate is the one that
+// has signed so far.
+func (d *desk) rolls() *rollingCA {
+	ca := &rollingCA{memoryCA: d.ca, state: wire.CAState{TrustDomain: d.ca.TrustDomain,
+		Roots:         []wire.CAIssuer{{N: 1, Key: wire.KeyOf(d.ca.Root()), State: wire.IssuerIssuing}},
+		Intermediates: []wire.CAIssuer{{N: 1, Root: 1, Key: wire.KeyOf(d.ca.Inter), State: wire.IssuerIssuing}}}}
+	d.enrolment.ca = ca
+	return ca
+}
+
+// rotated makes another intermediate the issuing one, as far as the state says.
+func (c *rollingCA) rotated() {
+	c.state.Intermediates[0].State = wire.IssuerTrusted
+	c.state.Intermediates = append(c.state.Intermediates, wire.CAIssuer{N: 2, Root: 1, Key: wire.KeyHash(strings.Repeat("ab", 32)), State: wire.IssuerIssuing})
+}
+
+func TestPartiesAreMovedOntoTheIssuingIntermediate(t *testing.T) {
+	d := newDesk(t)
+	ca := d.rolls()
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	hello := &wire.Hello{Party: party, RenewAfter: time.Now().Add(time.Hour)}
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || len(d.told[party.ID]) != 0 {
+		t.Errorf("renewed without a rollover: %v %v", err, d.told[party.ID])
+	}
+	held, err := d.store.PartyTrust(t.Context(), party.ID)
+	if err != nil || held.Issuer != wire.KeyOf(d.ca.Inter) {
+		t.Errorf("noted %+v, %v", held, err)
+	}
+	ca.rotated()
+	asked := 0
+	d.answer = func(_ wire.Party, _, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			asked++
+			der, err := a.id.CSR(false)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			return a.id.Install(in.(wire.Certificate).Chain)
+		}
+		return nil
+	}
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || asked != 1 {
+		t.Errorf("a leaf of the old intermediate: asked %d times, %v", asked, err)
+	}
+	// Once its leaf is noted as one of the issuing intermediate, it is left alone.
+	err = d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.SetIssuer(ctx, party, ca.state.Issuing().Key)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || asked != 1 {
+		t.Errorf("a leaf of the new one: asked %d times, %v", asked, err)
+	}
+}
+
+func TestTrustDocumentIsDelivered(t *testing.T) {
+	d := newDesk(t)
+	ca := d.rolls()
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	if err := d.deliverTrust(t.Context(), party.ID, &wire.Hello{Party: party}); err != nil || len(d.told[party.ID]) != 0 {
+		t.Errorf("there is none yet: %v %v", err, d.told[party.ID])
+	}
+	env := d.ca.Seal(t, wire.TypeTrust, wire.Trust{TrustDomain: d.ca.TrustDomain, Number: 4, Issued: time.Now().UTC(), Roots: [][]byte{d.ca.Root().Raw}})
+	ca.env = &env
+	d.answer = func(_ wire.Party, method, path string, in, _ any) error {
+		if method != http.MethodPut || path != wire.PathTrust {
+			t.Errorf("%s %s", method, path)
+		}
+		_, err := a.id.ApplyTrust(in.(wire.Envelope))
+		return err
+	}
+	if err := d.deliverTrust(t.Context(), party.ID, &wire.Hello{Party: party}); err != nil {
+		t.Fatal(err)
+	}
+	held, err := d.store.PartyTrust(t.Context(), party.ID)
+	if n, _ := a.id.Trust(); err != nil || n != 4 || held.Trust != 4 || held.Issuer == "" {
+		t.Errorf("it holds %d, noted %+v, %v", n, held, err)
+	}
+	// One that has it, and one that has a newer one, are not told.
+	for _, n := range []int64{4, 5} {
+		if err := d.deliverTrust(t.Context(), party.ID, &wire.Hello{Party: party, Trust: n}); err != nil || len(d.told[party.ID]) != 1 {
+			t.Errorf("holder of %d: %v %v", n, err, d.told[party.ID])
+		}
+	}
+	// A party that enrols gets it with its certificate.
+	b := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
+	if n, _ := b.id.Trust(); n != 4 {
+		t.Errorf("a new party holds %d", n)
+	}
+}
+
+func TestGivenUpIntermediateIsInEverySet(t *testing.T) {
+	d := newDesk(t)
+	ca := d.rolls()
+	if err := d.publish(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := ca.Revocations(); ok {
+		t.Fatal("a set that names nobody")
+	}
+	ca.rotated()
+	gone := wire.CAIssuer{N: 1, Root: 1, Key: wire.KeyHash(strings.Repeat("cd", 32)), State: wire.IssuerRetired, Retired: time.Now().UTC(), NotAfter: time.Now().Add(time.Hour)}
+	ca.state.Intermediates[0] = gone
+	for range 2 { // the second time there is nothing new
+		if err := d.publish(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	env, _ := ca.Revocations()
+	var set wire.Revocations
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		t.Fatal(err)
+	}
+	if set.Number != 1 || len(set.Revoked) != 1 || set.Revoked[0].Key != gone.Key || !d.id.Revoked(gone.Key) {
+		t.Errorf("the set is %+v", set)
+	}
+	// A restart merges the set that we hold: the authority's own knowledge is not
+	// made a party of.
+	if err := d.start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.store.Key(t.Context(), gone.Key); err == nil {
+		t.Error("the intermediate stands among the keys of parties")
+	}
+}
