@@ -4,6 +4,8 @@ import (
 	"context"
 	"runtime/debug"
 	"time"
+
+	"sallyport/internal/wire"
 )
 
 const (
@@ -19,6 +21,10 @@ const (
 	// A collection halves a stack that grew and is little used now; those of a
 	// handshake and a first request grew two or three times.
 	trimRounds = 3
+	// Streams leave buffers behind too, of which a plant at rest opens some for
+	// each node now and then: as many as there are channels are trimmed after
+	// at least trimStreams, calm or not.
+	trimStreams = time.Minute
 )
 
 // tuneMemory keeps the process small between storms of channels. GOGC in the
@@ -29,19 +35,22 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 	}
 	tick := time.NewTicker(trimCalm)
 	defer tick.Stop()
-	var trimmed, last uint64
+	var trimmed, last, streams uint64
+	at := time.Now()
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return nil
 		}
-		moved := r.roster.moved()
-		if moved == last && moved-trimmed >= trimAfter {
+		moved, opened := r.roster.moved(), r.opened.Load()
+		nodes, _ := r.roster.count()
+		calm := moved == last && moved-trimmed >= trimAfter
+		if calm || opened-streams >= max(trimAfter, uint64(nodes[wire.RoleNode])) && time.Since(at) >= trimStreams {
 			for range trimRounds {
 				debug.FreeOSMemory()
 			}
-			trimmed = moved
+			trimmed, streams, at = moved, opened, time.Now()
 		}
 		last = moved
 	}

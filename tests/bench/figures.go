@@ -145,6 +145,7 @@ var figures = []figure{
 
 	{id: "idle.rss", group: groupCrowd, row: rowIdle, name: "RSS at the RCP per node", unit: unitKiB, must: 44, stretch: 24},
 	{id: "idle.anonymous", group: groupCrowd, row: rowIdle, name: "anonymous memory at the RCP per node", unit: unitKiB},
+	{id: "idle.enrolled", group: groupCrowd, row: rowIdle, name: "RSS at the RCP per node, in the process that enrolled them all at once", unit: unitKiB},
 	{id: "idle.sockets", group: groupCrowd, row: rowIdle, name: "sockets at the RCP per node", unit: unitCount, must: 1},
 	{id: "idle.gateway", group: groupCrowd, row: rowIdle, name: "anonymous memory at the gateway per node", unit: unitKiB},
 

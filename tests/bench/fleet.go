@@ -149,8 +149,9 @@ type crowdFigures struct {
 	reconnect reconnection
 }
 
-// crowdRun measures one number of nodes from enrolment to reconnect.
-func (b *bench) crowdRun(ctx context.Context, plan scalePlan) (f crowdFigures, err error) {
+// crowdRun measures one number of nodes from enrolment to reconnect, with a
+// number of changes to all of them in between.
+func (b *bench) crowdRun(ctx context.Context, plan scalePlan, changes int) (f crowdFigures, err error) {
 	c, err := b.newCrowd(ctx, fmt.Sprintf("crowd-%d", plan.nodes), plan)
 	if err != nil {
 		return f, err
@@ -160,17 +161,23 @@ func (b *bench) crowdRun(ctx context.Context, plan scalePlan) (f crowdFigures, e
 	if b.quick {
 		rest = 2 * time.Second
 	}
-	b.say("%d nodes on %d RCPs: enrol, rest for %v, change %d times", plan.nodes, plan.rcps, rest, 1+b.rounds)
-	f.first, err = c.run(ctx, append(c.pids(), "--settle", rest.String(), "--fanout", strconv.Itoa(1+b.rounds), "--duration", "100ms")...)
+	bare, err := c.rcpMemory()
+	if err != nil {
+		return f, err
+	}
+	b.say("%d nodes on %d RCPs: enrol, rest for %v, change %d times", plan.nodes, plan.rcps, rest, changes)
+	f.first, err = c.run(ctx, append(c.pids(), "--settle", rest.String(), "--fanout", strconv.Itoa(changes), "--duration", "100ms")...)
 	if err != nil {
 		return f, err
 	}
 	r := f.first
 	b.say("%d nodes: connected after %.1f s (%.0f enrolments/s), RCP %.1f KiB RSS and %.1f anonymous each, changes %v", plan.nodes, r.ConnectSeconds, r.EnrollRate,
 		r.RCP.RSSPerNode, r.RCP.AnonPerNode, r.Fanout)
-	f.reconnect, err = b.restart(ctx, c)
+	f.reconnect, err = b.restart(ctx, c, rest)
 	if err == nil {
-		b.say("%d nodes: all back %.1f s after the restart of the RCP, %d missing, slowest answer of the API %v", plan.nodes, f.reconnect.took.Seconds(), f.reconnect.missing, f.reconnect.slowest)
+		b.say("%d nodes: all back %.1f s after the restart of the RCP, %d missing, slowest answer of the API %v; then RCP %d KiB RSS each", plan.nodes, f.reconnect.took.Seconds(), f.reconnect.missing,
+			f.reconnect.slowest, f.reconnect.memory.minus(bare).per(plan.nodes).RSS>>10)
+		f.reconnect.memory = f.reconnect.memory.minus(bare).per(plan.nodes)
 	}
 	return f, err
 }
@@ -180,11 +187,12 @@ type reconnection struct {
 	took    time.Duration // until every node was connected, from the start of the RCP
 	missing int
 	slowest time.Duration // answer of the gateway's API meanwhile
+	memory  memory        // of the RCPs, when all is at rest again
 }
 
 // restart connects the nodes that are enrolled, kills the RCPs and measures how
 // long all nodes take to come back.
-func (b *bench) restart(ctx context.Context, c *crowd) (r reconnection, err error) {
+func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r reconnection, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	sim := c.sim(ctx, "--settle", "0s", "--duration", "0s")
@@ -242,7 +250,25 @@ func (b *bench) restart(ctx context.Context, c *crowd) (r reconnection, err erro
 		r.missing = c.nodes - n
 		err = cerr
 	}
+	if err == nil {
+		err = pause(ctx, rest)
+	}
+	if err == nil {
+		r.memory, err = c.rcpMemory()
+	}
 	return r, err
+}
+
+// rcpMemory is that of all RCPs together.
+func (c *crowd) rcpMemory() (sum memory, err error) {
+	for _, r := range c.rcps {
+		m, err := memoryOf(r.pid())
+		if err != nil {
+			return sum, err
+		}
+		sum.RSS, sum.Anonymous = sum.RSS+m.RSS, sum.Anonymous+m.Anonymous
+	}
+	return sum, nil
 }
 
 // connected is how many nodes the RCPs hold.
@@ -279,14 +305,15 @@ func (c *crowd) slowestAnswer(ctx context.Context) time.Duration {
 
 // crowd measures the rows with many nodes, all with the same nodes.
 func (b *bench) crowd(ctx context.Context) error {
-	f, err := b.point(ctx, scalePlan{b.nodes, 1})
+	f, err := b.point(ctx, scalePlan{b.nodes, 1}, 1+b.rounds)
 	if err != nil {
 		return err
 	}
 	r := f.first
 	b.put("enrol.rate", r.EnrollRate)
-	b.put("idle.rss", r.RCP.RSSPerNode)
-	b.put("idle.anonymous", r.RCP.AnonPerNode)
+	b.put("idle.rss", kib(f.reconnect.memory.RSS))
+	b.put("idle.anonymous", kib(f.reconnect.memory.Anonymous))
+	b.put("idle.enrolled", r.RCP.RSSPerNode)
 	b.put("idle.sockets", r.RCP.SocketsEach)
 	b.put("idle.gateway", r.Gateway.AnonPerNode)
 	if r.RCP.Warm != nil && r.Gateway.Warm != nil {
@@ -309,13 +336,13 @@ func (b *bench) crowd(ctx context.Context) error {
 }
 
 // point measures one number of nodes and notes it.
-func (b *bench) point(ctx context.Context, plan scalePlan) (crowdFigures, error) {
-	f, err := b.crowdRun(ctx, plan)
+func (b *bench) point(ctx context.Context, plan scalePlan, changes int) (crowdFigures, error) {
+	f, err := b.crowdRun(ctx, plan, changes)
 	if err != nil {
 		return f, err
 	}
 	p := scalePoint{Nodes: plan.nodes, RCPs: plan.rcps, Connect: f.first.ConnectSeconds, Reconnect: f.reconnect.took.Seconds(),
-		RSS: f.first.RCP.RSSPerNode, Anonymous: f.first.RCP.AnonPerNode, Desired: -1}
+		RSS: kib(f.reconnect.memory.RSS), Anonymous: kib(f.reconnect.memory.Anonymous), Desired: -1}
 	if len(f.first.Fanout) > 0 {
 		p.Desired = f.first.Fanout[0].Acked
 	}
@@ -330,7 +357,7 @@ func (b *bench) scale(ctx context.Context) error {
 		if b.measured(plan) {
 			continue
 		}
-		if _, err := b.point(ctx, plan); err != nil {
+		if _, err := b.point(ctx, plan, 1); err != nil {
 			errs = append(errs, fmt.Errorf("%d nodes on %d RCPs: %w", plan.nodes, plan.rcps, err))
 		}
 	}

@@ -51,3 +51,5 @@ func (b *bench) memory(ctx context.Context) error {
 }
 
 func mib(n int64) float64 { return float64(n) / (1 << 20) }
+
+func kib(n int64) float64 { return float64(n) / (1 << 10) }
