@@ -14,12 +14,15 @@ import (
 const (
 	// maxDoorValues bounds what the ACME door keeps of each kind; clients
 	// beyond it are refused until something is forgotten.
-	maxDoorValues = 50_000
+	maxDoorValues = 200_000
 	maxDoorValue  = 256 << 10 // bytes of one
 	maxDoorList   = 10_000
-	// orderMemory is how long orders and what belongs to them are kept: they
-	// end after a day.
-	orderMemory = 3 * 24 * time.Hour
+	// orderLife is how long an order may be completed. An account's index of
+	// its orders names none that is older when it is written, and is read with
+	// every order that it names: it must be forgotten before they are.
+	orderLife   = 24 * time.Hour
+	indexMemory = orderLife + 2*doorUpkeep
+	orderMemory = orderLife + indexMemory + 2*doorUpkeep
 	// leafMemory is how long a leaf can be fetched and revoked by its client.
 	leafMemory = doors.Life + certificateMemory
 	// accountMemory is how long an account is kept that asks for nothing.
@@ -29,7 +32,7 @@ const (
 // doorMemory says how long what is kept of ACME clients is kept. A bucket that
 // does not stand here is not written to.
 var doorMemory = map[string]time.Duration{
-	"acme_orders": orderMemory, "acme_authzs": orderMemory, "acme_challenges": orderMemory, "acme_account_orders_index": orderMemory,
+	"acme_orders": orderMemory, "acme_authzs": orderMemory, "acme_challenges": orderMemory, "acme_account_orders_index": indexMemory,
 	"acme_certs": leafMemory, "acme_serial_certs_index": leafMemory,
 	"acme_accounts": accountMemory, "acme_keyID_accountID_index": accountMemory,
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/smallstep/certificates/authority/config"
 	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/smallstep/certificates/db"
+	"golang.org/x/time/rate"
 
 	"sallyport/internal/doors"
 )
@@ -39,6 +40,12 @@ const (
 	maxNonces = 20_000
 
 	acmePrefix = "/acme"
+
+	// What one side may have us keep: an account each accountPace, a challenge
+	// each challengePace, and so many at once. A name takes two challenges.
+	accountPace, accountBurst     = 10 * time.Minute, 20
+	challengePace, challengeBurst = 5 * time.Second, 400
+	maxSides                      = 10_000
 )
 
 // acmeDoor is the handler of the ACME door.
@@ -48,6 +55,31 @@ type acmeDoor struct {
 	db     *acmenosql.DB
 	nonces *nonces
 	router http.Handler
+
+	mu    sync.Mutex
+	sides map[string]*acmePace
+}
+
+// acmePace bounds what one side has us keep.
+type acmePace struct{ accounts, challenges *rate.Limiter }
+
+func (a *acmeDoor) pace(side string) *acmePace {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.sides[side]
+	if p == nil {
+		if len(a.sides) >= maxSides {
+			clear(a.sides)
+		}
+		p = &acmePace{rate.NewLimiter(rate.Every(accountPace), accountBurst), rate.NewLimiter(rate.Every(challengePace), challengeBurst)}
+		a.sides[side] = p
+	}
+	return p
+}
+
+// tooMuch is made anew each time: smallstep's code adds to it.
+func tooMuch() error {
+	return acme.NewDetailedError(acme.ErrorRateLimitedType, "too much is asked for from this side; try again later")
 }
 
 // ACME makes the handler of the ACME door. The protocol is smallstep's; from
@@ -60,7 +92,7 @@ func (d *Doors) ACME(c doors.ACME) (http.Handler, error) {
 	}
 	router := chi.NewRouter()
 	router.Route(acmePrefix, func(r chi.Router) { acmeapi.Route(r) })
-	return &acmeDoor{d: d, c: c, db: store, nonces: &nonces{known: map[acme.Nonce]bool{}}, router: router}, nil
+	return &acmeDoor{d: d, c: c, db: store, nonces: &nonces{known: map[acme.Nonce]bool{}}, router: router, sides: map[string]*acmePace{}}, nil
 }
 
 // ServeHTTP serves one request. Everything about it hangs on the side that its
@@ -204,6 +236,9 @@ func (d *acmeDB) CreateChallenge(ctx context.Context, ch *acme.Challenge) error 
 	if err := d.allow(ctx, ch.Value); err != nil {
 		return err
 	}
+	if !d.a.pace(d.side.ID).challenges.Allow() {
+		return tooMuch()
+	}
 	return d.DB.CreateChallenge(ctx, ch)
 }
 
@@ -248,7 +283,40 @@ func (d *acmeDB) CreateOrder(ctx context.Context, o *acme.Order) error {
 			return err
 		}
 	}
-	return d.DB.CreateOrder(ctx, o)
+	if err := d.DB.CreateOrder(ctx, o); err != nil {
+		return err
+	}
+	return d.touch(ctx, o.AccountID)
+}
+
+// CreateAccount keeps a new account, if its side has not too many.
+func (d *acmeDB) CreateAccount(ctx context.Context, acc *acme.Account) error {
+	if !d.a.pace(d.side.ID).accounts.Allow() {
+		return tooMuch()
+	}
+	return d.DB.CreateAccount(ctx, acc)
+}
+
+// touch says that an account is in use: others are forgotten in the end.
+func (d *acmeDB) touch(ctx context.Context, account string) error {
+	acc, err := d.GetAccount(ctx, account)
+	if err != nil {
+		return err
+	}
+	key, err := acme.KeyToID(acc.Key)
+	if err != nil {
+		return err
+	}
+	for bucket, name := range map[string]string{"acme_accounts": account, "acme_keyID_accountID_index": key} {
+		v, err := d.a.c.Values.Value(ctx, bucket, name)
+		if err != nil {
+			return err
+		}
+		if _, _, err := d.a.c.Values.Swap(ctx, bucket, name, v, v); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // CreateCertificate notes a leaf before its client can fetch it, if its names
