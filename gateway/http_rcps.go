@@ -34,7 +34,7 @@ func (r *rest) rcpRoutes() {
 func (r *rest) rcpView(p *store.RCP) api.RCP {
 	v := api.RCP{
 		Name: p.Name, ID: p.PartyID, State: p.State, StateReason: p.StateReason, StateSince: utc(p.StateSince), Address: p.Address, Public: list(p.Public),
-		Via: p.Via, Version: p.Program, LastSeen: when(p.LastSeen), Source: p.Source, ETag: etag(p.Version),
+		Via: p.Via, Version: p.Program, LastSeen: when(p.LastSeen), SkewSeconds: p.SkewSeconds, Source: p.Source, ETag: etag(p.Version),
 	}
 	if p.KeyHash != "" {
 		v.Fingerprint = p.KeyHash.Fingerprint()

@@ -152,6 +152,7 @@ func (c *conversation) call(ctx context.Context, method, path string, in, out an
 	if err != nil {
 		return err
 	}
+	req.Header.Set(wire.HeaderTime, time.Now().UTC().Format(time.RFC3339Nano))
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}

@@ -98,7 +98,7 @@ func (s *Server) record(ctx context.Context, t task, hello *wire.Hello, skew tim
 			if err != nil {
 				return err
 			}
-			return tx.SetRCPSeen(ctx, r.Name, hello.Program, hello.NotAfter, hello.RenewAfter)
+			return tx.SetRCPSeen(ctx, r.Name, hello.Program, hello.NotAfter, hello.RenewAfter, skew)
 		}
 		_, err := tx.RecordHello(ctx, hello, skew)
 		return err

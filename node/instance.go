@@ -17,6 +17,7 @@ import (
 	"sallyport/config"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
+	"sallyport/internal/local"
 	"sallyport/internal/parking"
 	"sallyport/internal/wire"
 	"sallyport/node/policy"
@@ -57,6 +58,7 @@ type instance struct {
 	outboxes   atomic.Int32
 	overflow   atomic.Int64 // unix seconds of the last event about it
 	dropped    chan int64
+	clock      local.Clock
 	reborn     chan struct{} // holds a wake-up: the channels of the identity before are to end
 	join       *identity.JoinSource
 }

@@ -22,7 +22,10 @@ const maxEcho = 64 << 10
 // after the session, and name the node and the installation they are for.
 func (in *instance) newSessionAPI() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, in.hello()) })
+	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
+		in.clock.Heard(r.Header)
+		writeJSON(w, in.hello())
+	})
 	mux.HandleFunc("PUT "+wire.PathDesired, in.takeDesired)
 	mux.HandleFunc("POST "+wire.PathOutbox, in.outbox)
 	mux.HandleFunc("POST "+wire.PathActions, in.takeAction)

@@ -18,7 +18,7 @@ func (r *Relay) Status(context.Context) local.Status {
 	s := local.Status{
 		Role: wire.RoleRCP, ID: r.id.ID(), Fingerprint: r.id.Fingerprint(), State: string(state), Reason: reason,
 		Upstreams: r.upstreamStatus(), Version: r.cfg.Version, Started: r.started, TrustDomain: r.id.TrustDomain(),
-		NotAfter: r.id.NotAfter(), DialTargets: r.diallers.targets(), Peers: r.peerCounts(),
+		NotAfter: r.id.NotAfter(), Clock: r.clock.Skew(), DialTargets: r.diallers.targets(), Peers: r.peerCounts(),
 	}
 	for _, a := range r.addrs {
 		s.Listen = append(s.Listen, a.String())

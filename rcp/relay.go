@@ -65,6 +65,7 @@ type Relay struct {
 	diallers   diallers // empty without dial targets
 	generation atomic.Int64
 	draining   atomic.Pointer[wire.Drain]
+	clock      local.Clock
 	tasks      sync.WaitGroup // short errands that Run waits for
 
 	// Made by Run, before anything is served.

@@ -21,7 +21,10 @@ const maxEcho = 64 << 10
 // client is a gateway.
 func (r *Relay) selfHandler() http.Handler {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, r.hello()) })
+	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, req *http.Request) {
+		r.clock.Heard(req.Header)
+		writeJSON(w, r.hello())
+	})
 	mux.HandleFunc("POST "+wire.PathEcho, echo)
 	mux.Handle(wire.PathParked, r.lot.API(""))
 	mux.HandleFunc("POST "+wire.PathCSR, r.takeCSR)

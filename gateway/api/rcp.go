@@ -23,6 +23,7 @@ type RCP struct {
 	Pending     int        `json:"parties_pending"`
 	LastError   string     `json:"last_error"`
 	LastSeen    *time.Time `json:"last_seen"`
+	SkewSeconds float64    `json:"skew_seconds"` // of its clock against the gateway's, when it last said so
 	Fingerprint string     `json:"fingerprint"`
 	Source      string     `json:"source"` // "added", or "configured" by SALLYPORT_GATEWAY_RCPS
 	ETag        string     `json:"etag"`

@@ -32,6 +32,7 @@ type RCP struct {
 	LastSeen      time.Time `bun:",nullzero"`
 	CreatedAt     time.Time
 	Version       int64
+	SkewSeconds   float64 // of its clock against ours
 }
 
 // Where the record of an RCP comes from.
@@ -104,12 +105,12 @@ func (tx *Tx) SetRCPState(ctx context.Context, name, state, reason string) error
 }
 
 // SetRCPSeen writes what a verified session with an RCP said.
-func (tx *Tx) SetRCPSeen(ctx context.Context, name, program string, notAfter, renewAfter time.Time) error {
-	p := &RCP{Name: name, Program: program, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC(), LastSeen: tx.now}
+func (tx *Tx) SetRCPSeen(ctx context.Context, name, program string, notAfter, renewAfter time.Time, skew time.Duration) error {
+	p := &RCP{Name: name, Program: program, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC(), LastSeen: tx.now, SkewSeconds: skew.Seconds()}
 	if notAfter.IsZero() {
 		p.NotAfter, p.RenewAfter = time.Time{}, time.Time{}
 	}
-	return one(tx.q.NewUpdate().Model(p).Column("program", "not_after", "renew_after", "last_seen").WherePK().Exec(ctx))
+	return one(tx.q.NewUpdate().Model(p).Column("program", "not_after", "renew_after", "last_seen", "skew_seconds").WherePK().Exec(ctx))
 }
 
 // RemoveRCP deletes a record.

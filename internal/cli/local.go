@@ -145,6 +145,9 @@ func (l *localRole) describe(s local.Status) {
 	line("version", s.Version)
 	line("trust domain", s.TrustDomain)
 	line("certificate", Time(s.NotAfter))
+	if s.Clock != nil {
+		line("clock", fmt.Sprintf("%+.1f s against the gateway's at %s", s.Clock.Seconds, Time(s.Clock.Measured)))
+	}
 	line("listens", strings.Join(s.Listen, ", "))
 	if s.Role != wire.RoleGateway {
 		line("dials", or(strings.Join(s.DialTargets, ", "), "nobody"))

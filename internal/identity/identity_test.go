@@ -577,3 +577,29 @@ func TestReidentifyThatACrashInterrupts(t *testing.T) {
 		t.Error("the next start made it another party again")
 	}
 }
+
+// Clocks that differ by up to three days change nothing: the peer's clock, and
+// that of whoever issued its leaf, may be ahead of ours or behind it.
+func TestClocksDaysApart(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	node := ca.Party(t, wire.RoleNode)
+	const life = 14 * 24 * time.Hour // of a gateway's leaf, the shortest
+	for _, tc := range []struct {
+		skew time.Duration // of the issuer's clock against ours
+		good bool
+	}{{0, true}, {48 * time.Hour, true}, {71 * time.Hour, true}, {73 * time.Hour, false}, {-72 * time.Hour, true}, {-13 * 24 * time.Hour, true}, {-15 * 24 * time.Hour, false}} {
+		there := time.Now().Add(tc.skew)
+		gw := ca.Pending(t, wire.RoleGateway)
+		chain := ca.Issue(t, gw, identitytest.NotBefore(there.Add(-identity.Backdate)), identitytest.NotAfter(there.Add(life)))
+		err := gw.Install(chain)
+		if err == nil {
+			_, err = node.Verify(state(t, gw, node))
+		}
+		if (err == nil) != tc.good || !tc.good && !errors.Is(err, identity.ErrExpired) {
+			t.Errorf("issued by a clock that is %s ahead of ours: %v", tc.skew, err)
+		}
+		if !tc.good && err != nil && !strings.Contains(err.Error(), "clock") && !strings.Contains(err.Error(), "valid from") {
+			t.Errorf("%v does not speak of clocks", err)
+		}
+	}
+}

@@ -64,6 +64,7 @@ type Status struct {
 	Version     string         `json:"version"`
 	Started     time.Time      `json:"started"`
 	TrustDomain string         `json:"trust_domain,omitempty"`
+	Clock       *Skew          `json:"clock,omitempty"`        // against the gateway's; a node has one for each instance
 	NotAfter    time.Time      `json:"not_after,omitzero"`     // of the certificate
 	Listen      []string       `json:"listen,omitempty"`       // channel listeners in use
 	DialTargets []string       `json:"dial_targets,omitempty"` // everything that this role would ever dial
@@ -84,6 +85,7 @@ type Instance struct {
 	Upstreams       []wire.UpstreamStatus `json:"upstreams"`
 	Outbox          Outbox                `json:"outbox"`
 	NotAfter        time.Time             `json:"not_after,omitzero"`
+	Clock           *Skew                 `json:"clock,omitempty"` // against the gateway's
 }
 
 // Outbox counts events that the gateway does not have yet.

@@ -42,6 +42,7 @@ const (
 	HeaderHops  = "Sallyport-Hops"  // hops that remain, at most MaxHops
 	HeaderVia   = "Sallyport-Via"   // IDs of the RCPs passed, comma separated
 	HeaderClass = "Sallyport-Class" // class of the connection, on its first request
+	HeaderTime  = "Sallyport-Time"  // the gateway's clock, RFC 3339, in its requests inside a session
 	HeaderError = "Sallyport-Error" // which hop failed and why, on a refused CONNECT
 )
 

@@ -3,6 +3,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -26,6 +27,9 @@ func TestReidentify(t *testing.T) {
 	}
 	before := show()
 
+	if out := node.Local("status").Exits(0).Stdout; !strings.Contains(out, "s against the gateway's at") {
+		t.Errorf("local status says nothing of the clock:\n%s", out)
+	}
 	gateway.Run("node", "renew", "web-1", "--rekey").Exits(0)
 	rekeyed := show()
 	if rekeyed.Fingerprint == before.Fingerprint || rekeyed.ID != before.ID {
