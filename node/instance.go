@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/config"
+	"sallyport/internal/channel"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
 	"sallyport/internal/local"
@@ -59,7 +60,7 @@ type instance struct {
 	overflow   atomic.Int64 // unix seconds of the last event about it
 	dropped    chan int64
 	clock      local.Clock
-	reborn     chan struct{} // holds a wake-up: the channels of the identity before are to end
+	reborn     chan []*channel.Conn // of the identity before: they are to end
 	join       *identity.JoinSource
 }
 
@@ -69,7 +70,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	in := &instance{
 		cfg: cfg, td: td, dir: filepath.Join(cfg.Dir(string(wire.RoleNode)), td), boot: boot, salt: string(wire.NewID()),
 		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, lot: lot, dropped: make(chan int64, 1),
-		reborn: make(chan struct{}, 1), join: join,
+		reborn: make(chan []*channel.Conn, 1), join: join,
 	}
 	defer func() {
 		if err != nil && in.spool != nil {
@@ -153,7 +154,8 @@ func (in *instance) Run(ctx context.Context) (err error) {
 
 // watch follows certificate, revocations, enrolment and spool.
 func (in *instance) watch(ctx context.Context) error {
-	var told int64 // next seq when the signals last spoke of the outbox
+	var told int64             // next seq when the signals last spoke of the outbox
+	var former []*channel.Conn // of an identity that is no more
 	rebirth := time.NewTimer(0)
 	rebirth.Stop()
 	defer rebirth.Stop()
@@ -175,10 +177,14 @@ func (in *instance) watch(ctx context.Context) error {
 		case <-spooled:
 		case n := <-in.dropped:
 			in.tellDropped(n)
-		case <-in.reborn:
+		case conns := <-in.reborn:
+			former = append(former, conns...)
 			rebirth.Reset(rebirthPause)
 		case <-rebirth.C:
-			in.upstreams.cut(errReidentified, true)
+			for _, c := range former {
+				c.Close(errReidentified)
+			}
+			former = nil
 		}
 	}
 }

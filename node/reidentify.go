@@ -34,7 +34,7 @@ func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 		channel.Refuse(w, http.StatusForbidden, err.Error())
 		return
 	}
-	old := in.id.ID()
+	old, former := in.id.ID(), in.upstreams.all()
 	if err = in.join.Keep(q.Join); err == nil {
 		err = in.id.Reidentify()
 	}
@@ -46,8 +46,8 @@ func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 	in.log.Warn("a gateway gave this node another identity", "old", old, "id", in.id.ID(), "fingerprint", in.id.Fingerprint())
 	w.WriteHeader(http.StatusNoContent)
 	select {
-	case in.reborn <- struct{}{}:
-	default: // the watch knows already
+	case in.reborn <- former:
+	case <-r.Context().Done(): // they ended by themselves
 	}
 }
 

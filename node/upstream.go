@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -213,6 +214,13 @@ func (u *upstreams) up() (n int) {
 		}
 	}
 	return n
+}
+
+// all lists the channels that are up.
+func (u *upstreams) all() []*channel.Conn {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return slices.Collect(maps.Keys(u.live))
 }
 
 // cut ends the channels of revoked peers, and all of them when we are revoked
