@@ -45,3 +45,22 @@ func TestPassphrase(t *testing.T) {
 		t.Errorf("a file that is not there: %v", err)
 	}
 }
+
+func TestExternalCA(t *testing.T) {
+	all := []string{"SALLYPORT_DATA=/d", "SALLYPORT_PKI_CA=https://ca.example:9000/", "SALLYPORT_PKI_CA_ROOT_FILE=r", "SALLYPORT_PKI_CA_PROVISIONER=p", "SALLYPORT_PKI_CA_KEY_FILE=k"}
+	if c, err := config.LoadPKI(all); err != nil || c.CA != "https://ca.example:9000" {
+		t.Errorf("%q, %v", c.CA, err)
+	}
+	for i := 1; i < len(all); i++ { // each of them is needed by the others
+		some := append(append([]string{}, all[:i]...), all[i+1:]...)
+		if _, err := config.LoadPKI(some); !errors.Is(err, config.ErrConfig) {
+			t.Errorf("without %s: %v", all[i], err)
+		}
+	}
+	for _, bad := range []string{"http://ca:9000", "ca:9000", "https://", "https://u:p@ca", "https://ca/x", "https://ca?x=1"} {
+		some := append(append([]string{}, all...), "SALLYPORT_PKI_CA="+bad)
+		if _, err := config.LoadPKI(some); !errors.Is(err, config.ErrConfig) {
+			t.Errorf("%s is taken", bad)
+		}
+	}
+}

@@ -40,6 +40,7 @@ var ErrRefused = errors.New("certificate is refused")
 type Authority struct {
 	dir  string
 	keys keyring
+	ra   *registrar // nil: the keys are ours
 	lock *lockdir.Lock
 	log  *slog.Logger
 
@@ -88,6 +89,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 	}
 	if err := a.open(ctx); err != nil {
 		a.keys.signer.close()
+		a.ra.close()
 		_ = lock.Release()
 		return nil, fmt.Errorf("pki in %s: %w", dir, err)
 	}
@@ -95,7 +97,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 }
 
 func (a *Authority) open(ctx context.Context) error {
-	m, made, err := loadOrMake(a.dir, a.keys)
+	m, made, err := a.material(ctx)
 	if err != nil {
 		return err
 	}
@@ -133,6 +135,11 @@ func (a *Authority) use(m *material) error {
 	if err != nil {
 		return err
 	}
+	signing := authority.WithX509Signer(m.inter, m.interKey)
+	if a.ra != nil {
+		a.ra.m.Store(m)
+		signing = authority.WithX509CAService(a.ra)
+	}
 	ca, err := authority.NewEmbedded(
 		authority.WithConfig(&config.Config{
 			SkipValidation: true, // it has no listener, and would ask for an address
@@ -145,7 +152,7 @@ func (a *Authority) use(m *material) error {
 		authority.WithDatabase(noDB),
 		authority.WithQuietInit(),
 		authority.WithX509RootCerts(m.root),
-		authority.WithX509Signer(m.inter, m.interKey),
+		signing,
 	)
 	if err != nil {
 		return err
@@ -165,6 +172,7 @@ func (a *Authority) mat() *material { return a.signer.Load().material }
 // Close gives the directory up.
 func (a *Authority) Close() error {
 	defer a.keys.signer.close()
+	defer a.ra.close()
 	errs := []error{a.signer.Load().ca.Shutdown()}
 	for _, ca := range a.former {
 		errs = append(errs, ca.Shutdown())
@@ -286,7 +294,7 @@ func (a *Authority) SignRevocations(_ context.Context, set wire.Revocations) (wi
 	}
 	m := a.mat()
 	set.TrustDomain, set.Issued = m.trustDomain, time.Now().UTC()
-	env, err := identity.Seal(m.interKey, m.sealers(), wire.TypeRevocations, set)
+	env, err := identity.Seal(m.interKey, m.documentChain(), wire.TypeRevocations, set)
 	if err != nil {
 		return wire.Envelope{}, err
 	}

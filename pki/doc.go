@@ -17,7 +17,9 @@
 //	lock                                one process at a time
 //
 // Gateways in other processes reach it through [Server] and [Client]. Keys may
-// be encrypted in their files, or kept by another process: [Signer].
+// be encrypted in their files, or kept by another process: [Signer]. With
+// [WithExternal] there are none here: a step-ca elsewhere issues, and the
+// directory holds documents.pem and documents.key, which seal revocation sets.
 //
 // [Doors] certifies other programs: host names and addresses, never a party. Its
 // intermediate is barred from the trust domain and no channel trusts it.

@@ -53,6 +53,8 @@ type material struct {
 	root, inter *x509.Certificate
 	certs       []*x509.Certificate // inter, and those of the same key from other roots
 	interKey    crypto.Signer
+
+	document *x509.Certificate // of an external CA: interKey is this leaf's, which seals documents
 }
 
 func damaged(file, cause string) error {

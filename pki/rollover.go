@@ -221,6 +221,9 @@ func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wir
 // turn changes the ledger: everything that the change needs is on disk before
 // it, and what was, issues until it is done.
 func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64, done func(wire.CAState)) (wire.CAState, error) {
+	if a.ra != nil {
+		return wire.CAState{}, fmt.Errorf("%w: its issuers are those of the external CA at %s: change them there", ErrRollover, a.ra.URL)
+	}
 	a.turning.Lock()
 	defer a.turning.Unlock()
 	l, err := change(a.mat())

@@ -111,7 +111,7 @@ func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Id
 		if err != nil {
 			return nil, nil, nil, err
 		}
-		return a, func(context.Context) error { return nil }, a.Close, nil
+		return a, a.Keep, a.Close, nil
 	}
 	c, err := pki.Connect(ctx, pki.ClientConfig{Addr: h.cfg.PKI, CodeFile: h.cfg.PKICodeFile, Dir: dir, Identity: id, Log: h.log})
 	if err != nil {

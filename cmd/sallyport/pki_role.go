@@ -21,7 +21,30 @@ func openAuthority(ctx context.Context, c config.PKI, log *slog.Logger) (*pki.Au
 	if err != nil {
 		return nil, err
 	}
+	if c.CA != "" {
+		external, err := externalCA(c)
+		if err != nil {
+			return nil, err
+		}
+		opts = append(opts, pki.WithExternal(external))
+	}
 	return pki.Open(ctx, c.Dir("pki"), log, opts...)
+}
+
+func externalCA(c config.PKI) (e pki.External, err error) {
+	chain, err := readChain(c.CARootFile)
+	if err != nil {
+		return e, fmt.Errorf("SALLYPORT_PKI_CA_ROOT_FILE: %w", err)
+	}
+	password, err := c.CAPassword()
+	if err != nil {
+		return e, err
+	}
+	e = pki.External{URL: c.CA, Root: chain[len(chain)-1], Provisioner: c.CAProvisioner, KeyFile: c.CAKeyFile}
+	if password != "" {
+		e.Password = []byte(password.Reveal())
+	}
+	return e, nil
 }
 
 // keyOptions say where the authority's keys are.
@@ -70,5 +93,6 @@ func runPKI(ctx context.Context, c config.PKI, log *slog.Logger, reg *prometheus
 	}
 	log.InfoContext(ctx, "certificate authority starts", "version", cli.BuildVersion(), "trust_domain", ca.TrustDomain(), "listen", server.Addr().String())
 	g.Go(func() error { return server.Run(ctx) })
+	g.Go(func() error { return ca.Keep(ctx) })
 	return g.Wait()
 }

@@ -149,7 +149,7 @@ func parseRoots(list [][]byte) ([]*x509.Certificate, error) {
 }
 
 // checkSealer checks that a document's signer, the first of certs, is a SPIFFE
-// intermediate below one of roots. The intermediate may have a certificate from
+// intermediate below one of roots, or the leaf that one has for documents. The intermediate may have a certificate from
 // each of several roots.
 func checkSealer(certs, roots []*x509.Certificate, trustDomain string, at time.Time) error {
 	if len(roots) == 0 {
@@ -158,6 +158,9 @@ func checkSealer(certs, roots []*x509.Certificate, trustDomain string, at time.T
 	opts := x509.VerifyOptions{Roots: x509.NewCertPool(), CurrentTime: at, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}
 	for _, r := range roots {
 		opts.Roots.AddCert(r)
+	}
+	if isDocumentLeaf(certs[0], trustDomain) {
+		return checkDocumentLeaf(certs, trustDomain, opts)
 	}
 	var errs []error
 	for _, c := range certs {

@@ -1,6 +1,10 @@
 package harness
 
-import "path/filepath"
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+)
 
 // PKI is a certificate authority in a process of its own.
 type PKI struct {
@@ -44,4 +48,29 @@ func (p *PKI) Serves() Option {
 		o.env["SALLYPORT_GATEWAY_PKI"] = p.Address
 		o.env["SALLYPORT_GATEWAY_PKI_CODE_FILE"] = file
 	}
+}
+
+// StepCA builds smallstep's own CA from tests/stepca, a module of its own: the
+// product carries none of what it needs. Without its modules in the cache or a
+// network the test is skipped at the desk, and fails in CI.
+func (s *Site) StepCA() string {
+	s.t.Helper()
+	root, err := Repository()
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	program := filepath.Join(cache, "sallyport-tests", "step-ca")
+	cmd := exec.CommandContext(s.t.Context(), "go", "build", "-tags", "nobadger,nomysql,nopgx", "-o", program, "github.com/smallstep/certificates/cmd/step-ca")
+	cmd.Dir, cmd.Env = filepath.Join(root, "tests", "stepca"), append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		if os.Getenv("CI") == "true" {
+			s.t.Fatalf("build step-ca: %v\n%s", err, out)
+		}
+		s.t.Skipf("step-ca cannot be built here: %v\n%s", err, out)
+	}
+	return program
 }

@@ -1,0 +1,224 @@
+package pki
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// Files of a registration authority, beside root.pem, intermediate.pem and
+// trust-domain: the leaf that seals documents, and its key.
+const (
+	fileDocument        = "documents.pem"
+	fileDocumentKey     = "documents.key"
+	fileDocumentKeyNext = "documents-next.key"
+)
+
+// material is what issues: the files of an authority of our own, or what the
+// external CA says.
+func (a *Authority) material(ctx context.Context) (m *material, made bool, err error) {
+	_, err = os.Stat(filepath.Join(a.dir, fileDocument))
+	registered := err == nil
+	switch {
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return nil, false, err
+	case a.ra == nil && registered:
+		return nil, false, fmt.Errorf("%w: its certificates are issued elsewhere: set SALLYPORT_PKI_CA as it was", ErrExternal)
+	case a.ra == nil:
+		return loadOrMake(a.dir, a.keys)
+	}
+	if _, err := os.Stat(filepath.Join(a.dir, fileInterKey)); err == nil {
+		return nil, false, fmt.Errorf("%w: the directory holds a CA of its own, and SALLYPORT_PKI_CA names another: an installation keeps its CA (a fresh SALLYPORT_DATA starts with the other)", ErrExternal)
+	}
+	if err := a.ra.start(); err != nil {
+		return nil, false, err
+	}
+	if registered {
+		m, err := a.loadRegistered()
+		if errors.Is(err, errPair) {
+			m, err = a.register(ctx, m.trustDomain)
+		}
+		if err != nil || time.Now().Before(identity.RenewAfter(m.document)) {
+			return m, false, err
+		}
+		next, err := a.register(ctx, m.trustDomain)
+		if err != nil && time.Now().Before(m.document.NotAfter) {
+			a.log.WarnContext(ctx, "the external CA did not renew the certificate for documents; it is tried again", "error", err, "not_after", m.document.NotAfter)
+			return m, false, nil
+		}
+		return next, false, err
+	}
+	td, err := a.ra.trustDomain(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	m, err = a.register(ctx, td)
+	return m, err == nil, err
+}
+
+// trustDomain asks the external CA for its intermediate, which names it.
+func (r *registrar) trustDomain(ctx context.Context) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/intermediates.pem", http.NoBody)
+	if err != nil {
+		return "", err
+	}
+	resp, err := r.http.Do(req)
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrExternal, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxSign))
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", ErrExternal, err)
+	}
+	chain, err := ParseChain(b)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("%w at %s does not say what its intermediate is (%s)", ErrExternal, r.URL, resp.Status)
+	}
+	for _, c := range chain {
+		if len(c.URIs) == 1 && c.URIs[0].Scheme == "spiffe" && c.URIs[0].Path == "" && c.CheckSignatureFrom(r.Root) == nil {
+			return c.URIs[0].Host, nil
+		}
+	}
+	return "", fmt.Errorf("%w at %s: its intermediate is no SPIFFE intermediate below the root in SALLYPORT_PKI_CA_ROOT_FILE: want exactly one URI name, spiffe:// and the trust domain (`sallyport ca csr` prints a request that asks for it)", ErrExternal, r.URL)
+}
+
+// register has a new leaf for documents issued, and writes down what the
+// external CA is. The leaf is written last.
+func (a *Authority) register(ctx context.Context, td string) (*material, error) {
+	key, err := a.keys.make(fileDocumentKeyNext)
+	if err != nil {
+		return nil, err
+	}
+	leaf, inter, err := a.ra.request(ctx, td, key)
+	if err != nil {
+		return nil, err
+	}
+	if inter.URIs[0].Host != td {
+		return nil, fmt.Errorf("%w at %s: its intermediate is that of %s, this installation is %s", ErrExternal, a.ra.URL, inter.URIs[0].Host, td)
+	}
+	for name, c := range map[string]*x509.Certificate{fileRoot: a.ra.Root, fileInter: inter} {
+		if err := writePEM(a.dir, name, c); err != nil {
+			return nil, err
+		}
+	}
+	if err := writeFile(a.dir, fileTrustDomain, []byte(td+"\n"), 0o600); err != nil {
+		return nil, err
+	}
+	if err := os.Rename(filepath.Join(a.dir, fileDocumentKeyNext), filepath.Join(a.dir, fileDocumentKey)); err != nil {
+		return nil, err
+	}
+	if err := writePEM(a.dir, fileDocument, leaf); err != nil {
+		return nil, err
+	}
+	return a.loadRegistered()
+}
+
+// errPair is what a crash between the two files of a renewal leaves.
+var errPair = errors.New("do not belong together")
+
+// loadRegistered reads the files of a registration authority.
+func (a *Authority) loadRegistered() (*material, error) {
+	m := &material{ledger: firstLedger()}
+	var err error
+	for name, c := range map[string]**x509.Certificate{fileRoot: &m.root, fileInter: &m.inter, fileDocument: &m.document} {
+		if *c, err = readCert(a.dir, name); err != nil {
+			return nil, err
+		}
+	}
+	if !m.root.Equal(a.ra.Root) {
+		return nil, fmt.Errorf("%w: SALLYPORT_PKI_CA_ROOT_FILE holds another root than %s", ErrExternal, fileRoot)
+	}
+	if m.interKey, err = a.keys.load(fileDocumentKey); err != nil {
+		return nil, err
+	}
+	td, err := os.ReadFile(filepath.Join(a.dir, fileTrustDomain))
+	if err != nil {
+		return nil, err
+	}
+	m.trustDomain = strings.TrimSpace(string(td))
+	if pub, ok := m.document.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(m.interKey.Public()) {
+		return m, fmt.Errorf("%w: %s and %s %w", ErrExternal, fileDocument, fileDocumentKey, errPair)
+	}
+	m.certs = []*x509.Certificate{m.inter}
+	m.roots = []rootCA{{m.ledger.Roots[0], m.root}}
+	m.inters = []spiffeCA{{m.ledger.Intermediates[0], m.certs}}
+	return m, nil
+}
+
+// documentChain is the chain of what seals documents, without the root.
+func (m *material) documentChain() [][]byte {
+	if m.document == nil {
+		return m.sealers()
+	}
+	return append([][]byte{m.document.Raw}, m.sealers()...)
+}
+
+// keepTick is how often a registration authority looks after its own leaf.
+const keepTick = time.Minute
+
+// Keep looks after what an authority needs to go on, until ctx ends. Only a
+// registration authority needs something: the leaf that seals documents ends,
+// and the external CA may change its intermediate.
+func (a *Authority) Keep(ctx context.Context) error {
+	if a.ra == nil {
+		<-ctx.Done()
+		return nil
+	}
+	tick := time.NewTicker(keepTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
+			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)
+		}
+	}
+}
+
+func (a *Authority) keepNow(ctx context.Context) error {
+	m := a.mat()
+	if !a.ra.moved.Load() && time.Now().Before(identity.RenewAfter(m.document)) {
+		return nil
+	}
+	a.turning.Lock()
+	defer a.turning.Unlock()
+	next, err := a.register(ctx, m.trustDomain)
+	if err != nil {
+		return err
+	}
+	if err := a.use(next); err != nil {
+		return err
+	}
+	a.ra.moved.Store(false)
+	a.log.InfoContext(ctx, "certificate for documents renewed", "not_after", next.document.NotAfter, "intermediate", wire.KeyOf(next.inter).Fingerprint())
+	// The set in force is sealed again: newcomers could not verify it once the
+	// old leaf has ended.
+	env, ok := a.Revocations()
+	if !ok {
+		return nil
+	}
+	var set wire.Revocations
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		return err
+	}
+	set.Number++
+	_, err = a.SignRevocations(ctx, set)
+	return err
+}

@@ -1,0 +1,333 @@
+package pki_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.step.sm/crypto/jose"
+
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+	"sallyport/pki"
+)
+
+// stranger is an external CA that speaks what step-ca speaks, and that a test
+// can make misbehave. (The real one is in tests/e2e.)
+type stranger struct {
+	t        *testing.T
+	url      string
+	root     *x509.Certificate
+	rootKey  *ecdsa.PrivateKey
+	inter    *x509.Certificate
+	interKey *ecdsa.PrivateKey
+	key      *ecdsa.PrivateKey // of the provisioner
+	keyFile  string
+	twist    atomic.Pointer[func(*x509.Certificate)]
+}
+
+const strangerDomain = "corp.example"
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+func signed(t *testing.T, tmpl, parent *x509.Certificate, pub any, key *ecdsa.PrivateKey) *x509.Certificate {
+	t.Helper()
+	tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func newStranger(t *testing.T) *stranger {
+	t.Helper()
+	s := &stranger{t: t, rootKey: newKey(t), key: newKey(t)}
+	tmpl := &x509.Certificate{
+		Subject: pkix.Name{CommonName: "root"}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(10, 0, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	s.root = signed(t, tmpl, tmpl, &s.rootKey.PublicKey, s.rootKey)
+	s.newIntermediate()
+	block, err := x509.MarshalPKCS8PrivateKey(s.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.keyFile = filepath.Join(t.TempDir(), "provisioner.pem")
+	if err := os.WriteFile(s.keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: block}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /intermediates.pem", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.inter.Raw}))
+	})
+	mux.HandleFunc("POST /1.0/sign", s.sign)
+	server := httptest.NewUnstartedServer(mux)
+	key := newKey(t)
+	web := signed(t, &x509.Certificate{
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}, s.root, &key.PublicKey, s.rootKey)
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{web.Raw}, PrivateKey: key}}}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	s.url = server.URL
+	return s
+}
+
+func (s *stranger) newIntermediate() {
+	s.interKey = newKey(s.t)
+	s.inter = signed(s.t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "intermediate"}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(5, 0, 0),
+		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
+		URIs: []*url.URL{{Scheme: "spiffe", Host: strangerDomain}},
+	}, s.root, &s.interKey.PublicKey, s.rootKey)
+}
+
+func (s *stranger) sign(w http.ResponseWriter, r *http.Request) {
+	fail := func(err error) {
+		w.WriteHeader(http.StatusForbidden)
+		_ = json.NewEncoder(w).Encode(map[string]string{"message": err.Error()})
+	}
+	var in struct {
+		CSR       string    `json:"csr"`
+		OTT       string    `json:"ott"`
+		NotBefore time.Time `json:"notBefore"`
+		NotAfter  time.Time `json:"notAfter"`
+	}
+	if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+		fail(err)
+		return
+	}
+	token, err := jose.ParseSigned(in.OTT)
+	if err != nil {
+		fail(err)
+		return
+	}
+	var claims struct {
+		jose.Claims
+
+		SANs []string `json:"sans"`
+	}
+	if err := token.Claims(&s.key.PublicKey, &claims); err != nil {
+		fail(err)
+		return
+	}
+	if err := claims.ValidateWithLeeway(jose.Expected{Issuer: "sallyport", Audience: jose.Audience{s.url + "/1.0/sign"}, Time: time.Now()}, time.Minute); err != nil {
+		fail(err)
+		return
+	}
+	block, _ := pem.Decode([]byte(in.CSR))
+	csr, err := x509.ParseCertificateRequest(block.Bytes)
+	if err != nil {
+		fail(err)
+		return
+	}
+	leaf := &x509.Certificate{
+		Subject: pkix.Name{CommonName: claims.Subject}, NotBefore: in.NotBefore, NotAfter: in.NotAfter, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}, PublicKey: csr.PublicKey,
+	}
+	for _, n := range claims.SANs {
+		if u, err := url.Parse(n); err == nil && u.Scheme != "" {
+			leaf.URIs = append(leaf.URIs, u)
+		} else {
+			leaf.DNSNames = append(leaf.DNSNames, n)
+		}
+	}
+	if f := s.twist.Load(); f != nil {
+		(*f)(leaf)
+	}
+	c := signed(s.t, leaf, s.inter, leaf.PublicKey, s.interKey)
+	w.WriteHeader(http.StatusCreated)
+	pemOf := func(c *x509.Certificate) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{"crt": pemOf(c), "ca": pemOf(s.inter), "certChain": []string{pemOf(c), pemOf(s.inter)}})
+}
+
+func (s *stranger) option() pki.Option {
+	return pki.WithExternal(pki.External{URL: s.url, Root: s.root, Provisioner: "sallyport", KeyFile: s.keyFile})
+}
+
+func TestRegistrationAuthority(t *testing.T) {
+	s, dir := newStranger(t), t.TempDir()
+	a := open(t, dir, s.option())
+	if a.TrustDomain() != strangerDomain || !a.Root().Equal(s.root) {
+		t.Fatalf("trust domain %s", a.TrustDomain())
+	}
+	if _, err := os.Stat(filepath.Join(dir, "intermediate.key")); !errors.Is(err, os.ErrNotExist) {
+		t.Error("there is a CA key here")
+	}
+	id := fresh(t, a, wire.RoleNode)
+	chain, err := a.Issue(t.Context(), request(t, a, id, "web-1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := id.Install(chain); err != nil {
+		t.Fatal(err)
+	}
+	near(t, "leaf from", leafOf(t, chain).NotBefore, time.Now().Add(-72*time.Hour))
+	near(t, "leaf until", leafOf(t, chain).NotAfter, time.Now().Add(30*24*time.Hour))
+	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 7, Revoked: []wire.Revocation{{Key: strangerKey, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if newer, err := id.ApplyRevocations(env); !newer || err != nil {
+		t.Errorf("the party does not take the set: %v, %v", newer, err)
+	}
+	if _, err := a.Rotate(t.Context(), wire.RolloverRoot, 0); !errors.Is(err, pki.ErrRollover) {
+		t.Errorf("rotate: %v", err)
+	}
+	closeIt(t, a)
+
+	// It comes back without asking anybody, and not as another CA.
+	before := keyFile(t, dir, "documents.pem")
+	a = open(t, dir, s.option())
+	if env, ok := a.Revocations(); !ok || number(t, env) != 7 {
+		t.Error("the set is forgotten")
+	}
+	closeIt(t, a)
+	if keyFile(t, dir, "documents.pem") != before {
+		t.Error("it asked for another leaf at the start")
+	}
+	if _, err := pki.Open(t.Context(), dir, quiet); !errors.Is(err, pki.ErrExternal) || !strings.Contains(err.Error(), "SALLYPORT_PKI_CA") {
+		t.Errorf("without its external CA: %v", err)
+	}
+	if _, err := pki.Open(t.Context(), dir, quiet, newStranger(t).option()); !errors.Is(err, pki.ErrExternal) {
+		t.Errorf("another external CA: %v", err)
+	}
+	own := t.TempDir()
+	closeIt(t, open(t, own))
+	if _, err := pki.Open(t.Context(), own, quiet, s.option()); !errors.Is(err, pki.ErrExternal) {
+		t.Errorf("an authority of its own became a registration authority: %v", err)
+	}
+	// A crash between the files of a renewal.
+	if err := os.WriteFile(filepath.Join(dir, "documents.key"), []byte(keyFile(t, own, "root.key")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	closeIt(t, open(t, dir, s.option()))
+}
+
+var strangerKey = wire.HashSPKI([]byte("somebody"))
+
+// What comes back must be what was asked for.
+func TestExternalMisbehaves(t *testing.T) {
+	s := newStranger(t)
+	a := open(t, t.TempDir(), s.option())
+	defer closeIt(t, a)
+	other := newKey(t)
+	for name, f := range map[string]func(*x509.Certificate){
+		"another key": func(c *x509.Certificate) { c.PublicKey = &other.PublicKey },
+		"a CA":        func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true },
+		"another party": func(c *x509.Certificate) {
+			c.URIs = []*url.URL{{Scheme: "spiffe", Host: strangerDomain, Path: "/gateway/" + string(wire.NewID())}}
+		},
+		"one more name":   func(c *x509.Certificate) { c.DNSNames = append(c.DNSNames, "example.com") },
+		"an address":      func(c *x509.Certificate) { c.IPAddresses = []net.IP{net.IPv4(10, 0, 0, 1)} },
+		"a year":          func(c *x509.Certificate) { c.NotAfter = time.Now().AddDate(1, 0, 0) },
+		"over already":    func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) },
+		"no signature":    func(c *x509.Certificate) { c.KeyUsage = x509.KeyUsageKeyAgreement },
+		"for servers":     func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] },
+		"without a party": func(c *x509.Certificate) { c.URIs = nil },
+	} {
+		s.twist.Store(&f)
+		id := fresh(t, a, wire.RoleNode)
+		if chain, err := a.Issue(t.Context(), request(t, a, id, "web-1")); !errors.Is(err, pki.ErrExternal) {
+			t.Errorf("%s: %d certificates, %v", name, len(chain), err)
+		}
+	}
+	s.twist.Store(nil)
+	// It says no, with its reason.
+	foreign := filepath.Join(t.TempDir(), "other.pem")
+	der, err := x509.MarshalPKCS8PrivateKey(other)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(foreign, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	if _, err := pki.Open(t.Context(), dir, quiet, pki.WithExternal(pki.External{URL: s.url, Root: s.root, Provisioner: "sallyport", KeyFile: foreign})); !errors.Is(err, pki.ErrExternal) || !strings.Contains(err.Error(), "refuses") {
+		t.Errorf("another provisioner's key: %v", err)
+	}
+}
+
+// Only the leaf for documents seals documents, and it is no party.
+func TestDocumentLeaf(t *testing.T) {
+	s, dir := newStranger(t), t.TempDir()
+	a := open(t, dir, s.option())
+	defer closeIt(t, a)
+	node := fresh(t, a, wire.RoleNode)
+	chain, err := a.Issue(t.Context(), request(t, a, node, "web-1"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Install(chain); err != nil {
+		t.Fatal(err)
+	}
+	set := wire.Revocations{TrustDomain: strangerDomain, Number: 1000, Issued: time.Now()}
+	forged, err := node.Sign(wire.TypeRevocations, set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots := []*x509.Certificate{s.root}
+	if _, err := identity.VerifyRevocations(forged, roots, strangerDomain, time.Now()); !errors.Is(err, identity.ErrUntrusted) {
+		t.Errorf("a set that a node sealed: %v", err)
+	}
+	// A leaf with the names, from an intermediate that is none of ours.
+	key := newKey(t)
+	alien := signed(t, &x509.Certificate{
+		Subject: pkix.Name{CommonName: "doors"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(1, 0, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}, s.root, &key.PublicKey, s.rootKey)
+	leaf := signed(t, &x509.Certificate{
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(0, 1, 0), KeyUsage: x509.KeyUsageDigitalSignature,
+		DNSNames: []string{identity.DocumentName(strangerDomain)}, URIs: []*url.URL{identity.DocumentURI(strangerDomain)},
+	}, alien, &key.PublicKey, key)
+	forged, err = identity.Seal(key, [][]byte{leaf.Raw, alien.Raw}, wire.TypeRevocations, set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := identity.VerifyRevocations(forged, roots, strangerDomain, time.Now()); !errors.Is(err, identity.ErrUntrusted) {
+		t.Errorf("a set sealed below another intermediate: %v", err)
+	}
+	// The real one, in another trust domain and after its end.
+	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := identity.VerifyRevocations(env, roots, "other.example", time.Now()); err == nil {
+		t.Error("it is taken in another trust domain")
+	}
+	if _, err := identity.VerifyRevocations(env, roots, strangerDomain, time.Now().AddDate(0, 2, 0)); err == nil {
+		t.Error("it is taken after its end")
+	}
+}

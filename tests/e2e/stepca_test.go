@@ -1,0 +1,164 @@
+package e2e
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/tests/harness"
+)
+
+// stepCA is a real step-ca with a SPIFFE intermediate.
+type stepCA struct {
+	*harness.Process
+
+	url, root, key string // the files are those that a registration authority gets
+}
+
+func pemFile(t *testing.T, site *harness.Site, name, typ string, der []byte) string {
+	t.Helper()
+	return site.File(name, string(pem.EncodeToMemory(&pem.Block{Type: typ, Bytes: der})))
+}
+
+func keyFile(t *testing.T, site *harness.Site, name string) (*ecdsa.PrivateKey, string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key, pemFile(t, site, name, "PRIVATE KEY", der)
+}
+
+// publicJWK is the public half of a provisioner's key as ca.json has it
+// (RFC 7517; the kid is the thumbprint of RFC 7638).
+func publicJWK(t *testing.T, key *ecdsa.PrivateKey) map[string]string {
+	t.Helper()
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b64 := base64.RawURLEncoding.EncodeToString
+	x, y := b64(point[1:33]), b64(point[33:])
+	sum := sha256.Sum256([]byte(`{"crv":"P-256","kty":"EC","x":"` + x + `","y":"` + y + `"}`))
+	return map[string]string{"use": "sig", "kty": "EC", "kid": b64(sum[:]), "crv": "P-256", "alg": "ES256", "x": x, "y": y}
+}
+
+func startStepCA(t *testing.T, site *harness.Site, trustDomain string) *stepCA {
+	t.Helper()
+	program := site.StepCA()
+	rootKey, _ := keyFile(t, site, "stepca/root.key")
+	interKey, interKeyFile := keyFile(t, site, "stepca/intermediate.key")
+	provisioner, provisionerFile := keyFile(t, site, "provisioner.key")
+	issue := func(tmpl, parent *x509.Certificate, pub any) *x509.Certificate {
+		tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
+		tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-96*time.Hour), time.Now().AddDate(5, 0, 0)
+		tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, true, x509.KeyUsageCertSign
+		der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, rootKey)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "Example Corp root"}}
+	root := issue(tmpl, tmpl, &rootKey.PublicKey)
+	inter := issue(&x509.Certificate{
+		Subject: pkix.Name{CommonName: "Example Corp intermediate"}, MaxPathLenZero: true, URIs: []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+		PermittedDNSDomainsCritical: true, PermittedDNSDomains: []string{trustDomain}, PermittedURIDomains: []string{trustDomain},
+	}, root, &interKey.PublicKey)
+	address := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
+	s := &stepCA{url: "https://" + address, root: pemFile(t, site, "stepca/root.pem", "CERTIFICATE", root.Raw), key: provisionerFile}
+	config, err := json.Marshal(map[string]any{
+		"root": s.root, "crt": pemFile(t, site, "stepca/intermediate.pem", "CERTIFICATE", inter.Raw), "key": interKeyFile,
+		"address": address, "dnsNames": []string{"127.0.0.1"}, "logger": map[string]string{"format": "text"},
+		"authority": map[string]any{"provisioners": []any{map[string]any{
+			"type": "JWK", "name": "sallyport", "key": publicJWK(t, provisioner), "claims": map[string]string{"maxTLSCertDuration": "800h"},
+		}}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Process = site.Start("step-ca", program, site.File("stepca/ca.json", string(config)))
+	s.wait(t, root)
+	return s
+}
+
+func (s *stepCA) wait(t *testing.T, root *x509.Certificate) {
+	t.Helper()
+	pool := x509.NewCertPool()
+	pool.AddCert(root)
+	harness.Eventually(t, 30*time.Second, "step-ca listens", func() error {
+		c, err := (&tls.Dialer{Config: &tls.Config{RootCAs: pool}}).DialContext(t.Context(), "tcp", strings.TrimPrefix(s.url, "https://"))
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	})
+}
+
+// TestStepCA: a real external step-ca issues the certificates; the gateway is
+// its registration authority and holds no CA key (PK-13). While it is away all
+// that is enrolled works on, revocation included.
+func TestStepCA(t *testing.T) {
+	harness.Long(t)
+	site := harness.New(t)
+	ca := startStepCA(t, site, "corp.example")
+	gateway := site.Gateway(
+		harness.Env("SALLYPORT_PKI_CA", ca.url), harness.Env("SALLYPORT_PKI_CA_ROOT_FILE", ca.root),
+		harness.Env("SALLYPORT_PKI_CA_PROVISIONER", "sallyport"), harness.Env("SALLYPORT_PKI_CA_KEY_FILE", ca.key))
+	site.RCP(gateway, "dmz-1")
+	first, second := site.Node(gateway, "web-1"), site.Node(gateway, "web-2")
+	first.WaitRunning(runningWithin)
+	second.WaitRunning(runningWithin)
+	gateway.Run("node", "renew", "web-1").Exits(0)
+	for _, name := range []string{"root.key", "intermediate.key"} {
+		if found, err := filepath.Glob(filepath.Join(gateway.Data, "pki", name)); err != nil || len(found) > 0 {
+			t.Errorf("%v, %v", found, err)
+		}
+	}
+
+	ca.Kill()
+	gateway.Run("action", "run", "--node", "web-1", "--", "/bin/true").Exits(0)
+	gateway.Run("node", "renew", "web-1").Exits(1)
+	if !strings.Contains(gateway.Log(), "external CA") {
+		t.Error("the log does not say who is away")
+	}
+	gateway.Stop()
+	gateway.Start()
+	gateway.WaitAPI()
+	harness.Eventually(t, 30*time.Second, "the gateway reaches its nodes again", func() error {
+		return gateway.Run("action", "run", "--node", "web-2", "--", "/bin/true").Err()
+	})
+	gateway.Run("node", "revoke", "web-2").Exits(0)
+	harness.Eventually(t, 30*time.Second, "the node knows that it is revoked", func() error {
+		s, err := status(second.Role)
+		if err == nil && !strings.Contains(s.Reason, "revoked") {
+			err = fmt.Errorf("%s: %s", s.State, s.Reason)
+		}
+		return err
+	})
+	third := site.Node(gateway, "web-3")
+	ca.Start()
+	third.WaitRunning(90 * time.Second)
+}
