@@ -85,6 +85,8 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 		return err
 	}
 	switch {
+	case s.fleet.quarantined(id) != "":
+		return s.refused(ctx, id, want, "quarantined", s.fleet.quarantined(id))
 	case hello.Installation != "" && hello.Installation != s.store.Installation().UID:
 		return s.refused(ctx, id, want, "locked", "it obeys another installation")
 	case hello.Applied.Compare(want.Revision()) > 0:

@@ -115,6 +115,10 @@ func (s *Server) revokeNode(ctx context.Context, n *store.Node, remove bool) (in
 	return s.enrolment.revokeNode(ctx, n, remove)
 }
 
+func (s *Server) endQuarantine(ctx context.Context, n *store.Node) error {
+	return s.clones.resume(ctx, n)
+}
+
 func (s *Server) removeRCP(ctx context.Context, r *store.RCP) (int64, error) {
 	return s.enrolment.removeRCP(ctx, r)
 }

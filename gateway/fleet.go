@@ -99,6 +99,7 @@ type fleet struct {
 	log          *slog.Logger
 	installation string
 	started      time.Time
+	onTwoBoots   func(node wire.ID) // hears that RCPs report a node under two boots, under mu; nil: nobody does
 	onParked     func(node wire.ID) // hears hints, under mu; nil: nobody does
 
 	mu      sync.Mutex
@@ -176,6 +177,8 @@ type record struct {
 	LastSeen time.Time
 	Alarmed  bool
 	Revoked  string // why; empty if it is not
+
+	Quarantine string // likewise
 }
 
 // learn adds a party of the database, or takes over its new name or
@@ -199,7 +202,7 @@ func (f *fleet) learn(r record) {
 	if fresh || adopted {
 		m.state, m.reason, m.since, m.alarmed = r.State, r.Reason, r.Since, r.Alarmed
 	}
-	m.known, m.name, m.revoked, m.role = true, r.Name, r.Revoked, r.Role
+	m.known, m.name, m.revoked, m.quarantine, m.role = true, r.Name, r.Revoked, r.Quarantine, r.Role
 	if adopted { // it was enrolled again while it was connected: its state is proven anew
 		m.chores[choreStranger] = false
 		f.want(m, wantHello, false)

@@ -29,7 +29,7 @@ func (r *rest) nodeRoutes() {
 	handle(r, op("node.trace", http.MethodGet, "/nodes/{ref}/trace", "Show the way to a node, hop by hop"), mayRead, r.traceNode)
 	handle(r, op("node.tag", http.MethodPost, "/nodes/{ref}/tags", "Set and remove tags"), mayOperate, r.tagNode)
 	handle(r, op("node.drain", http.MethodPost, "/nodes/{ref}/drain", "Let a node finish what runs and take no more"), mayOperate, r.drainNode)
-	handle(r, op("node.resume", http.MethodPost, "/nodes/{ref}/resume", "End a drain"), mayOperate, r.resumeNode)
+	handle(r, op("node.resume", http.MethodPost, "/nodes/{ref}/resume", "End a drain, or a quarantine"), mayOperate, r.resumeNode)
 	handle(r, op("node.unlock", http.MethodPost, "/nodes/{ref}/unlock", "Make a locked node obey this installation"), mayAdmin, r.unlockNode)
 	handle(r, op("node.renew", http.MethodPost, "/nodes/{ref}/renew", "Renew a node's certificate now"), mayCertify, r.renewNode)
 	handle(r, op("node.reidentify", http.MethodPost, "/nodes/{ref}/reidentify", "Make a connected node enrol with another UUID and key"), mayCertify, r.reidentifyNode)
@@ -363,7 +363,17 @@ func (r *rest) drainNode(ctx context.Context, in *drainNodeInput) (*tagged[api.N
 }
 
 func (r *rest) resumeNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetail], error) {
-	return r.setNodeDraining(ctx, in.Ref, "node.resume", "", nil)
+	n, err := r.node(ctx, in.Ref, true)
+	if err != nil {
+		return nil, err
+	}
+	if n.Quarantine == "" {
+		return r.setNodeDraining(ctx, in.Ref, "node.resume", "", nil)
+	}
+	if err := r.s.endQuarantine(ctx, n); err != nil {
+		return nil, err
+	}
+	return r.nodeDetail(ctx, n.ID)
 }
 
 // setNodeDraining tells the node, whose own disk keeps the drain, and writes it

@@ -36,6 +36,8 @@ type revoking interface {
 	removeRCP(ctx context.Context, r *store.RCP) (number int64, err error)
 	// renewNow renews a node's leaf, with a new key if rekey; the old key is revoked then.
 	renewNow(ctx context.Context, id wire.ID, rekey bool) error
+	// endQuarantine lets a quarantined node have what others have again.
+	endQuarantine(ctx context.Context, n *store.Node) error
 	// reidentify makes a connected node enrol with another UUID, and returns what it became.
 	reidentify(ctx context.Context, n *store.Node, in api.Reidentify) (*store.Node, error)
 }

@@ -288,7 +288,10 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	p.Since = peerTime(p.Since)
 	renewed := fresh || !w.since.Equal(p.Since) // another channel than the one by which something may have failed
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
-	w.since, w.draining = p.Since, p.Draining
+	w.since, w.draining, w.boot = p.Since, p.Draining, clip(p.Boot)
+	if m.role == wire.RoleNode && m.known && f.onTwoBoots != nil && f.twoBoots(m) {
+		f.onTwoBoots(m.id)
+	}
 	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
 	if m.role == wire.RoleRCP && fresh {
 		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))

@@ -19,6 +19,8 @@ func (s *Server) wire() {
 	s.hooks.met = append(s.hooks.met, s.reconcile)
 	s.wireEnrolment()
 	s.twin = newTwin(s)
+	s.clones = newClones(s)
+	s.fleet.onTwoBoots = s.clones.suspect
 	s.hooks.hop = s.twin.hop
 	s.hooks.met = append(s.hooks.met, s.twin.met)
 }
@@ -26,6 +28,7 @@ func (s *Server) wire() {
 // runMore starts what else runs as long as the server does.
 func (s *Server) runMore(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.enrolment.run(ctx) })
+	g.Go(func() error { return s.clones.run(ctx) })
 	g.Go(func() error { return s.runDeploy(ctx) })
 	g.Go(func() error { return s.runSettle(ctx) })
 	g.Go(func() error { return s.targets.run(ctx, s.bus) })

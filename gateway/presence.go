@@ -59,6 +59,7 @@ type way struct {
 	draining bool
 	digest   string // claimed digest of the hello
 	outbox   bool   // hint
+	boot     string // claimed
 
 	asked string    // the claimed digest that last made us read the hello
 	stale bool      // not yet seen in the snapshot that is being read
@@ -90,6 +91,8 @@ type member struct {
 	name    string
 	known   bool   // it has a row in the database
 	revoked string // why, when it is
+
+	quarantine string // likewise
 
 	state  wire.NodeState
 	reason string
@@ -216,6 +219,9 @@ func (f *fleet) judgeLive(m *member, live []*way, now time.Time) verdict {
 // judgeHello gives the state that the last verified hello means.
 func (f *fleet) judgeHello(m *member) verdict {
 	h := m.hello
+	if m.quarantine != "" {
+		return verdict{state: wire.StateQuarantined, reason: m.quarantine}
+	}
 	if h == nil {
 		return verdict{state: wire.StateRunning, reason: m.notice}
 	}

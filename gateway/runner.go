@@ -180,6 +180,8 @@ func (r *runner) step(ctx context.Context, a *store.Action) (next time.Time) {
 	case a.State == wire.ActionQueued && a.TTL == 0 && (late || !p.Connected):
 		notConnected(a, p)
 		err = r.save(ctx, a)
+	case a.State == wire.ActionQueued && r.s.fleet.quarantined(a.NodeID) != "":
+		err = r.end(ctx, a, wire.ActionRefused, api.ActionCodeRefused, "not run: the node is quarantined: "+r.s.fleet.quarantined(a.NodeID))
 	case p.State == wire.StateRevoked || p.State == "":
 		err = r.end(ctx, a, wire.ActionLost, api.ActionCodeUnknown, "the node was removed or revoked")
 	case !p.Connected:

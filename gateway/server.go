@@ -84,6 +84,7 @@ type Server struct {
 	targets   *targets
 	forwards  *forwards
 	twin      *twin
+	clones    *clones
 	acceptor  *acceptor
 	doors     *doorway // nil: closed
 	hooks     hooks
@@ -260,7 +261,7 @@ func (s *Server) loadFleet(ctx context.Context) error {
 }
 
 func nodeRecord(n *store.Node) record {
-	r := record{ID: n.ID, Role: wire.RoleNode, Name: n.Name, State: n.State, Reason: n.StateReason, Since: n.StateSince, LastSeen: n.LastSeen}
+	r := record{ID: n.ID, Role: wire.RoleNode, Name: n.Name, State: n.State, Reason: n.StateReason, Since: n.StateSince, LastSeen: n.LastSeen, Quarantine: n.Quarantine}
 	if n.State == wire.StateRevoked {
 		if r.Revoked = n.StateReason; r.Revoked == "" {
 			r.Revoked = "revoked"

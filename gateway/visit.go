@@ -35,8 +35,14 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 	err := do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) error {
 		var skew time.Duration
 		var err error
+		sent := time.Now()
 		if hello, skew, err = c.Hello(ctx); err != nil {
 			return err
+		}
+		if t.role == wire.RoleNode && t.known {
+			if err := s.clones.heard(ctx, t.id, hello.Boot, sent); err != nil && !errors.Is(err, ErrQuarantined) {
+				return err
+			}
 		}
 		return s.heard(ctx, t, &hello, skew)
 	})

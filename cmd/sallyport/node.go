@@ -34,7 +34,7 @@ func (a *app) nodeCommand() *cobra.Command {
 			}}
 	}
 	drain := a.nodeDrainCommand()
-	resume := &cobra.Command{Use: "resume NAME", Short: "End a drain", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
+	resume := &cobra.Command{Use: "resume NAME", Short: "End a drain, or a quarantine", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.ResumeNode(ctx, args[0]) })
 			if err != nil {

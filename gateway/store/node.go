@@ -44,6 +44,7 @@ type Node struct {
 	LastSeen      time.Time `bun:",nullzero"`
 	CreatedAt     time.Time
 	RemovedAt     time.Time `bun:",nullzero"`
+	Quarantine    string    // why; empty: it is not
 	Version       int64     // rises with each change by an operator: the ETag
 }
 

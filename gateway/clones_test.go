@@ -1,0 +1,163 @@
+package gateway
+
+import (
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+func TestWhatProvesAClone(t *testing.T) {
+	now := time.Now()
+	at := func(s int) time.Time { return now.Add(time.Duration(s) * time.Second) }
+	type answer struct {
+		boot      string
+		sent, got int // seconds
+	}
+	for name, c := range map[string]struct {
+		answers []answer
+		proof   bool
+	}{
+		"one host":                      {[]answer{{"a", 0, 1}, {"a", 2, 3}, {"a", 4, 5}}, false},
+		"restarts":                      {[]answer{{"a", 0, 1}, {"b", 2, 3}, {"c", 4, 5}, {"c", 6, 7}}, false},
+		"in turn":                       {[]answer{{"a", 0, 1}, {"b", 2, 3}, {"a", 4, 5}}, true},
+		"in turn, long between":         {[]answer{{"a", 0, 1}, {"b", 2000, 2001}, {"a", 3000, 3001}}, true},
+		"an answer that an RCP held up": {[]answer{{"a", 0, 1}, {"b", 4, 5}, {"a", 2, 6}}, false},
+		"asked before the other was":    {[]answer{{"a", 0, 3}, {"b", 2, 4}, {"a", 3, 5}}, false},
+		"the other was held up":         {[]answer{{"b", 0, 1}, {"a", 2, 3}, {"a", 5, 6}, {"b", 1, 7}}, false},
+		"forgotten meanwhile":           {[]answer{{"a", 0, 1}, {"b", 4000, 4001}, {"a", 8000, 8001}}, false},
+		"after many restarts":           {[]answer{{"a", 0, 1}, {"b", 2, 3}, {"c", 4, 5}, {"d", 6, 7}, {"e", 8, 9}, {"d", 10, 11}}, true},
+		"three hosts":                   {[]answer{{"a", 0, 1}, {"b", 2, 3}, {"c", 4, 5}, {"a", 6, 7}}, true},
+	} {
+		cl := newClones(nil)
+		proof := false
+		for _, a := range c.answers {
+			if cl.saw("n", a.boot, at(a.sent), at(a.got)) != "" {
+				proof = true
+			}
+		}
+		if proof != c.proof {
+			t.Errorf("%s: proof %v", name, proof)
+		}
+		if n := len(cl.seen["n"]); n > maxSightings {
+			t.Errorf("%s: %d boots are remembered", name, n)
+		}
+	}
+}
+
+func TestSuspectsAreLookedAtNowAndThen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newClones(nil)
+		looks := 0
+		for range 180 { // an RCP makes up boots, every second
+			c.suspect("n")
+			time.Sleep(time.Second)
+			ids, _ := c.due(time.Now())
+			looks += len(ids)
+		}
+		if looks < 2 || looks > 4 {
+			t.Errorf("%d looks in three minutes", looks)
+		}
+		time.Sleep(2 * sightingLife)
+		c.due(time.Now())
+		if len(c.looked) > 0 || len(c.seen) > 0 {
+			t.Errorf("remembered for ever: %d, %d", len(c.looked), len(c.seen))
+		}
+	})
+}
+
+// twoHosts are two nodes with one identity, each behind an RCP of its own.
+func twoHosts(t *testing.T) (w *world, one, two *fakeNode, rcps [2]*fakeRCP) {
+	w = newWorld(t)
+	rcps[0], rcps[1] = w.rcp("dmz-1"), w.rcp("dmz-2")
+	one = w.enrolled(w.node("web"))
+	two = w.node("web")
+	two.id = one.id
+	two.hello = one.hello
+	two.hello.Boot = "b2"
+	return w, one, two, rcps
+}
+
+func (r *fakeRCP) holdBoot(n *fakeNode, boot string) {
+	r.mu.Lock()
+	r.nodes[n.id.ID()] = n
+	r.mu.Unlock()
+	r.say(wire.PeersLine{Peer: &wire.Peer{Role: wire.RoleNode, ID: n.id.ID(), Boot: boot, Carrier: "h2", Since: time.Now()}})
+}
+
+func TestClonesAreQuarantined(t *testing.T) {
+	w, one, two, rcps := twoHosts(t)
+	w.deploys = true
+	w.run()
+	id := one.id.ID()
+	rcps[0].holdBoot(one, "b1")
+	w.state(id, wire.StateRunning)
+	rcps[1].holdBoot(two, "b2")
+	w.state(id, wire.StateQuarantined)
+	n, err := w.db.Node(t.Context(), id)
+	if err != nil || !strings.Contains(n.Quarantine, "b1") || !strings.Contains(n.Quarantine, "b2") {
+		t.Errorf("%+v, %v", n, err)
+	}
+	told := 0
+	for _, e := range w.events(id) {
+		if e.Key == keyClone && e.Severity == wire.SeverityMajor {
+			told++
+		}
+	}
+	if told != 1 || len(auditOf(t, w.db, "node.quarantine")) != 1 {
+		t.Errorf("%d events, audit %v", told, auditOf(t, w.db, "node.quarantine"))
+	}
+	// It gets nothing.
+	if a := w.done(w.act(one, time.Minute, "true")); a.State != wire.ActionRefused || !strings.Contains(a.Reason, "quarantined") {
+		t.Errorf("an action: %s, %s", a.State, a.Reason)
+	}
+	one.mu.Lock()
+	runs := len(one.runs)
+	one.mu.Unlock()
+	if runs > 0 {
+		t.Error("an action was run")
+	}
+
+	// It outlives a restart of the gateway, and ends by an operator's word.
+	w.restart()
+	eventually(t, "it is loaded again", func() bool { return w.s.fleet.quarantined(id) != "" })
+	w.state(id, wire.StateQuarantined)
+	rcps[1].drop(two)
+	if n, err = w.db.Node(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.s.endQuarantine(store.WithActor(t.Context(), store.Actor{Who: "me"}), n); err != nil {
+		t.Fatal(err)
+	}
+	w.state(id, wire.StateRunning)
+	if n, err = w.db.Node(t.Context(), id); err != nil || n.Quarantine != "" {
+		t.Errorf("%+v, %v", n, err)
+	}
+	// If the other one still lives, it is found again.
+	w.s.clones.forget(id)
+	rcps[1].holdBoot(two, "b2")
+	w.state(id, wire.StateQuarantined)
+}
+
+// TestAnRCPsWordQuarantinesNobody: boots that RCPs make up are a reason to
+// look, and what is seen is one host.
+func TestAnRCPsWordQuarantinesNobody(t *testing.T) {
+	w, one, _, rcps := twoHosts(t)
+	w.run()
+	id := one.id.ID()
+	rcps[0].holdBoot(one, "b1")
+	rcps[1].holdBoot(one, "made up")
+	w.state(id, wire.StateRunning)
+	eventually(t, "it was looked at", func() bool {
+		one.mu.Lock()
+		defer one.mu.Unlock()
+		return one.hellos >= probes
+	})
+	if why := w.s.fleet.quarantined(id); why != "" {
+		t.Errorf("quarantined: %s", why)
+	}
+	w.state(id, wire.StateRunning)
+}
