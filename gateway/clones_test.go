@@ -61,6 +61,8 @@ func TestSuspectsAreLookedAtNowAndThen(t *testing.T) {
 		if looks < 2 || looks > 4 {
 			t.Errorf("%d looks in three minutes", looks)
 		}
+		c.saw("n", "a", time.Now(), time.Now())
+		c.due(time.Now().Add(suspectEvery)) // the last of them
 		time.Sleep(2 * sightingLife)
 		c.due(time.Now())
 		if len(c.looked) > 0 || len(c.seen) > 0 {

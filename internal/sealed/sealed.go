@@ -33,8 +33,9 @@ const (
 	// Cost is the binary logarithm of scrypt's N: 128 MiB and about half a
 	// second per guess. Readers take what the header says, up to maxCost
 	// (1 GiB): the header is not authentic before the key is made.
-	Cost    = 17
-	MinCost = 10 // for tests
+	Cost = 17
+	// MinCost is the least that a reader takes, for tests.
+	MinCost = 10
 	maxCost = 20
 
 	chunkSize = 64 << 10
