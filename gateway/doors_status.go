@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto"
-	_ "crypto/sha1" // names issuers in OCSP requests (RFC 6960, 4.1.1); it protects nothing
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"

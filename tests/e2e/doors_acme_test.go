@@ -48,6 +48,19 @@ func TestDoorACME(t *testing.T) {
 		s.Exec("openssl", "verify", "-CAfile", root, "-untrusted", inter, "-verify_hostname", name, "-purpose", "sslserver", cert).Exits(0)
 	}
 
+	// An RCP dials nobody, and no client chooses the node that does.
+	for _, c := range []struct{ proxy, url, want string }{
+		{s.atRCP, acmeDirectory, "proxy of an RCP"},
+		{s.proxy, "https://doors.sallyport/acme/web-1/directory", "/acme/here/directory"},
+	} {
+		harness.Eventually(t, 20*time.Second, "the door answers at "+c.proxy, func() error {
+			if code, body := s.curl("-x", c.proxy, c.url); code != "403" || !strings.Contains(body, c.want) {
+				return fmt.Errorf("%s: %s %s", c.url, code, body)
+			}
+			return nil
+		})
+	}
+
 	issue := func(name string) harness.Result {
 		return s.certbot("certonly", "--standalone", "--http-01-port", fmt.Sprint(http), "--register-unsafely-without-email", "--agree-tos", "-d", name)
 	}

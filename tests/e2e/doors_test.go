@@ -21,6 +21,7 @@ type doorSite struct {
 	rcp     *harness.RCP
 	node    *harness.Node
 	proxy   string // of the node
+	atRCP   string // the proxy of the RCP
 	plain   string // where the gateway serves CRL and OCSP
 	ca      string // file with the root and the doors' intermediate
 }
@@ -31,7 +32,9 @@ func newDoorSite(t *testing.T, doors, allow string, opts ...harness.Option) *doo
 	s := &doorSite{Site: harness.New(t), t: t, plain: fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)), proxy: fmt.Sprintf("http://127.0.0.1:%d", harness.FreePort(t))}
 	s.gateway = s.Gateway(harness.Env("SALLYPORT_GATEWAY_DOORS", doors), harness.Env("SALLYPORT_GATEWAY_DOORS_ALLOW", allow),
 		harness.Env("SALLYPORT_GATEWAY_DOORS_LISTEN", s.plain), harness.Env("SALLYPORT_GATEWAY_DOORS_URL", "http://"+s.plain))
-	s.rcp = s.RCP(s.gateway, "dmz-1")
+	at := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
+	s.atRCP = "http://" + at
+	s.rcp = s.RCP(s.gateway, "dmz-1", harness.Env("SALLYPORT_RCP_PROXY_LISTEN", at))
 	opts = append(opts, harness.Env("SALLYPORT_NODE_PROXY_LISTEN", strings.TrimPrefix(s.proxy, "http://")), harness.JoinFlags("--tag", "site=plant"))
 	s.node = s.Node(s.gateway, "web-1", opts...)
 	s.node.WaitRunning(runningWithin)
@@ -51,7 +54,7 @@ func (s *doorSite) curl(args ...string) (code, body string) {
 	s.t.Helper()
 	r := s.Exec("curl", append([]string{"-sS", "--max-time", "30", "-x", s.proxy, "--cacert", s.ca, "-w", "\n%{http_code}"}, args...)...)
 	if r.Code != 0 {
-		s.t.Fatal(r)
+		return "0", r.String()
 	}
 	at := strings.LastIndexByte(r.Stdout, '\n')
 	return r.Stdout[at+1:], r.Stdout[:at]
@@ -145,6 +148,14 @@ func TestDoorEST(t *testing.T) {
 	if got := s.Exec("openssl", "x509", "-in", s.certificate("cacerts", body), "-noout", "-subject").Exits(0).Stdout; !strings.Contains(got, "Sallyport doors intermediate") {
 		t.Errorf("cacerts begins with %s", got)
 	}
+
+	// The same through the proxy of the RCP.
+	harness.Eventually(t, 20*time.Second, "EST at the proxy of the RCP", func() error {
+		if code, body := s.curl("-x", s.atRCP, "https://doors.sallyport/.well-known/est/cacerts"); code != "200" {
+			return fmt.Errorf("%s %s", code, body)
+		}
+		return nil
+	})
 
 	password := strings.TrimSpace(s.gateway.Run("join", "create", "--est", "--name", "www.plant.example").Exits(0).Stdout)
 	auth := []string{"-u", "device:" + password}
