@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -33,7 +34,13 @@ const (
 	// doorRate bounds the requests of one source, an address or a party's
 	// proxy: a certificate takes about ten.
 	doorRate, doorBurst = 20, 400
-	maxDoorSources      = 10_000
+	// statusRate is the same for CRL and OCSP, of which a site behind one
+	// address or proxy asks more, and which cost less.
+	statusRate, statusBurst = 200, 2000
+	maxDoorSources          = 10_000
+	// doorsAtOnce are served to one source at a time: a client whose challenge
+	// nobody answers waits long, and must not keep the others waiting.
+	doorsAtOnce = 8
 	// maxDoorBody bounds what a client sends.
 	maxDoorBody = 128 << 10
 	// doorUpkeep is how often what is over is forgotten.
@@ -60,7 +67,7 @@ type doorway struct {
 	stray  *rate.Limiter // of the log
 
 	mu      sync.Mutex
-	sources map[string]*rate.Limiter
+	sources map[string]*doorSource
 
 	certMu sync.Mutex
 	cert   *tls.Certificate // of the name that clients at proxies ask for
@@ -76,12 +83,12 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 	if ca == nil {
 		return nil, errors.New("gateway: SALLYPORT_GATEWAY_DOORS needs a certificate authority that certifies other programs, and this one does not: leave it off")
 	}
-	names, err := newDoorNames(s.store, s.cfg.DoorsAllow)
+	names, err := newDoorNames(s.store, s.cfg.DoorsAllow, s.cfg.DoorsName)
 	if err != nil {
 		return nil, fmt.Errorf("gateway: SALLYPORT_GATEWAY_DOORS_ALLOW: %w", err)
 	}
 	d := &doorway{s: s, ca: ca, open: s.cfg.Doors, names: names, log: s.log, mux: http.NewServeMux(), slots: make(chan struct{}, doorRequests),
-		stray: rate.NewLimiter(1, 10), sources: map[string]*rate.Limiter{}, proxied: newConnQueue()}
+		stray: rate.NewLimiter(1, 10), sources: map[string]*doorSource{}, proxied: newConnQueue()}
 	d.mux.HandleFunc("GET /doors/ca.pem", d.serveCA)
 	if d.open.Has(config.DoorStatus) {
 		d.status = newDoorStatus(s.store, ca, s.log)
@@ -128,11 +135,17 @@ func (d *doorway) before(next http.Handler) http.Handler {
 
 // ServeHTTP serves one request within the limits of its source.
 func (d *doorway) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	if !d.limiter(sourceName(req)).Allow() {
+	name, pace, burst := sourceName(req), rate.Limit(doorRate), doorBurst
+	if p := req.URL.Path; strings.HasPrefix(p, "/crl/") || strings.HasPrefix(p, "/ocsp") {
+		name, pace, burst = "status "+name, statusRate, statusBurst
+	}
+	source, ok := d.enter(name, pace, burst)
+	if !ok {
 		w.Header().Set("Retry-After", "10")
 		writeProblem(w, api.NewProblem(api.CodeLocked, "too many requests from this address"))
 		return
 	}
+	defer source.active.Add(-1)
 	select {
 	case d.slots <- struct{}{}:
 		defer func() { <-d.slots }()
@@ -155,18 +168,29 @@ func sourceName(req *http.Request) string {
 	return sourceOf(req).String()
 }
 
-func (d *doorway) limiter(source string) *rate.Limiter {
+// doorSource is what one source has under way.
+type doorSource struct {
+	*rate.Limiter
+	active atomic.Int32
+}
+
+// enter lets a request in, if its source has not too many.
+func (d *doorway) enter(name string, pace rate.Limit, burst int) (*doorSource, bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	l := d.sources[source]
-	if l == nil {
+	s := d.sources[name]
+	if s == nil {
 		if len(d.sources) >= maxDoorSources {
 			clear(d.sources)
 		}
-		l = rate.NewLimiter(doorRate, doorBurst)
-		d.sources[source] = l
+		s = &doorSource{Limiter: rate.NewLimiter(pace, burst)}
+		d.sources[name] = s
 	}
-	return l
+	if s.active.Load() >= doorsAtOnce || !s.Allow() {
+		return nil, false
+	}
+	s.active.Add(1)
+	return s, true
 }
 
 // refused logs, not too often, what a stranger was refused.

@@ -32,7 +32,11 @@ type bundleKey struct {
 
 // serveBundle answers with the trust bundle of our parties, as the SPIFFE
 // bundle endpoint does it (https_web profile).
-func (d *doorway) serveBundle(w http.ResponseWriter, _ *http.Request) {
+func (d *doorway) serveBundle(w http.ResponseWriter, req *http.Request) {
+	if req.TLS == nil {
+		http.Error(w, "the trust bundle is served over https only", http.StatusForbidden)
+		return
+	}
 	roots, err := d.trustedRoots()
 	if err != nil {
 		d.log.Error("no trust bundle", "error", err)

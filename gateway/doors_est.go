@@ -252,6 +252,9 @@ func (e *doorEST) allow(ctx context.Context, j *store.Join, names []string, addr
 		all = append(all, a.String())
 	}
 	for _, name := range all {
+		if err := e.d.names.free(name); err != nil {
+			return err
+		}
 		if j.Name != "" {
 			if name != j.Name {
 				return fmt.Errorf("%w: the code is for %s, not for %s", errDoorName, j.Name, wire.Quotable(name))

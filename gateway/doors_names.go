@@ -21,6 +21,7 @@ var errDoorName = errors.New("the name is not certified here")
 type doorNames struct {
 	store *store.DB
 	rules []doorRule
+	own   string // of the doors themselves: nobody else is certified as it
 }
 
 type doorRule struct {
@@ -28,8 +29,8 @@ type doorRule struct {
 	selector selector.Selector // of rules that have one
 }
 
-func newDoorNames(db *store.DB, rules config.NameRules) (*doorNames, error) {
-	n := &doorNames{store: db}
+func newDoorNames(db *store.DB, rules config.NameRules, own string) (*doorNames, error) {
+	n := &doorNames{store: db, own: own}
 	for _, r := range rules {
 		rule := doorRule{NameRule: r}
 		if r.Selector != "" {
@@ -46,6 +47,9 @@ func newDoorNames(db *store.DB, rules config.NameRules) (*doorNames, error) {
 // allow refuses a name, a host name in lower case or an address, that no rule
 // holds. A rule with a selector holds for a node alone.
 func (n *doorNames) allow(ctx context.Context, name string, node wire.ID) error {
+	if err := n.free(name); err != nil {
+		return err
+	}
 	var tags map[string]string
 	for _, r := range n.rules {
 		if ok, err := path.Match(r.Glob, name); err != nil || !ok {
@@ -68,6 +72,15 @@ func (n *doorNames) allow(ctx context.Context, name string, node wire.ID) error 
 		}
 	}
 	return fmt.Errorf("%w: no rule of SALLYPORT_GATEWAY_DOORS_ALLOW holds %s", errDoorName, wire.Quotable(name))
+}
+
+// free refuses the name of the doors themselves: with it, a client could pose
+// as them.
+func (n *doorNames) free(name string) error {
+	if name == n.own {
+		return fmt.Errorf("%w: %s is the name of the doors themselves", errDoorName, name)
+	}
+	return nil
 }
 
 // givenTags are the tags of a node that it did not choose itself.

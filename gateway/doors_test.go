@@ -16,8 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	"sallyport/config"
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
@@ -47,7 +45,7 @@ func TestDoorNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	names, err := newDoorNames(w.db, config.NameRules{{Glob: "*.plant.example", Selector: "site=plant"}, {Glob: "all.example"}, {Glob: "*.office.example", Selector: "site=office"}})
+	names, err := newDoorNames(w.db, config.NameRules{{Glob: "*.plant.example", Selector: "site=plant"}, {Glob: "all.example"}, {Glob: "*.office.example", Selector: "site=office"}, {Glob: "doors.*"}}, "doors.sallyport")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,14 +57,14 @@ func TestDoorNames(t *testing.T) {
 		{"www.plant.example", given, true}, {"a.b.plant.example", given, true}, {"plant.example", given, false}, {"www.plant.example.org", given, false},
 		{"www.plant.example", claims, false}, {"www.plant.example", both, false}, {"www.office.example", both, true},
 		{"www.plant.example", "", false}, {"all.example", "", true}, {"all.example", claims, true}, {"all.example", wire.NewID(), true},
-		{"www.plant.example", wire.NewID(), false},
+		{"www.plant.example", wire.NewID(), false}, {"doors.sallyport", given, false}, {"doors.example", given, true},
 	} {
 		err := names.allow(ctx, c.name, c.node)
 		if (err == nil) != c.want || err != nil && !errors.Is(err, errDoorName) {
 			t.Errorf("%s for %s: %v, want it given: %v", c.name, c.node.Short(), err, c.want)
 		}
 	}
-	if _, err := newDoorNames(w.db, config.NameRules{{Glob: "x", Selector: "="}}); err == nil {
+	if _, err := newDoorNames(w.db, config.NameRules{{Glob: "x", Selector: "="}}, ""); err == nil {
 		t.Error("a broken selector is taken")
 	}
 }
@@ -210,20 +208,30 @@ func TestCertsOnly(t *testing.T) {
 
 // One source that asks without end does not keep the others out.
 func TestDoorSources(t *testing.T) {
-	d := &doorway{sources: map[string]*rate.Limiter{}}
-	for range doorBurst {
-		if !d.limiter("a").Allow() {
-			t.Fatal("refused within the burst")
+	d := &doorway{sources: map[string]*doorSource{}}
+	for range doorsAtOnce {
+		if _, ok := d.enter("slow", doorRate, doorBurst); !ok {
+			t.Fatal("refused within what it may have at once")
 		}
 	}
-	if d.limiter("a").Allow() {
+	if _, ok := d.enter("slow", doorRate, doorBurst); ok {
+		t.Error("more at once than it may have")
+	}
+	for range doorBurst {
+		s, ok := d.enter("a", doorRate, doorBurst)
+		if !ok {
+			t.Fatal("refused within the burst")
+		}
+		s.active.Add(-1)
+	}
+	if _, ok := d.enter("a", doorRate, doorBurst); ok {
 		t.Error("more than the burst")
 	}
-	if !d.limiter("b").Allow() {
+	if _, ok := d.enter("b", doorRate, doorBurst); !ok {
 		t.Error("another source is refused")
 	}
 	for i := range maxDoorSources + 10 {
-		d.limiter(strings.Repeat("x", 1+i%7) + time.Duration(i).String())
+		d.enter(strings.Repeat("x", 1+i%7)+time.Duration(i).String(), doorRate, doorBurst)
 	}
 	if len(d.sources) > maxDoorSources {
 		t.Errorf("%d sources are remembered", len(d.sources))
