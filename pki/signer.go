@@ -35,7 +35,7 @@ import (
 // {"message": TEXT}.
 const (
 	pathKeys   = "/v1/keys"
-	signTime   = 10 * time.Second
+	signTime   = 30 * time.Second // a new key is encrypted with much work, on a host that may be busy
 	maxSigning = 16 << 10
 
 	// pemSignerKey is a key file that says which key of a signer it is: the

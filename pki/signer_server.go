@@ -102,7 +102,7 @@ func (s *Signer) Run(ctx context.Context) (err error) {
 	mux.HandleFunc("POST "+pathKeys+"/{name}/sign", signing(s, func(in signRequest, r *http.Request) (signAnswer, error) { return s.sign(r, in) }))
 	srv := &http.Server{
 		Handler:     mux,
-		ReadTimeout: 10 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: wire.MaxHeader,
+		ReadTimeout: 10 * time.Second, WriteTimeout: signTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: wire.MaxHeader,
 		ErrorLog: slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
 	}
 	g, ctx := errgroup.WithContext(ctx)
