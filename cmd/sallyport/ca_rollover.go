@@ -25,7 +25,11 @@ func (a *app) caShowCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.printCA(ca, ca)
+			if err := a.printCA(ca, ca); err != nil || a.out.Format != cli.FormatTable {
+				return err
+			}
+			a.noteParties("left", ca.Left)
+			return nil
 		}}
 }
 
@@ -161,6 +165,8 @@ func (a *app) printCA(v any, ca api.CA) error {
 			a.out.Note("nobody is left: `sallyport ca finish` ends it")
 		}
 	}
-	a.noteParties("left", ca.Left)
+	if len(ca.Left) > 0 {
+		a.out.Note("%d parties have yet to follow: `sallyport ca show` names them", len(ca.Left))
+	}
 	return nil
 }

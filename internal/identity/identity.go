@@ -274,8 +274,8 @@ func (i *Identity) setKey(key *ecdsa.PrivateKey) error {
 }
 
 func (i *Identity) setCertificate() {
-	i.cert, i.brief = nil, nil
 	if i.chain == nil {
+		i.cert, i.brief = nil, nil
 		return
 	}
 	c := &tls.Certificate{PrivateKey: i.key, Leaf: i.chain[0]}
@@ -286,7 +286,18 @@ func (i *Identity) setCertificate() {
 			b.Certificate = append(b.Certificate, x.Raw)
 		}
 	}
-	i.cert, i.brief = c, &b
+	// The same certificate stays the same pointer: whoever watches it must not
+	// connect anew because other roots are trusted.
+	if i.cert == nil || !sameCertificate(i.cert, c) {
+		i.cert = c
+	}
+	if i.brief == nil || !sameCertificate(i.brief, &b) {
+		i.brief = &b
+	}
+}
+
+func sameCertificate(a, b *tls.Certificate) bool {
+	return a.PrivateKey == b.PrivateKey && slices.EqualFunc(a.Certificate, b.Certificate, bytes.Equal)
 }
 
 // selfSigned and mayHaveIssued go by names and key identifiers: they choose

@@ -29,10 +29,17 @@ func TestApplyTrust(t *testing.T) {
 		t.Errorf("trust document %d before the first", n)
 	}
 	changed := id.Changed()
+	cert, err := id.Certificate()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if newer, err := id.ApplyTrust(ca.Seal(t, wire.TypeTrust, trustDoc(ca, 3, next))); err != nil || !newer {
 		t.Fatalf("the first: %v %v", newer, err)
 	}
 	<-changed
+	if now, err := id.Certificate(); err != nil || now != cert {
+		t.Error("the certificate counts as another: everybody would connect anew")
+	}
 	// A root that was vouched for vouches in its turn only for its own trust domain.
 	if _, err := id.ApplyTrust(foreign.Seal(t, wire.TypeTrust, trustDoc(ca, 9, foreign))); !errors.Is(err, identity.ErrUntrusted) {
 		t.Errorf("sealed by a stranger: %v", err)
