@@ -92,10 +92,15 @@ func TestLinkGrowsByAsking(t *testing.T) {
 	attached := make(chan struct{}, 10)
 	p.listen(t)
 	go func() {
-		for c := range p.accepted {
-			detach := link.Attach(c)
-			attached <- struct{}{}
-			context.AfterFunc(t.Context(), detach)
+		for {
+			select {
+			case c := <-p.accepted:
+				detach := link.Attach(c)
+				attached <- struct{}{}
+				context.AfterFunc(t.Context(), detach)
+			case <-t.Context().Done():
+				return
+			}
 		}
 	}()
 	d = p.dialler(t)
@@ -116,7 +121,6 @@ func TestLinkGrowsByAsking(t *testing.T) {
 	if link.Admin() != admin || admin.Streams() != 0 {
 		t.Errorf("the admin connection carries %d streams", admin.Streams())
 	}
-	close(p.accepted)
 }
 
 func TestLinkWithoutMore(t *testing.T) {
