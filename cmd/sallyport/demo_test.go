@@ -71,6 +71,9 @@ func TestDemoSabotage(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts many processes")
 	}
+	if raceEnabled {
+		t.Skip("starts sixty processes, which the race detector makes several times slower: tests/run runs it without")
+	}
 	for _, c := range []struct {
 		scene string // whose proof must fail
 		how   string

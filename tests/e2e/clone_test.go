@@ -14,7 +14,7 @@ import (
 // gateway finds out end to end, stops what it would tell them, and reports it;
 // when one is gone, an operator ends the quarantine (N-05).
 func TestClone(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	relay := site.RCP(gateway, "dmz-1")

@@ -36,6 +36,7 @@ func (s *doorSite) lego(args ...string) harness.Result {
 // through a node's proxy and the RCP. Their challenges are looked at from the
 // node, within what both ends allow.
 func TestDoorACME(t *testing.T) {
+	t.Parallel()
 	harness.Tool(t, "certbot")
 	harness.Tool(t, "lego")
 	http, legoHTTP, legoTLS := harness.FreePort(t), harness.FreePort(t), harness.FreePort(t)

@@ -137,6 +137,7 @@ func (s *doorSite) split() (root, inter string) {
 // TestDoorEST: openssl and curl enrol and renew by EST through a node's proxy,
 // and OCSP and CRL say at once what was revoked.
 func TestDoorEST(t *testing.T) {
+	t.Parallel()
 	s := newDoorSite(t, "est;status;bundle", "*.plant.example;*.only.example@site=plant")
 	root, inter := s.split()
 
@@ -284,6 +285,7 @@ func TestDoorEST(t *testing.T) {
 
 // TestDoorStatusOfParties: OCSP and CRL know nodes too, and their revocation.
 func TestDoorStatusOfParties(t *testing.T) {
+	t.Parallel()
 	s := newDoorSite(t, "status", "none")
 	root, _ := s.split()
 	pem, err := os.ReadFile(find(t, filepath.Join(s.node.Data, "node"), "chain.pem"))

@@ -14,7 +14,7 @@ import (
 // TestReidentify: a node gets a new key, and then another identity, over the
 // channel that is there; its name, tags and unsent events go along.
 func TestReidentify(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")

@@ -31,7 +31,7 @@ func restoreTo(site *harness.Site, data, file string) harness.Result {
 // TestMoveTheGateway: moving to a new host is backup and restore. The RCP and
 // the node are not touched, and obey the gateway where it is now (HA-07, OP-08).
 func TestMoveTheGateway(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	old := site.Gateway()
 	relay := site.RCP(old, "dmz-1")
@@ -93,7 +93,7 @@ func TestMoveTheGateway(t *testing.T) {
 // restored elsewhere. It stops itself when the RCP shows it the newer
 // generation, does not start again, and pulls no event any more (HA-07).
 func TestTwinGateway(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	old := site.Gateway()
 	relay := site.RCP(old, "dmz-1")

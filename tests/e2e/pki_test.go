@@ -33,7 +33,7 @@ func noKeys(t *testing.T, dir string) {
 // enrols, renews and revokes as ever (PK-13). While the authority is away all
 // that is enrolled works on; what needs it is done when it is back.
 func TestAuthorityOfItsOwn(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	secret := site.File("pki.pass", "correct horse battery\n")
 	authority := site.PKI(harness.Env("SALLYPORT_PKI_PASSPHRASE_FILE", secret))
@@ -91,7 +91,7 @@ func TestAuthorityOfItsOwn(t *testing.T) {
 // TestAuthorityMovesOut: an installation whose gateway held the CA gives it to
 // a process of its own; no party enrols again.
 func TestAuthorityMovesOut(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")

@@ -43,7 +43,7 @@ func left(t *testing.T, gateway *harness.Gateway, want string) {
 // of it, and another node and an RCP for all of it. Nobody is lost, and nobody
 // is touched but by the gateway (PK-09, PK-10).
 func TestRootRollover(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
@@ -132,7 +132,7 @@ func TestRootRollover(t *testing.T) {
 // TestIntermediateRollover: a new intermediate takes over, goes back, and takes
 // over again, under nodes that run (PK-10).
 func TestIntermediateRollover(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")

@@ -121,7 +121,7 @@ func (s *stepCA) wait(t *testing.T, root *x509.Certificate) {
 // its registration authority and holds no CA key (PK-13). While it is away all
 // that is enrolled works on, revocation included.
 func TestStepCA(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	ca := startStepCA(t, site, "corp.example")
 	gateway := site.Gateway(

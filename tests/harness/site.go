@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -42,6 +43,14 @@ func Long(t testing.TB) {
 	if os.Getenv("E2E") != "all" && os.Getenv("CI") != "true" {
 		t.Skip("takes long: run it with E2E=all, or by tests/run e2e")
 	}
+}
+
+// LongWait is Long for a test that mostly waits, on loopback: it runs beside
+// others of its kind.
+func LongWait(t *testing.T) {
+	t.Helper()
+	Long(t)
+	t.Parallel()
 }
 
 // In prepares a site on the hosts of a lab.
@@ -180,7 +189,11 @@ func (r *Role) Local(args ...string) Result {
 // Host returns the lab's host of the role; nil on loopback.
 func (r *Role) Host() *netlab.Host { return r.host }
 
-// FreePort returns a loopback port that nothing uses, neither TCP nor UDP.
+// portsGiven are those that another test of this process may be about to use.
+var portsGiven sync.Map
+
+// FreePort returns a loopback port that nothing uses, neither TCP nor UDP, and
+// that was not given to anybody yet.
 func FreePort(t testing.TB) uint16 {
 	t.Helper()
 	for range 100 {
@@ -194,7 +207,7 @@ func FreePort(t testing.TB) uint16 {
 			_ = u.Close()
 		}
 		_ = l.Close()
-		if udpErr == nil {
+		if _, given := portsGiven.LoadOrStore(addr.Port(), true); udpErr == nil && !given {
 			return addr.Port()
 		}
 	}
