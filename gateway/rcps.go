@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -228,20 +229,22 @@ func (l *links) recordOf(id wire.ID) *store.RCP {
 
 // dial keeps one RCP connected until ctx ends.
 //
-// The record of an RCP that has not enrolled names no UUID: then the enrolment
-// protocol is tried, and every other time the ordinary one, for an RCP that
-// has a certificate of ours already (named in the environment, or added anew
-// after the database was lost). Whoever proves the role rcp there is pinned.
+// The record of an RCP that has not enrolled names no UUID: then the ordinary
+// protocol is tried, for an RCP that has a certificate of ours already (named
+// in the environment, or added anew after the database was lost), and every
+// other time that of enrolment. Whoever proves the role rcp there is pinned.
 // A pinned one is tried by the enrolment protocol while one side does not take
 // the other's certificates: it has missed a change of the authority.
 func (l *links) dial(ctx context.Context, t dialTarget) {
 	log := l.s.log.With("rcp", t.name) // the dialler adds the address
-	attempt := 0
+	var attempts atomic.Int64
+	var in atomic.Bool // by the ordinary protocol: further connections come by it too
 	var missed channel.Fallback
 	d := &channel.Dialer{
 		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Backoff: channel.Backoff{Max: redialMax}, Log: log,
 		OnState: func(st channel.State) {
 			missed.Note(st)
+			in.Store(st.Conn != nil && !st.Conn.Enrolling())
 			if st.Err != nil && t.id != "" {
 				l.s.fleet.linkError(t.id, st.Err.Error())
 			}
@@ -253,7 +256,7 @@ func (l *links) dial(ctx context.Context, t dialTarget) {
 	if t.id != "" {
 		d.Expect, d.Enroll = &t.id, missed.Enroll
 	} else {
-		d.Enroll = func() bool { attempt++; return attempt%2 == 1 }
+		d.Enroll = func() bool { return !in.Load() && attempts.Add(1)%2 == 0 }
 	}
 	link := channel.NewLink(log)
 	for ctx.Err() == nil {

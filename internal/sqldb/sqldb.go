@@ -36,7 +36,7 @@ var ErrLocked = errors.New("database is in use by another process")
 
 // ErrFull says that the disk has no room for what was written; nothing of that
 // transaction was. The database goes on when there is room again.
-var ErrFull = errors.New("no room on the disk for the database: free some space where SALLYPORT_DATA is")
+var ErrFull = errors.New("no space left on the disk for the database: free some space where SALLYPORT_DATA is")
 
 // Result codes of SQLite (sqlite.org/rescode.html) that mean a full disk.
 const (

@@ -123,7 +123,11 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 	}
 	var list []api.Revocation
 	gateway.Run("revocation", "list", "-o", "json").Exits(0).JSON(&list)
-	if len(list) != 2 || list[0].Name != "by-stream" || !list[0].InForce || list[0].Role != wire.RoleNode || list[0].Reason == "" || !strings.HasPrefix(list[0].Fingerprint, "SHA256:") {
+	names := map[string]bool{} // they were revoked in any order
+	for _, r := range list {
+		names[r.Name] = true
+	}
+	if len(list) != 2 || !names["by-stream"] || !names["by-lane"] || list[0].Revoked.Before(list[1].Revoked) || !list[0].InForce || list[0].Role != wire.RoleNode || list[0].Reason == "" || !strings.HasPrefix(list[0].Fingerprint, "SHA256:") {
 		t.Errorf("revocation list: %+v", list)
 	}
 
