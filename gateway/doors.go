@@ -271,23 +271,7 @@ func (d *doorway) serve(ctx context.Context, ln net.Listener, h http.Handler) er
 			return ctx
 		},
 	}
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
-		defer cancel()
-		if srv.Shutdown(grace) != nil {
-			_ = srv.Close() // what did not end in time
-		}
-	})
-	err := srv.Serve(ln)
-	if !stop() {
-		<-stopped
-	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return fmt.Errorf("doors on %s: %w", ln.Addr(), err)
+	return serveUntil(ctx, srv, ln, "doors")
 }
 
 // keep forgets what is over, until ctx ends.
