@@ -6,10 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -323,26 +321,15 @@ func (a *Authority) Revocations() (wire.Envelope, bool) {
 }
 
 func (a *Authority) loadRevocations() error {
-	b, err := os.ReadFile(filepath.Join(a.dir, fileRevocations))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	env, issued, err := readDocument(a.dir, fileRevocations)
+	if err != nil || env == nil {
 		return err
 	}
-	var env wire.Envelope
-	if err := json.Unmarshal(b, &env); err != nil {
-		return damaged(fileRevocations, err.Error())
-	}
-	var at struct{ Issued time.Time }
-	if err := json.Unmarshal(env.Payload, &at); err != nil {
-		return damaged(fileRevocations, err.Error())
-	}
 	// It was signed here; its intermediate may have ended since.
-	set, err := identity.VerifyRevocations(env, a.mat().everyRoot(), a.mat().trustDomain, at.Issued)
+	set, err := identity.VerifyRevocations(*env, a.mat().everyRoot(), a.mat().trustDomain, issued)
 	if err != nil {
 		return damaged(fileRevocations, err.Error())
 	}
-	a.hold(set, env)
+	a.hold(set, *env)
 	return nil
 }

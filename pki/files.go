@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -229,4 +230,27 @@ func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
 		err = cerr
 	}
 	return err
+}
+
+// readDocument reads a document that was sealed here, and when that was; nil
+// where there is none.
+func readDocument(dir, name string) (env *wire.Envelope, issued time.Time, err error) {
+	b, err := os.ReadFile(filepath.Join(dir, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, issued, nil
+	}
+	if err != nil {
+		return nil, issued, err
+	}
+	if err := json.Unmarshal(b, &env); err != nil {
+		return nil, issued, damaged(name, err.Error())
+	}
+	var at struct{ Issued time.Time }
+	if env == nil {
+		return nil, issued, damaged(name, "is empty")
+	}
+	if err := json.Unmarshal(env.Payload, &at); err != nil {
+		return nil, issued, damaged(name, err.Error())
+	}
+	return env, at.Issued, nil
 }

@@ -283,25 +283,14 @@ func (a *Authority) signTrust(atLeast int64) error {
 }
 
 func (a *Authority) loadTrust() error {
-	b, err := os.ReadFile(filepath.Join(a.dir, fileTrust))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
+	env, issued, err := readDocument(a.dir, fileTrust)
+	if err != nil || env == nil {
 		return err
 	}
-	var env wire.Envelope
-	if err := json.Unmarshal(b, &env); err != nil {
-		return damaged(fileTrust, err.Error())
-	}
-	var at struct{ Issued time.Time }
-	if err := json.Unmarshal(env.Payload, &at); err != nil {
-		return damaged(fileTrust, err.Error())
-	}
-	doc, _, err := identity.VerifyTrust(env, a.mat().everyRoot(), a.mat().trustDomain, at.Issued)
+	doc, _, err := identity.VerifyTrust(*env, a.mat().everyRoot(), a.mat().trustDomain, issued)
 	if err != nil {
 		return damaged(fileTrust, err.Error())
 	}
-	a.trust, a.trustNo = &env, doc.Number
+	a.trust, a.trustNo = env, doc.Number
 	return nil
 }
