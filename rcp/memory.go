@@ -44,9 +44,12 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 			return nil
 		}
 		moved, opened := r.roster.moved(), r.opened.Load()
-		nodes, _ := r.roster.count()
-		calm := moved == last && moved-trimmed >= trimAfter
-		if calm || opened-streams >= max(trimAfter, uint64(nodes[wire.RoleNode])) && time.Since(at) >= trimStreams {
+		due := moved == last && moved-trimmed >= trimAfter
+		if !due && opened-streams >= trimAfter && time.Since(at) >= trimStreams {
+			nodes, _ := r.roster.count()
+			due = opened-streams >= uint64(nodes[wire.RoleNode])
+		}
+		if due {
 			for range trimRounds {
 				debug.FreeOSMemory()
 			}
