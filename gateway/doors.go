@@ -2,8 +2,11 @@ package gateway
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -90,6 +93,7 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 	d := &doorway{s: s, ca: ca, open: s.cfg.Doors, names: names, log: s.log, mux: http.NewServeMux(), slots: make(chan struct{}, doorRequests),
 		stray: rate.NewLimiter(1, 10), sources: map[string]*doorSource{}, proxied: newConnQueue()}
 	d.mux.HandleFunc("GET /doors/ca.pem", d.serveCA)
+	d.mux.HandleFunc("GET /root/{sum}", d.serveRoot)
 	if d.open.Has(config.DoorStatus) {
 		d.status = newDoorStatus(s.store, ca, s.log)
 		d.mux.HandleFunc("GET /crl/{name}", d.status.serveCRL)
@@ -113,7 +117,7 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 }
 
 // doorPaths begin the paths that are the doors'.
-var doorPaths = []string{"/doors/", "/crl/", "/ocsp", "/spiffe/", "/.well-known/est/", "/acme/"}
+var doorPaths = []string{"/doors/", "/root/", "/crl/", "/ocsp", "/spiffe/", "/.well-known/est/", "/acme/"}
 
 func isDoor(req *http.Request) bool {
 	return slices.ContainsFunc(doorPaths, func(p string) bool { return strings.HasPrefix(req.URL.Path, p) })
@@ -207,6 +211,19 @@ func (d *doorway) serveCA(w http.ResponseWriter, _ *http.Request) {
 	for _, c := range slices.Backward(d.ca.Chain()) {
 		_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}) // the client is gone, or not
 	}
+}
+
+// serveRoot hands out a root to a client that knows its SHA-256, as step-ca
+// does: `step ca root --fingerprint` takes what it gets for nothing else.
+func (d *doorway) serveRoot(w http.ResponseWriter, req *http.Request) {
+	chain := d.ca.Chain()
+	root := chain[len(chain)-1]
+	if sum := sha256.Sum256(root.Raw); req.PathValue("sum") != hex.EncodeToString(sum[:]) {
+		http.Error(w, "no such root", http.StatusNotFound)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(map[string]string{"ca": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))}) // the client is gone, or not
 }
 
 // record notes a leaf that leaves by a door, with its audit row.

@@ -23,16 +23,18 @@ type doorSite struct {
 	proxy   string // of the node
 	atRCP   string // the proxy of the RCP
 	plain   string // where the gateway serves CRL and OCSP
+	api     string // the API's own port
 	ca      string // file with the root and the doors' intermediate
 }
 
 func newDoorSite(t *testing.T, doors, allow string, opts ...harness.Option) *doorSite {
 	harness.Tool(t, "openssl")
 	harness.Tool(t, "curl")
-	s := &doorSite{Site: harness.New(t), t: t, plain: fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)), proxy: fmt.Sprintf("http://127.0.0.1:%d", harness.FreePort(t))}
-	s.gateway = s.Gateway(harness.Env("SALLYPORT_GATEWAY_DOORS", doors), harness.Env("SALLYPORT_GATEWAY_DOORS_ALLOW", allow),
+	local := func() string { return fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)) }
+	s := &doorSite{Site: harness.New(t), t: t, plain: local(), proxy: "http://" + local(), api: local()}
+	s.gateway = s.Gateway(harness.Env("SALLYPORT_GATEWAY_LISTEN", s.api), harness.Env("SALLYPORT_GATEWAY_DOORS", doors), harness.Env("SALLYPORT_GATEWAY_DOORS_ALLOW", allow),
 		harness.Env("SALLYPORT_GATEWAY_DOORS_LISTEN", s.plain), harness.Env("SALLYPORT_GATEWAY_DOORS_URL", "http://"+s.plain))
-	at := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
+	at := local()
 	s.atRCP = "http://" + at
 	s.rcp = s.RCP(s.gateway, "dmz-1", harness.Env("SALLYPORT_RCP_PROXY_LISTEN", at))
 	opts = append(opts, harness.Env("SALLYPORT_NODE_PROXY_LISTEN", strings.TrimPrefix(s.proxy, "http://")), harness.JoinFlags("--tag", "site=plant"))

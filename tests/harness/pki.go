@@ -50,10 +50,23 @@ func (p *PKI) Serves() Option {
 	}
 }
 
-// StepCA builds smallstep's own CA from tests/stepca, a module of its own: the
-// product carries none of what it needs. Without its modules in the cache or a
-// network the test is skipped at the desk, and fails in CI.
+// StepCA builds smallstep's own CA.
 func (s *Site) StepCA() string {
+	s.t.Helper()
+	return s.smallstep("github.com/smallstep/certificates/cmd/step-ca")
+}
+
+// Step builds smallstep's command line.
+func (s *Site) Step() string {
+	s.t.Helper()
+	return s.smallstep("github.com/smallstep/cli/cmd/step")
+}
+
+// smallstep builds a program of tests/stepca, a module of its own: the product
+// carries none of what it needs. The tags are the same for all, so that what
+// they share is compiled once. Without its modules in the cache or a network
+// the test is skipped at the desk, and fails in CI.
+func (s *Site) smallstep(path string) string {
 	s.t.Helper()
 	root, err := Repository()
 	if err != nil {
@@ -63,14 +76,15 @@ func (s *Site) StepCA() string {
 	if err != nil {
 		cache = os.TempDir()
 	}
-	program := filepath.Join(cache, "sallyport-tests", "step-ca")
-	cmd := exec.CommandContext(s.t.Context(), "go", "build", "-tags", "nobadger,nomysql,nopgx", "-o", program, "github.com/smallstep/certificates/cmd/step-ca")
+	name := filepath.Base(path)
+	program := filepath.Join(cache, "sallyport-tests", name)
+	cmd := exec.CommandContext(s.t.Context(), "go", "build", "-tags", "nobadger,nomysql,nopgx", "-o", program, path)
 	cmd.Dir, cmd.Env = filepath.Join(root, "tests", "stepca"), append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		if os.Getenv("CI") == "true" {
-			s.t.Fatalf("build step-ca: %v\n%s", err, out)
+			s.t.Fatalf("build %s: %v\n%s", name, err, out)
 		}
-		s.t.Skipf("step-ca cannot be built here: %v\n%s", err, out)
+		s.t.Skipf("%s cannot be built here: %v\n%s", name, err, out)
 	}
 	return program
 }
