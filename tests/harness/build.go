@@ -25,14 +25,7 @@ func build(ctx context.Context) (string, error) {
 	if err != nil {
 		cache = os.TempDir()
 	}
-	kind := "static"
-	args := []string{"build", "-o", "", "./cmd/..."}
-	env := append(os.Environ(), "CGO_ENABLED=0")
-	if os.Getenv(RaceVariable) == "1" {
-		kind = "race"
-		args = []string{"build", "-race", "-o", "", "./cmd/..."}
-		env = append(os.Environ(), "CGO_ENABLED=1")
-	}
+	kind, flags, env := buildKind()
 	root, err := Repository()
 	if err != nil {
 		return "", err
@@ -52,13 +45,22 @@ func build(ctx context.Context) (string, error) {
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	args[len(args)-2] = dir + string(filepath.Separator)
+	args := append([]string{"build", "-o", dir + string(filepath.Separator)}, append(flags, "./cmd/...")...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir, cmd.Env = root, env
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the programs: %w\n%s", err, out)
 	}
 	return dir, nil
+}
+
+// buildKind is how the programs are built: flags and environment of the go
+// command.
+func buildKind() (kind string, flags, env []string) {
+	if os.Getenv(RaceVariable) == "1" {
+		return "race", []string{"-race"}, append(os.Environ(), "CGO_ENABLED=1")
+	}
+	return "static", nil, append(os.Environ(), "CGO_ENABLED=0")
 }
 
 // touchSources makes every source file an input of the test: go test caches

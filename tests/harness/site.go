@@ -93,11 +93,12 @@ func (s *Site) File(name, content string) string {
 func (s *Site) Path(name string) string { return filepath.Join(s.dir, name) }
 
 type options struct {
-	host string
-	env  map[string]string
-	slim bool
-	join []string
-	add  []string
+	host  string
+	env   map[string]string
+	slim  bool
+	join  []string
+	add   []string
+	clock time.Duration
 }
 
 // Option changes how a role is started.
@@ -162,11 +163,11 @@ func (s *Site) prepare(role, name string, env map[string]string, opts []Option) 
 // start starts the role's program.
 func (r *Role) start(name string) {
 	r.site.t.Helper()
-	program, args := r.site.Program("sallyport"), []string{"run", r.role}
+	program, args := r.program("sallyport"), []string{"run", r.role}
 	if r.opts.slim {
 		program, args = r.site.Program("sallyport-"+r.role), nil
 	}
-	r.Process = start(r.site.t, r.host, name, environment(r.opts.env), program, args...)
+	r.Process = start(r.site.t, r.host, name, r.environment(r.opts.env), program, args...)
 }
 
 // address is where the role is reached: on its host in a lab, else on a free
@@ -182,8 +183,8 @@ func (r *Role) address(port uint16) string {
 // Local runs a `local` verb on the role's host.
 func (r *Role) Local(args ...string) Result {
 	r.site.t.Helper()
-	env := environment(map[string]string{"SALLYPORT_DATA": r.Data})
-	return runCommand(r.site.t, r.host, env, "", r.site.Program("sallyport"), append([]string{"local"}, args...)...)
+	env := r.environment(map[string]string{"SALLYPORT_DATA": r.Data})
+	return runCommand(r.site.t, r.host, env, "", r.program("sallyport"), append([]string{"local"}, args...)...)
 }
 
 // Host returns the lab's host of the role; nil on loopback.
@@ -257,8 +258,8 @@ func (g *Gateway) Run(args ...string) Result {
 // RunInput is Run with a standard input.
 func (g *Gateway) RunInput(stdin string, args ...string) Result {
 	g.site.t.Helper()
-	env := environment(map[string]string{"SALLYPORT_DATA": g.Data})
-	return runCommand(g.site.t, g.host, env, stdin, g.site.Program("sallyport"), args...)
+	env := g.environment(map[string]string{"SALLYPORT_DATA": g.Data})
+	return runCommand(g.site.t, g.host, env, stdin, g.program("sallyport"), args...)
 }
 
 // Apply applies policy and deployment documents.
