@@ -234,6 +234,12 @@ func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.En
 	if err != nil {
 		return nil, fmt.Errorf("register %s %s: %w", req.Role, wire.Quotable(string(req.ID)), err)
 	}
+	e.registered(ctx, d, key, req, from)
+	return d, nil
+}
+
+// registered follows a decision that is written down.
+func (e *enrolment) registered(ctx context.Context, d *decision, key wire.KeyHash, req *wire.EnrollRequest, from origin) {
 	switch {
 	case d.state == wire.EnrollDenied:
 		e.log.Warn("certificate request refused", "code", d.code, "reason", d.reason, "party", req.Role, "id", req.ID,
@@ -245,7 +251,6 @@ func (e *enrolment) register(ctx context.Context, key wire.KeyHash, req *wire.En
 		e.log.Info("certificate request granted", "party", req.Role, "id", req.ID, "name", d.name, "fingerprint", key.Fingerprint(), "join", d.joinID(), "rule", d.ruleName())
 		e.settle(ctx, []wire.Party{d.party}, d.victims)
 	}
-	return d, nil
 }
 
 // settle lets the rest of the gateway know of new parties and of those that

@@ -99,6 +99,18 @@ func (s *Server) discard(ctx context.Context, ref string) (*store.Request, error
 	return s.enrolment.discard(ctx, ref)
 }
 
+func (s *Server) pin() api.Pin {
+	return api.Pin{TrustDomain: s.id.TrustDomain(), Root: wire.KeyOf(s.ca.Root()).Fingerprint()}
+}
+
+func (s *Server) importRequest(ctx context.Context, in api.ImportRequest) (*store.Request, error) {
+	return s.enrolment.importRequest(ctx, in)
+}
+
+func (s *Server) exportRequest(ctx context.Context, ref string) (api.ExportedRequest, error) {
+	return s.enrolment.exportRequest(ctx, ref)
+}
+
 func (s *Server) applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error) {
 	return s.enrolment.applyRules(ctx, in)
 }

@@ -15,6 +15,7 @@ import (
 
 func (r *rest) enrollRoutes() {
 	r.ruleRoutes()
+	r.offlineRoutes()
 	op := func(id, method, path, summary string) huma.Operation {
 		return huma.Operation{OperationID: id, Method: method, Path: path, Summary: summary}
 	}

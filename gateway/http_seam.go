@@ -26,6 +26,10 @@ type enrolling interface {
 	// decideMany does the same with several; verb is grant, deny or discard.
 	applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error)
 	deleteRule(ctx context.Context, name string) error
+	// pin, importRequest and exportRequest are enrolment by files: offline.go.
+	pin() api.Pin
+	importRequest(ctx context.Context, in api.ImportRequest) (*store.Request, error)
+	exportRequest(ctx context.Context, ref string) (api.ExportedRequest, error)
 	decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error)
 }
 

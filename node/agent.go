@@ -156,7 +156,7 @@ func (a *Agent) domains(dir string) ([]string, error) {
 			err = errors.Join(err, fmt.Errorf("join code from %s is for a %s, this is a node: make one with `sallyport join create`", j.Source, j.Code.Role))
 			continue
 		}
-		if !plainName(j.Code.TrustDomain) {
+		if !wire.ValidTrustDomain(j.Code.TrustDomain) {
 			err = errors.Join(err, fmt.Errorf("%w: from %s: its trust domain is no name", wire.ErrJoinCode, j.Source))
 			continue
 		}
@@ -164,11 +164,6 @@ func (a *Agent) domains(dir string) ([]string, error) {
 	}
 	slices.Sort(out)
 	return slices.Compact(out), err
-}
-
-// plainName guards the name of a directory, which comes from a join code.
-func plainName(td string) bool {
-	return td != "" && len(td) <= 253 && !strings.HasPrefix(td, ".") && strings.Trim(td, "abcdefghijklmnopqrstuvwxyz0123456789.-") == ""
 }
 
 func (a *Agent) add(td string) (*instance, error) {

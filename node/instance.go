@@ -121,6 +121,9 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	in.upstreams = newUpstreams(in)
 	in.lanes = newLanes()
 	in.sessionAPI = in.newSessionAPI()
+	if err := in.applicant.TakeImported(); err != nil {
+		return nil, err
+	}
 	return in, nil
 }
 

@@ -146,7 +146,7 @@ func (a *Agent) Join(_ context.Context, code string) error {
 		return &local.Error{Code: local.CodeInvalid, Message: err.Error()}
 	case c.Role != wire.RoleNode:
 		return &local.Error{Code: local.CodeRefused, Message: fmt.Sprintf("join code is for a %s, this is a node: make one with `sallyport join create`", c.Role)}
-	case !plainName(c.TrustDomain):
+	case !wire.ValidTrustDomain(c.TrustDomain):
 		return &local.Error{Code: local.CodeInvalid, Message: "join code: its trust domain is no name"}
 	}
 	if err := a.join.Keep(code); err != nil {

@@ -183,6 +183,9 @@ func (r *Relay) open(dir string) error {
 	r.applicant = enroll.New(enroll.Config{
 		Identity: r.id, Join: r.join, Program: r.cfg.Version, Log: r.log,
 	})
+	if err := r.applicant.TakeImported(); err != nil {
+		return err
+	}
 	r.diallers = newDiallers(r)
 	return nil
 }

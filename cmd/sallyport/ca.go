@@ -7,5 +7,5 @@ import (
 )
 
 func (a *app) caCommand() *cobra.Command {
-	return cli.Group("ca", "The certificate authority", append(a.caRolloverCommands(), a.caCSRCommand(), a.caImportCommand(), a.caGatewayCommand(), a.caPassphraseCommand())...)
+	return cli.Group("ca", "The certificate authority", append(a.caRolloverCommands(), a.caCSRCommand(), a.caImportCommand(), a.caPinCommand(), a.caGatewayCommand(), a.caPassphraseCommand())...)
 }

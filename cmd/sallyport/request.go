@@ -36,7 +36,8 @@ func (a *app) requestCommand() *cobra.Command {
 	deny := a.decideCommand("deny", "Refuse parties, and tell them")
 	deny.cmd.Flags().StringVar(&deny.in.Reason, "reason", "", "what the party is told")
 	discard := a.decideCommand("discard", "Forget requests without telling the parties")
-	return cli.Group("request", "Certificate requests", list, grant.cmd, deny.cmd, discard.cmd)
+	return cli.Group("request", "Certificate requests", list, grant.cmd, deny.cmd, discard.cmd,
+		a.requestImportCommand(), a.requestExportCommand(), a.requestBundleCommand())
 }
 
 // deciding is one verdict on one or several requests.

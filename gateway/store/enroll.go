@@ -46,6 +46,26 @@ func (r Queries) FindRequests(ctx context.Context, ref string) ([]*Request, erro
 	return out, err
 }
 
+// FindGranted is [Queries.FindRequests] among those that were granted; of the
+// requests of one key the newest.
+func (r Queries) FindGranted(ctx context.Context, ref string) ([]*Request, error) {
+	granted := bun.List([]string{api.RequestGranted, api.RequestDelivered, api.RequestFailed})
+	var out []*Request
+	err := r.q.NewSelect().Model(&out).Where("id = ?", ref).Where("state IN (?)", granted).Scan(ctx)
+	if err == nil && len(out) == 0 {
+		err = r.q.NewSelect().Model(&out).Where("state IN (?)", granted).Where("name = ?", ref).OrderExpr("requested_at DESC, id DESC").Limit(100).Scan(ctx)
+	}
+	if err == nil && len(out) == 0 && len(ref) >= minPrefix {
+		err = r.q.NewSelect().Model(&out).Where("state IN (?)", granted).Where("substr(id, 1, ?) = ?", len(ref), ref).OrderExpr("requested_at DESC, id DESC").Limit(10).Scan(ctx)
+	}
+	seen := map[wire.KeyHash]bool{}
+	return slices.DeleteFunc(out, func(q *Request) bool {
+		again := seen[q.KeyHash]
+		seen[q.KeyHash] = true
+		return again
+	}), err
+}
+
 // minPrefix is the shortest beginning of an ID that a changing call takes.
 const minPrefix = 8
 

@@ -128,7 +128,16 @@ const TrustDomainSuffix = ".sallyport"
 // DefaultTrustDomain derives the trust domain from a root certificate: the
 // first 16 hex digits of its SPKI's SHA-256, and ".sallyport".
 func DefaultTrustDomain(root *x509.Certificate) string {
-	return string(KeyOf(root)[:16]) + TrustDomainSuffix
+	return KeyOf(root).TrustDomain()
+}
+
+// TrustDomain is the default trust domain of a root with this key.
+func (k KeyHash) TrustDomain() string { return string(k[:16]) + TrustDomainSuffix }
+
+// ValidTrustDomain tells whether a name may be that of a trust domain, and of
+// a directory: it comes from join codes and files.
+func ValidTrustDomain(td string) bool {
+	return td != "" && len(td) <= 253 && !strings.HasPrefix(td, ".") && strings.Trim(td, "abcdefghijklmnopqrstuvwxyz0123456789.-") == ""
 }
 
 // KeyHash is the SHA-256 of a public key's DER SPKI in lower-case hex (64
