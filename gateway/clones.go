@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/wire"
 )
@@ -79,6 +80,18 @@ func (c *clones) saw(id wire.ID, boot string, sent, got time.Time) (other string
 	}
 	c.seen[id] = all
 	return other
+}
+
+// boots lists what answered as a node, the latest first.
+func (c *clones) boots(id wire.ID) []api.NodeBoot {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := []api.NodeBoot{}
+	for _, x := range c.seen[id] {
+		out = append(out, api.NodeBoot{ID: clip(x.boot), First: x.first.UTC(), Last: x.last.UTC()})
+	}
+	slices.SortFunc(out, func(a, b api.NodeBoot) int { return b.Last.Compare(a.Last) })
+	return out
 }
 
 // forget begins anew with a node: an operator has looked at it.
@@ -225,7 +238,7 @@ func (c *clones) heard(ctx context.Context, id wire.ID, boot string, sent time.T
 	err = c.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		tx.Audit(ctx, "node.quarantine", "node "+n.Name, why)
 		tx.Raise(store.Internal{NodeID: id, Severity: wire.SeverityMajor, Object: "node " + n.Name, Key: keyClone,
-			Text: fmt.Sprintf("node %s is quarantined: %s; give one of them another identity (node reidentify), or stop it, then node resume", n.Name, why)})
+			Text: fmt.Sprintf("node %s is quarantined: %s; give one of them another identity (node reidentify --boot), or stop it (local status shows the boot on each host), then node resume", n.Name, why)})
 		return tx.SetQuarantine(ctx, id, why)
 	})
 	if err != nil {

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -102,6 +103,14 @@ func TestClonesAreQuarantined(t *testing.T) {
 	n, err := w.db.Node(t.Context(), id)
 	if err != nil || !strings.Contains(n.Quarantine, "b1") || !strings.Contains(n.Quarantine, "b2") {
 		t.Errorf("%+v, %v", n, err)
+	}
+	// The boots that `node reidentify --boot` wants are those of the report.
+	var boots []string
+	for _, b := range w.s.clones.boots(id) {
+		boots = append(boots, b.ID)
+	}
+	if slices.Sort(boots); !slices.Equal(boots, []string{"b1", "b2"}) {
+		t.Errorf("boots %q, want b1 and b2", boots)
 	}
 	told := 0
 	for _, e := range w.events(id) {

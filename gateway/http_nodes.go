@@ -193,7 +193,7 @@ func (r *rest) showNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetail]
 	if err != nil {
 		for _, p := range r.s.fleet.strangers() {
 			if v := strangerView(p); api.Is(err, api.CodeNotFound) && (v.Name == in.Ref || strings.HasPrefix(string(v.ID), in.Ref)) {
-				d := api.NodeDetail{Node: v, TagSources: []api.TagSource{}, Policies: []api.NodePolicy{}, Deployments: []string{}, Paths: p.Paths}
+				d := api.NodeDetail{Node: v, Boots: r.s.clones.boots(v.ID), TagSources: []api.TagSource{}, Policies: []api.NodePolicy{}, Deployments: []string{}, Paths: p.Paths}
 				return &tagged[api.NodeDetail]{Body: d}, nil
 			}
 		}
@@ -217,7 +217,7 @@ func (r *rest) nodeDetail(ctx context.Context, id wire.ID) (*tagged[api.NodeDeta
 	}
 	p := r.s.fleet.Presence(id)
 	d := api.NodeDetail{
-		Created: utc(n.CreatedAt), Mode: n.Mode, OS: n.OS, Arch: n.Arch, AsRoot: n.AsRoot, Installation: n.Installation,
+		Created: utc(n.CreatedAt), Mode: n.Mode, OS: n.OS, Arch: n.Arch, AsRoot: n.AsRoot, Installation: n.Installation, Boots: r.s.clones.boots(id),
 		Certificate: api.CertificateStatus{NotAfter: when(n.NotAfter), RenewAfter: when(n.RenewAfter)}, TagSources: tagSources(rows),
 		Policies: []api.NodePolicy{}, Deployments: []string{}, Paths: p.Paths, Outbox: n.Outbox, SkewSeconds: n.SkewSeconds,
 		Versions: wire.VersionRange{Min: n.VersionMin, Max: n.VersionMax}, ETag: etag(n.Version),

@@ -65,7 +65,7 @@ func (f *fleet) look(m *member) presence {
 		if i == 0 {
 			p.Carrier = w.carrier
 		}
-		path := api.NodePath{RCP: directHop, Carrier: w.carrier, Source: w.source, Since: w.since, RTT: w.rtt.Seconds()}
+		path := api.NodePath{RCP: directHop, Carrier: w.carrier, Source: w.source, Boot: w.boot, Since: w.since, RTT: w.rtt.Seconds()}
 		if w.link != m.id {
 			path.RCP = f.nameOf(w.link)
 			for _, id := range w.path {

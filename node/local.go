@@ -18,7 +18,7 @@ import (
 func (a *Agent) Status(context.Context) local.Status {
 	s := local.Status{
 		Role: wire.RoleNode, Name: string(a.cfg.Name), State: string(wire.StatePending), Reason: errNoGateway.Error(),
-		Upstreams: []wire.UpstreamStatus{}, Instances: []local.Instance{}, Version: a.cfg.Version, Started: a.started,
+		Upstreams: []wire.UpstreamStatus{}, Instances: []local.Instance{}, Version: a.cfg.Version, Started: a.started, Boot: a.boot,
 	}
 	if a.addr != nil {
 		s.Listen = []string{a.addr.String()}

@@ -1,13 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/user"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
 	"sallyport/config"
 	"sallyport/gateway/backup"
+	"sallyport/gateway/store"
 	"sallyport/internal/cli"
 	"sallyport/internal/sealed"
 )
@@ -16,6 +21,16 @@ const passphraseVariable = "SALLYPORT_BACKUP_PASSPHRASE_FILE"
 
 func gatewayPlace(c config.Gateway) backup.Place {
 	return backup.Place{Gateway: c.Dir("gateway"), PKI: c.Dir("pki"), Database: c.Database}
+}
+
+// onThisHost names the user of a command that works on the gateway's files, for
+// the audit log.
+func onThisHost(ctx context.Context) context.Context {
+	who := fmt.Sprintf("uid %d", os.Geteuid())
+	if u, err := user.LookupId(strconv.Itoa(os.Geteuid())); err == nil {
+		who = u.Username
+	}
+	return store.WithActor(ctx, store.Actor{Who: who, Origin: "command line"})
 }
 
 func (a *app) backupCommand() *cobra.Command {
@@ -37,7 +52,7 @@ func (a *app) backupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			m, err := backup.Create(cmd.Context(), gatewayPlace(c), args[0], cli.BuildVersion(), passphrase)
+			m, err := backup.Create(onThisHost(cmd.Context()), gatewayPlace(c), args[0], cli.BuildVersion(), passphrase)
 			if err != nil {
 				return err
 			}

@@ -146,6 +146,9 @@ func (a *app) printNode(n api.NodeDetail) error {
 	line("certificate", "until %s, renewed from %s", firstOf(cli.Time(deref(n.Certificate.NotAfter)), "unknown"), firstOf(cli.Time(deref(n.Certificate.RenewAfter)), "unknown"))
 	line("clock", "%+.1f s against the gateway's", n.SkewSeconds)
 	line("outbox", "%d waiting, %d dropped", n.Outbox.Depth, n.Outbox.Dropped)
+	for _, b := range n.Boots {
+		line("boot", "%s answered from %s to %s", b.ID, cli.Time(b.First), cli.Time(b.Last))
+	}
 	for _, s := range n.TagSources {
 		hidden := ""
 		if !s.Effective {
@@ -154,7 +157,7 @@ func (a *app) printNode(n api.NodeDetail) error {
 		line("tag", "%s=%s from %s%s", s.Key, s.Value, s.Source, hidden)
 	}
 	for _, p := range n.Paths {
-		line("path", "RCP %s%s over %s from %s since %s, %.0f ms", p.RCP, prefixed(" via ", strings.Join(p.Via, ", ")), p.Carrier, p.Source, cli.Time(p.Since), p.RTT*1000)
+		line("path", "RCP %s%s over %s from %s since %s, %.0f ms%s", p.RCP, prefixed(" via ", strings.Join(p.Via, ", ")), p.Carrier, p.Source, cli.Time(p.Since), p.RTT*1000, prefixed(", boot ", p.Boot))
 	}
 	for _, d := range n.Deployments {
 		line("deployment", "%s", d)

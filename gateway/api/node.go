@@ -33,6 +33,7 @@ type NodeDetail struct {
 	Arch         string            `json:"arch"`
 	AsRoot       bool              `json:"as_root"`
 	Installation string            `json:"installation"` // that it obeys
+	Boots        []NodeBoot        `json:"boots"`        // that answered in the last hour, the latest first; two that live are two machines
 	Certificate  CertificateStatus `json:"certificate"`
 	TagSources   []TagSource       `json:"tag_sources"`
 	Policies     []NodePolicy      `json:"policies"`
@@ -42,6 +43,14 @@ type NodeDetail struct {
 	SkewSeconds  float64           `json:"skew_seconds"` // of its clock against the gateway's
 	Versions     wire.VersionRange `json:"versions"`
 	ETag         string            `json:"etag"`
+}
+
+// NodeBoot is one process that answered as a node, in a session that only the
+// node's key can hold. Each start has a boot ID of its own.
+type NodeBoot struct {
+	ID    string    `json:"id"`
+	First time.Time `json:"first"`
+	Last  time.Time `json:"last"`
 }
 
 // CertificateStatus is the leaf that a party last showed.
@@ -83,6 +92,7 @@ type NodePath struct {
 	Via     []string  `json:"via"` // further RCPs, nearest to the gateway first
 	Carrier string    `json:"carrier"`
 	Source  string    `json:"source"` // address as reported by the RCP
+	Boot    string    `json:"boot"`   // likewise
 	Since   time.Time `json:"since"`
 	RTT     float64   `json:"rtt_seconds"`
 }

@@ -93,8 +93,17 @@ func Create(ctx context.Context, p Place, dest, program string, passphrase []byt
 			err = errors.Join(fmt.Errorf("back up the gateway: %w", err), os.Remove(dest))
 		}
 	}()
-	if m, err = create(ctx, p, out, program, passphrase); err != nil {
+	// Before anything is copied: no copy of an installation without a trace of
+	// who took it. The row is in the backup too.
+	name, err := filepath.Abs(dest)
+	if err != nil {
 		return m, err
+	}
+	if err := store.AuditBeside(ctx, p.Database, "backup.create", name, store.ResultOK, ""); err != nil {
+		return m, fmt.Errorf("note it in the audit log: %w", err)
+	}
+	if m, err = create(ctx, p, out, program, passphrase); err != nil {
+		return m, errors.Join(err, store.AuditBeside(context.WithoutCancel(ctx), p.Database, "backup.create", name, store.ResultFailed, err.Error()))
 	}
 	return m, errors.Join(out.Sync(), sqldb.SyncDir(filepath.Dir(dest)))
 }

@@ -5,6 +5,9 @@ import (
 	"time"
 
 	"github.com/uptrace/bun"
+
+	"sallyport/gateway/bus"
+	"sallyport/internal/sqldb"
 )
 
 // Actor is who causes a change.
@@ -66,6 +69,16 @@ func (db *DB) AuditRefusal(ctx context.Context, what, object, result, detail str
 	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
 		tx.audit(ctx, what, object, result, detail)
 		return nil
+	})
+}
+
+// AuditBeside writes a row into the log of a database that a gateway may have
+// open, for a command on its host that goes round the gateway.
+func AuditBeside(ctx context.Context, path, what, object, result, detail string) error {
+	return sqldb.Beside(ctx, path, func(ctx context.Context, btx bun.Tx) error {
+		tx := &Tx{Queries: Queries{q: btx}, now: time.Now().UTC().Truncate(time.Microsecond), topics: map[bus.Topic]struct{}{}}
+		tx.audit(ctx, what, object, result, detail)
+		return tx.flush(ctx)
 	})
 }
 

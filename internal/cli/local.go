@@ -143,6 +143,7 @@ func (l *localRole) describe(s local.Status) {
 	line("fingerprint", s.Fingerprint)
 	line("state", strings.TrimSuffix(s.State+" ("+s.Reason+")", " ()"))
 	line("version", s.Version)
+	line("boot", s.Boot)
 	line("trust domain", s.TrustDomain)
 	line("certificate", Time(s.NotAfter))
 	if s.Clock != nil {

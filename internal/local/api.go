@@ -63,6 +63,7 @@ type Status struct {
 
 	Version     string         `json:"version"`
 	Started     time.Time      `json:"started"`
+	Boot        string         `json:"boot,omitempty"` // of this process of a node, as node show and node reidentify --boot name it
 	TrustDomain string         `json:"trust_domain,omitempty"`
 	Clock       *Skew          `json:"clock,omitempty"`        // against the gateway's; a node has one for each instance
 	NotAfter    time.Time      `json:"not_after,omitzero"`     // of the certificate

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/uptrace/bun"
+	"github.com/uptrace/bun/dialect/sqlitedialect"
 )
 
 // Backup writes a consistent copy of the database at path into the new file
@@ -46,4 +49,21 @@ func SyncDir(dir string) error {
 		return err
 	}
 	return errors.Join(d.Sync(), d.Close())
+}
+
+// Beside runs one writing transaction on a database that another process may
+// have open: for a command on the same host that has something to note in it.
+// It neither makes nor migrates a database.
+func Beside(ctx context.Context, path string, f func(ctx context.Context, tx bun.Tx) error) (err error) {
+	if _, err := os.Stat(path); err != nil {
+		return err
+	}
+	w, err := connect(path, false)
+	if err != nil {
+		return err
+	}
+	w.SetMaxOpenConns(1)
+	db := bun.NewDB(w, dialect{sqlitedialect.New()})
+	defer func() { err = errors.Join(err, db.Close()) }()
+	return full(db.RunInTx(ctx, nil, f))
 }
