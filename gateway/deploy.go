@@ -62,16 +62,23 @@ func (s *Server) pushPlans(plans []nodePlan) {
 // changed: the tags of some nodes, or, without ids, the set of RCPs or what a
 // start finds.
 func (s *Server) changed(ctx context.Context, ids ...wire.ID) error {
-	var plans []nodePlan
-	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+	plans, err := s.plan(ctx, ids...)
+	if err == nil {
+		s.pushPlans(plans)
+	}
+	return err
+}
+
+// plan computes desired states anew and stores those that have changed.
+func (s *Server) plan(ctx context.Context, ids ...wire.ID) (plans []nodePlan, err error) {
+	err = s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 		plans, err = s.replan(ctx, tx, ids...)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("compute desired states: %w", err)
+		return nil, fmt.Errorf("compute desired states: %w", err)
 	}
-	s.pushPlans(plans)
-	return nil
+	return plans, nil
 }
 
 // reconcile follows each verified hello of a node: what it should have is
@@ -119,10 +126,16 @@ func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error)
 	if fresh || err != nil && !errors.Is(err, store.ErrNotFound) || !managed(n) {
 		return d, err
 	}
-	if err := s.changed(ctx, id); err != nil {
+	plans, err := s.plan(ctx, id)
+	if err != nil {
 		return nil, err
 	}
-	return s.store.Desired(ctx, id)
+	own := slices.IndexFunc(plans, func(p nodePlan) bool { return p.node.ID == id })
+	if own < 0 {
+		return s.store.Desired(ctx, id)
+	}
+	s.pushPlans(slices.Delete(slices.Clone(plans), own, own+1)) // the caller pushes its own
+	return plans[own].desired, nil
 }
 
 // document makes the signed document of a desired state.

@@ -34,21 +34,14 @@ func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello)
 
 // currentKey is what is known of the key in a party's leaf.
 func (e *enrolment) currentKey(ctx context.Context, role wire.Role, id wire.ID) (*store.Key, error) {
-	var key wire.KeyHash
-	if role == wire.RoleRCP {
-		r, err := e.store.RCPByID(ctx, id)
-		if err != nil {
-			return nil, err
-		}
-		key = r.KeyHash
-	} else {
-		n, err := e.store.Node(ctx, id)
-		if err != nil {
-			return nil, err
-		}
-		key = n.KeyHash
+	if role != wire.RoleRCP {
+		return e.store.NodeKey(ctx, id)
 	}
-	return e.store.Key(ctx, key)
+	r, err := e.store.RCPByID(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return e.store.Key(ctx, r.KeyHash)
 }
 
 // renew gives a connected party a new leaf in a session with it. Who it is

@@ -6,6 +6,7 @@ import (
 
 	"github.com/uptrace/bun"
 
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -92,9 +93,7 @@ func (r Queries) Joins(ctx context.Context) ([]*Join, error) {
 
 // Join returns the join code with that ID.
 func (r Queries) Join(ctx context.Context, id string) (*Join, error) {
-	j := new(Join)
-	err := r.q.NewSelect().Model(j).Where("id = ?", id).Scan(ctx)
-	return j, notFound(err)
+	return row[Join](ctx, r, r.prepared.join, sqldb.Clean(id))
 }
 
 // AddJoin stores a new join code.

@@ -52,9 +52,7 @@ func (d *Desired) Revision() wire.Revision {
 // Desired returns what a node should have; [ErrNotFound] before the first
 // state was made.
 func (r Queries) Desired(ctx context.Context, id wire.ID) (*Desired, error) {
-	d := new(Desired)
-	err := r.q.NewSelect().Model(d).Where("node_id = ?", id).Scan(ctx)
-	return d, notFound(err)
+	return row[Desired](ctx, r, r.prepared.desired, id)
 }
 
 // AllDesired returns what every node should have.
@@ -135,7 +133,7 @@ type PolicyStatus struct {
 // PolicyStatus returns what one node said of its policies.
 func (r Queries) PolicyStatus(ctx context.Context, id wire.ID) ([]PolicyStatus, error) {
 	var out []PolicyStatus
-	err := r.q.NewSelect().Model(&out).Where("node_id = ?", id).OrderExpr("policy").Scan(ctx)
+	err := r.prepared.statuses.Select(ctx, r.q, &out, id)
 	return out, err
 }
 

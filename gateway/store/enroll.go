@@ -23,9 +23,7 @@ func (r Queries) Request(ctx context.Context, id string) (*Request, error) {
 
 // LastRequest returns the newest request of a key.
 func (r Queries) LastRequest(ctx context.Context, key wire.KeyHash) (*Request, error) {
-	q := new(Request)
-	err := r.q.NewSelect().Model(q).Where("key_hash = ?", key).OrderExpr("requested_at DESC, id DESC").Limit(1).Scan(ctx)
-	return q, notFound(err)
+	return row[Request](ctx, r, r.prepared.lastRequest, key)
 }
 
 // FindRequests returns the waiting requests that a reference may mean: the one
@@ -162,9 +160,12 @@ func (tx *Tx) UseJoin(ctx context.Context, join string, key wire.KeyHash, party 
 
 // Key returns what is known of a certified key.
 func (r Queries) Key(ctx context.Context, key wire.KeyHash) (*Key, error) {
-	k := new(Key)
-	err := r.q.NewSelect().Model(k).Where("key_hash = ?", key).Scan(ctx)
-	return k, notFound(err)
+	return row[Key](ctx, r, r.prepared.key, key)
+}
+
+// NodeKey returns what is known of the key in a node's leaf.
+func (r Queries) NodeKey(ctx context.Context, id wire.ID) (*Key, error) {
+	return row[Key](ctx, r, r.prepared.nodeKey, id)
 }
 
 // CountKeys counts the keys of a party that are not revoked.

@@ -10,6 +10,7 @@ import (
 	"github.com/uptrace/bun"
 
 	"sallyport/gateway/bus"
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -55,23 +56,17 @@ func (n *Node) Applied() wire.Revision {
 
 // Node returns a node that was not removed.
 func (r Queries) Node(ctx context.Context, id wire.ID) (*Node, error) {
-	n := new(Node)
-	err := r.q.NewSelect().Model(n).Where("id = ?", id).Where("removed_at IS NULL").Scan(ctx)
-	return n, notFound(err)
+	return row[Node](ctx, r, r.prepared.node, id)
 }
 
 // AnyNode returns a node also when it was removed.
 func (r Queries) AnyNode(ctx context.Context, id wire.ID) (*Node, error) {
-	n := new(Node)
-	err := r.q.NewSelect().Model(n).Where("id = ?", id).Scan(ctx)
-	return n, notFound(err)
+	return row[Node](ctx, r, r.prepared.anyNode, id)
 }
 
 // NodeByName returns the live node of that name.
 func (r Queries) NodeByName(ctx context.Context, tenant, name string) (*Node, error) {
-	n := new(Node)
-	err := r.q.NewSelect().Model(n).Where("tenant = ?", tenant).Where("name = ?", name).Where("removed_at IS NULL").Scan(ctx)
-	return n, notFound(err)
+	return row[Node](ctx, r, r.prepared.nodeByName, tenant, sqldb.Clean(name))
 }
 
 // Nodes lists all nodes that were not removed, by name.

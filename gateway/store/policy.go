@@ -37,9 +37,7 @@ type policyHead struct {
 // Policies lists the current versions by name.
 func (r Queries) Policies(ctx context.Context, tenant string) ([]*Policy, error) {
 	var out []*Policy
-	err := r.q.NewSelect().Model(&out).
-		Join("JOIN policies AS h ON h.tenant = policy.tenant AND h.name = policy.name AND h.current = policy.version").
-		Where("policy.tenant = ?", tenant).OrderExpr("policy.name").Scan(ctx)
+	err := r.prepared.policies.Select(ctx, r.q, &out, tenant)
 	return out, err
 }
 
@@ -142,7 +140,7 @@ type Rollout struct {
 // included.
 func (r Queries) Deployments(ctx context.Context, tenant string) ([]*Deployment, error) {
 	var out []*Deployment
-	err := r.q.NewSelect().Model(&out).Where("tenant = ?", tenant).OrderExpr("name").Scan(ctx)
+	err := r.prepared.deployments.Select(ctx, r.q, &out, tenant)
 	return out, err
 }
 

@@ -44,7 +44,7 @@ const (
 // RCPs lists all of them by name.
 func (r Queries) RCPs(ctx context.Context) ([]*RCP, error) {
 	var out []*RCP
-	err := r.q.NewSelect().Model(&out).OrderExpr("name").Scan(ctx)
+	err := r.prepared.rcps.Select(ctx, r.q, &out)
 	return out, err
 }
 
@@ -60,9 +60,7 @@ func (r Queries) RCPByID(ctx context.Context, id wire.ID) (*RCP, error) {
 	if id == "" {
 		return nil, ErrNotFound
 	}
-	p := new(RCP)
-	err := r.q.NewSelect().Model(p).Where("party_id = ?", id).Scan(ctx)
-	return p, notFound(err)
+	return row[RCP](ctx, r, r.prepared.rcpByID, id)
 }
 
 // AddRCP stores a new record; the name must be free.

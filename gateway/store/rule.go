@@ -24,7 +24,7 @@ type Rule struct {
 // Rules lists the rules of a tenant by name.
 func (r Queries) Rules(ctx context.Context, tenant string) ([]*Rule, error) {
 	var out []*Rule
-	err := r.q.NewSelect().Model(&out).Where("tenant = ?", tenant).OrderExpr("name").Scan(ctx)
+	err := r.prepared.rules.Select(ctx, r.q, &out, tenant)
 	return out, err
 }
 

@@ -14,6 +14,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"embed"
@@ -65,7 +66,10 @@ type DB struct {
 }
 
 // Queries are the reading queries.
-type Queries struct{ q bun.IDB }
+type Queries struct {
+	q        bun.IDB
+	prepared *prepared
+}
 
 // Open opens, creates or migrates the database. A second gateway on one file
 // is refused with [sqldb.ErrLocked].
@@ -78,7 +82,11 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	db := &DB{Queries: Queries{q: s.Read()}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
+	hot, err := prepare(ctx, s)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open database %s: %w", cfg.Path, err), s.Close())
+	}
+	db := &DB{Queries: Queries{q: s.Read(), prepared: hot}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
 	if db.now == nil {
 		db.now = time.Now
 	}
@@ -127,7 +135,7 @@ type Tx struct {
 func (db *DB) Update(ctx context.Context, f func(ctx context.Context, tx *Tx) error) error {
 	var topics map[bus.Topic]struct{}
 	err := db.sql.Write(ctx, func(ctx context.Context, btx bun.Tx) error {
-		tx := &Tx{Queries: Queries{q: btx}, db: db, now: db.now().UTC().Truncate(time.Microsecond), topics: map[bus.Topic]struct{}{}}
+		tx := &Tx{Queries: Queries{q: btx, prepared: db.prepared}, db: db, now: db.now().UTC().Truncate(time.Microsecond), topics: map[bus.Topic]struct{}{}}
 		if err := f(ctx, tx); err != nil {
 			return err
 		}
@@ -173,8 +181,11 @@ func (tx *Tx) Wake(t bus.Topic) { tx.topics[t] = struct{}{} }
 // next adds n to a counter and returns its new value. The row stays locked
 // until the transaction ends.
 func (tx *Tx) next(ctx context.Context, counter string, n int64) (v int64, err error) {
-	err = tx.q.NewRaw("UPDATE counters SET value = value + ? WHERE name = ? RETURNING value", n, counter).Scan(ctx, &v)
-	return v, err
+	var values []int64
+	if err := tx.prepared.next.Select(ctx, tx.q, &values, n, counter); err != nil || len(values) == 0 {
+		return 0, cmp.Or(err, fmt.Errorf("counter %s: %w", counter, ErrNotFound))
+	}
+	return values[0], nil
 }
 
 // flush writes the rows that carry a position, last of all.

@@ -88,7 +88,7 @@ func AllowsTag(globs []string, key, value string) bool {
 // NodeTags lists the tags of one node, of every source.
 func (r Queries) NodeTags(ctx context.Context, id wire.ID) ([]NodeTag, error) {
 	var out []NodeTag
-	err := r.q.NewSelect().Model(&out).Where("node_id = ?", id).OrderExpr("key, source").Scan(ctx)
+	err := r.prepared.tags.Select(ctx, r.q, &out, id)
 	return out, err
 }
 

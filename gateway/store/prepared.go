@@ -1,0 +1,68 @@
+package store
+
+import (
+	"context"
+
+	"github.com/uptrace/bun"
+
+	"sallyport/internal/sqldb"
+)
+
+// prepared are the queries that every visit of a node and every enrolment
+// make, each for one party.
+type prepared struct {
+	node, anyNode, nodeByName, nodeKey *sqldb.Prepared
+	key, lastRequest, join             *sqldb.Prepared
+	desired, tags, statuses            *sqldb.Prepared
+	rcps, rcpByID                      *sqldb.Prepared
+	policies, deployments, rules       *sqldb.Prepared
+	next                               *sqldb.Prepared
+}
+
+// prepare lets bun write the texts, so that each names the columns of its model.
+func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
+	value := bun.Safe("?")
+	of := func(model any) *bun.SelectQuery { return db.Read().NewSelect().Model(model) }
+	p = new(prepared)
+	for _, q := range []struct {
+		to    **sqldb.Prepared
+		query *bun.SelectQuery
+	}{
+		{&p.node, of((*Node)(nil)).Where("id = ?", value).Where("removed_at IS NULL")},
+		{&p.anyNode, of((*Node)(nil)).Where("id = ?", value)},
+		{&p.nodeByName, of((*Node)(nil)).Where("tenant = ?", value).Where("name = ?", value).Where("removed_at IS NULL")},
+		{&p.nodeKey, of((*Key)(nil)).Where("key_hash = (SELECT n.key_hash FROM nodes n WHERE n.id = ? AND n.removed_at IS NULL)", value)},
+		{&p.key, of((*Key)(nil)).Where("key_hash = ?", value)},
+		{&p.lastRequest, of((*Request)(nil)).Where("key_hash = ?", value).OrderExpr("requested_at DESC, id DESC").Limit(1)},
+		{&p.join, of((*Join)(nil)).Where("id = ?", value)},
+		{&p.desired, of((*Desired)(nil)).Where("node_id = ?", value)},
+		{&p.tags, of((*NodeTag)(nil)).Where("node_id = ?", value).OrderExpr("key, source")},
+		{&p.statuses, of((*PolicyStatus)(nil)).Where("node_id = ?", value).OrderExpr("policy")},
+		{&p.rcps, of((*RCP)(nil)).OrderExpr("name")},
+		{&p.rcpByID, of((*RCP)(nil)).Where("party_id = ?", value)},
+		{&p.policies, of((*Policy)(nil)).
+			Join("JOIN policies AS h ON h.tenant = policy.tenant AND h.name = policy.name AND h.current = policy.version").
+			Where("policy.tenant = ?", value).OrderExpr("policy.name")},
+		{&p.deployments, of((*Deployment)(nil)).Where("tenant = ?", value).OrderExpr("name")},
+		{&p.rules, of((*Rule)(nil)).Where("tenant = ?", value).OrderExpr("name")},
+	} {
+		if *q.to, err = db.Prepare(ctx, q.query.String()); err != nil {
+			return nil, err
+		}
+	}
+	p.next, err = db.Prepare(ctx, "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value")
+	return p, err
+}
+
+// row returns the only row of a prepared query; an empty one with
+// [ErrNotFound] where there is none.
+func row[T any](ctx context.Context, r Queries, q *sqldb.Prepared, args ...any) (*T, error) {
+	var rows []*T
+	if err := q.Select(ctx, r.q, &rows, args...); err != nil {
+		return nil, err
+	}
+	if len(rows) == 0 {
+		return new(T), ErrNotFound
+	}
+	return rows[0], nil
+}
