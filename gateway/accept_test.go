@@ -67,6 +67,7 @@ func connectTo(t *testing.T, proxy, service string) (net.Conn, *bufio.Reader, in
 }
 
 func TestAccept(t *testing.T) {
+	t.Parallel()
 	var dials atomic.Int64
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		dials.Add(1)
@@ -124,6 +125,7 @@ func TestAccept(t *testing.T) {
 
 // TestAcceptNothing: without services no hint makes the gateway ask anything.
 func TestAcceptNothing(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("dmz-1")
 	n := w.enrolled(w.node("web-1"))
@@ -146,6 +148,7 @@ func TestAcceptNothing(t *testing.T) {
 // TestAcceptLiar: a node that makes up what is parked gets no connection that
 // stays, and cannot make the gateway dial anything but its services.
 func TestAcceptLiar(t *testing.T) {
+	t.Parallel()
 	var dials atomic.Int64
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -36,6 +36,7 @@ func running(t *testing.T) (*world, *fakeRCP, *fakeNode) {
 }
 
 func TestActionStreamsItsOutputAndExitCode(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	a := w.act(n, 0, "sh", "-c", "echo out; exit 3")
 	type result struct {
@@ -67,6 +68,7 @@ func TestActionStreamsItsOutputAndExitCode(t *testing.T) {
 }
 
 func TestActionForAnAbsentNodeEndsAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	n := w.enrolled(w.node("away"))
 	w.run()
@@ -82,6 +84,7 @@ func TestActionForAnAbsentNodeEndsAtOnce(t *testing.T) {
 }
 
 func TestActionWhoseSessionCannotBeOpenedWasNotRun(t *testing.T) {
+	t.Parallel()
 	w, r, n := running(t)
 	r.mu.Lock()
 	r.refuse = true
@@ -94,6 +97,7 @@ func TestActionWhoseSessionCannotBeOpenedWasNotRun(t *testing.T) {
 }
 
 func TestActionWaitsForItsNodeAndExpires(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n, never := w.rcp("dmz"), w.enrolled(w.node("late")), w.enrolled(w.node("never"))
 	w.run()
@@ -112,6 +116,7 @@ func TestActionWaitsForItsNodeAndExpires(t *testing.T) {
 }
 
 func TestBrokenSessionJoinsTheRunAgain(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	n.mu.Lock()
 	n.cutAfter = 2
@@ -141,6 +146,7 @@ func TestBrokenSessionJoinsTheRunAgain(t *testing.T) {
 // The limit on output is one of the action, not of each session, and each piece
 // counts for more than its bytes; one without bytes does no harm.
 func TestOutputLimitOutlivesASession(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	w.s.actions.limit = 3*store.FrameOverhead + 3
 	n.mu.Lock()
@@ -165,6 +171,7 @@ func TestOutputLimitOutlivesASession(t *testing.T) {
 }
 
 func TestRestartedGatewayPicksUpARun(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	a := w.act(n, 0, "long")
 	run := n.started(t, "long")
@@ -185,6 +192,7 @@ func TestRestartedGatewayPicksUpARun(t *testing.T) {
 }
 
 func TestCancelReachesTheNode(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	a := w.act(n, 0, "long")
 	n.started(t, "long")
@@ -208,6 +216,7 @@ func TestCancelReachesTheNode(t *testing.T) {
 }
 
 func TestRefusedByTheNode(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	a := w.done(w.act(n, time.Hour, "forbidden"))
 	if actionView(a).ExitStatus() != api.ExitRefused || !strings.Contains(a.Reason, "SALLYPORT_NODE_ALLOW_COMMANDS") {
@@ -216,6 +225,7 @@ func TestRefusedByTheNode(t *testing.T) {
 }
 
 func TestRunThatWasNeverBegunIsNotBegunLate(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	// The gateway was killed between "sent" on disk and the sending, long ago.
 	a := &store.Action{ID: wire.NewID(), Batch: "b", Tenant: store.DefaultTenant, NodeID: n.id.ID(), NodeName: n.name, Command: []string{"late"}}
@@ -242,6 +252,7 @@ func TestRunThatWasNeverBegunIsNotBegunLate(t *testing.T) {
 }
 
 func TestResultOfANodeThatIsGoneIsUnknown(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	a := w.act(n, 0, "long")
 	n.started(t, "long")
@@ -258,6 +269,7 @@ func TestResultOfANodeThatIsGoneIsUnknown(t *testing.T) {
 }
 
 func TestFollowEndsWithItsCaller(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	both := w.batch(n, 0, []string{"one"}, []string{"two"})
 	a, b := both[0], both[1]
@@ -279,6 +291,7 @@ func TestFollowEndsWithItsCaller(t *testing.T) {
 }
 
 func TestFollowOfABatch(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	both := w.batch(n, 0, []string{"one"}, []string{"two"})
 	lines, ended := make(chan string), make(chan error, 1)
@@ -306,6 +319,7 @@ func TestFollowOfABatch(t *testing.T) {
 }
 
 func TestPatienceWithANodeThatIsGone(t *testing.T) {
+	t.Parallel()
 	t0 := time.Date(2026, 11, 21, 12, 0, 0, 0, time.UTC)
 	for _, c := range []struct {
 		name  string
@@ -396,6 +410,7 @@ func TestSilentWayIsNotTheNext(t *testing.T) {
 }
 
 func TestRunOutlivesItsRCPAndSaysThatItWaits(t *testing.T) {
+	t.Parallel()
 	w, r, n := running(t)
 	a := w.act(n, 0, "long")
 	run := n.started(t, "long")
@@ -422,6 +437,7 @@ func TestRunOutlivesItsRCPAndSaysThatItWaits(t *testing.T) {
 }
 
 func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
+	t.Parallel()
 	w, r, n := running(t)
 	hang := make(chan struct{})
 	r.mu.Lock()
@@ -456,6 +472,7 @@ func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
 }
 
 func TestActionsOfACallerThatWentAwayAreStarted(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	absent := w.enrolled(w.node("absent"))
 	var actions []*store.Action

@@ -12,6 +12,7 @@ import (
 )
 
 func TestWhatProvesAClone(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	at := func(s int) time.Time { return now.Add(time.Duration(s) * time.Second) }
 	type answer struct {
@@ -92,6 +93,7 @@ func (r *fakeRCP) holdBoot(n *fakeNode, boot string) {
 }
 
 func TestClonesAreQuarantined(t *testing.T) {
+	t.Parallel()
 	w, one, two, rcps := twoHosts(t)
 	w.deploys = true
 	w.run()
@@ -156,6 +158,7 @@ func TestClonesAreQuarantined(t *testing.T) {
 // TestAnRCPsWordQuarantinesNobody: boots that RCPs make up are a reason to
 // look, and what is seen is one host.
 func TestAnRCPsWordQuarantinesNobody(t *testing.T) {
+	t.Parallel()
 	w, one, _, rcps := twoHosts(t)
 	w.run()
 	id := one.id.ID()

@@ -96,6 +96,7 @@ func (w *world) inStep(c *api.Client, name string) api.NodeDetail {
 }
 
 func TestDesiredStateReachesNodes(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -163,6 +164,7 @@ func (w *world) client() *api.Client {
 }
 
 func TestFailedAndOfflineNodes(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -223,6 +225,7 @@ func TestFailedAndOfflineNodes(t *testing.T) {
 }
 
 func TestRefusingNode(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -249,6 +252,7 @@ func TestRefusingNode(t *testing.T) {
 // A restored backup is older than what nodes have seen: nothing is pushed, and
 // an operator is told, until a new generation begins.
 func TestRestoredDatabaseDoesNotPush(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -310,6 +314,7 @@ func TestRestoredDatabaseDoesNotPush(t *testing.T) {
 // A node with a valid certificate that the database does not know, as after
 // the database was wiped, is shown and left alone.
 func TestUnknownNodeIsLeftAlone(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -338,6 +343,7 @@ func TestUnknownNodeIsLeftAlone(t *testing.T) {
 }
 
 func TestNodeOfAnotherInstallationIsNotPushed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
@@ -358,6 +364,7 @@ func TestNodeOfAnotherInstallationIsNotPushed(t *testing.T) {
 }
 
 func TestMaximumKeepsThoseThatHaveIt(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	for _, name := range []string{"m", "n"} {
 		w.addNode(name, map[string]string{"role": "web"})
@@ -394,6 +401,7 @@ func TestMaximumKeepsThoseThatHaveIt(t *testing.T) {
 }
 
 func TestFileEffects(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	w.addNode("web-1", map[string]string{"role": "web"})
 	applyText(t, c, twoPolicies, false)

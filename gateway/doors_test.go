@@ -25,6 +25,7 @@ import (
 // Names are given for tags that operators or join codes set, and not for what
 // a node says of itself.
 func TestDoorNames(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	defer func() { _ = w.db.Close() }()
 	ctx := t.Context()
@@ -71,6 +72,7 @@ func TestDoorNames(t *testing.T) {
 
 // At a proxy the side is that of the proxy, whatever the client's URL says.
 func TestACMESide(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	defer func() { _ = w.db.Close() }()
 	d := &doorway{s: &Server{store: w.db}, log: testLog(t)}
@@ -119,6 +121,7 @@ func TestACMESide(t *testing.T) {
 }
 
 func TestDoorValuesSwap(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	defer func() { _ = w.db.Close() }()
 	v := doorValues{w.db}
@@ -157,6 +160,7 @@ func TestDoorValuesSwap(t *testing.T) {
 }
 
 func TestReadCSR(t *testing.T) {
+	t.Parallel()
 	der := testCSR(t)
 	broken := bytes.Clone(der)
 	broken[len(broken)-1] ^= 1
@@ -188,6 +192,7 @@ func testCSR(t testing.TB) []byte {
 
 // What the certificates of an EST answer are wrapped in holds just them.
 func TestCertsOnly(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	defer func() { _ = w.db.Close() }()
 	der, err := certsOnly([]*x509.Certificate{w.ca.Root, w.ca.Root})
@@ -208,6 +213,7 @@ func TestCertsOnly(t *testing.T) {
 
 // One source that asks without end does not keep the others out.
 func TestDoorSources(t *testing.T) {
+	t.Parallel()
 	d := &doorway{sources: map[string]*doorSource{}}
 	for range doorsAtOnce {
 		if _, ok := d.enter("slow", doorRate, doorBurst); !ok {

@@ -255,6 +255,7 @@ func (d *desk) audited(what string) int {
 }
 
 func TestTokenGrantsAtOnce(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Name: "web", Tags: map[string]string{"role": "web"}, AllowTags: []string{"env"}})
 	a := d.enrolled(code, "wish")
@@ -308,6 +309,7 @@ func TestTokenGrantsAtOnce(t *testing.T) {
 }
 
 func TestBadTokens(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	foreign := newDesk(t)
 	tamper := func(code string, f func(*wire.JoinCode)) string {
@@ -376,6 +378,7 @@ func TestBadTokens(t *testing.T) {
 }
 
 func TestStolenUUIDWaits(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	victim := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	code := d.join(api.CreateJoin{Uses: 5})
@@ -413,6 +416,7 @@ func TestStolenUUIDWaits(t *testing.T) {
 }
 
 func TestNameThatReadsAsAUUIDIsRefused(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	victim := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	for _, name := range []string{string(victim.id.ID()), string(victim.id.ID())[:8]} {
@@ -435,6 +439,7 @@ func mustParse(t *testing.T, code string) wire.JoinCode {
 }
 
 func TestForeignCSRIsRefused(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.party(wire.RoleNode, d.join(api.CreateJoin{}), "")
 	other, err := identity.Open(t.TempDir(), wire.RoleNode)
@@ -462,6 +467,7 @@ func TestForeignCSRIsRefused(t *testing.T) {
 }
 
 func TestRCPEnrols(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	added, err := d.addRCP(t.Context(), api.AddRCP{Name: "dmz-1", Address: "dmz.example:9090"})
 	if err != nil {
@@ -520,6 +526,7 @@ func TestRCPEnrols(t *testing.T) {
 }
 
 func TestCreateJoinRefuses(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	for name, in := range map[string]api.CreateJoin{
 		"name with uses":       {Name: "web", Uses: 2},
@@ -555,6 +562,7 @@ func TestCreateJoinRefuses(t *testing.T) {
 
 // A party that stays is not asked over and over; a new connection is.
 func TestAttemptsAreBounded(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "")
 	asked := 0

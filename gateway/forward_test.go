@@ -55,6 +55,7 @@ func send(t *testing.T, c *net.TCPConn, text string, end bool) {
 }
 
 func TestForwardCarriesBothWaysAndEndsEachByItself(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("db", "address: 'db:5432'", ids...)
@@ -98,6 +99,7 @@ func TestForwardCarriesBothWaysAndEndsEachByItself(t *testing.T) {
 }
 
 func TestForwardCoversAFailureWithWhatWasSent(t *testing.T) {
+	t.Parallel()
 	for _, first := range []string{"client", "server"} {
 		t.Run(first+" speaks first", func(t *testing.T) {
 			st := newSite(t, false)
@@ -144,6 +146,7 @@ func TestForwardCoversAFailureWithWhatWasSent(t *testing.T) {
 }
 
 func TestForwardDoesNotRepeatWhatMayHaveArrived(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a", "b")
 	st.offer("db", "address: 'db:5432'", ids...)
@@ -179,6 +182,7 @@ func (s *cutStream) Read(p []byte) (int, error) {
 }
 
 func TestForwardPassesResetsOn(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("db", "address: 'db:5432'", ids...)
@@ -214,6 +218,7 @@ func TestForwardPassesResetsOn(t *testing.T) {
 }
 
 func TestForwardsAreRestoredAndRemoved(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("db", "address: 'db:5432'", ids...)
@@ -267,6 +272,7 @@ func TestForwardsAreRestoredAndRemoved(t *testing.T) {
 }
 
 func TestForwardThatCannotListenSaysWhoIsInTheWay(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -312,6 +318,7 @@ func TestForwardThatCannotListenSaysWhoIsInTheWay(t *testing.T) {
 }
 
 func TestForwardLimitResets(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false, func(c *Config) { c.TargetLimit = 2 })
 	ids := st.nodes("a")
 	st.offer("db", "address: 'db:5432'", ids...)
@@ -349,6 +356,7 @@ func TestForwardLimitResets(t *testing.T) {
 }
 
 func TestOperatorsForwardOnLoopbackOnly(t *testing.T) {
+	t.Parallel()
 	for role, want := range map[api.Role]map[string]bool{
 		api.RoleOperator: {"127.0.0.1:4000": true, "[::1]:4000": true, "127.0.0.1:0": true, "127.0.0.1:80": false, "0.0.0.0:4000": false, "192.0.2.1:4000": false},
 		api.RoleAdmin:    {"127.0.0.1:80": true, "0.0.0.0:4000": true},
@@ -367,6 +375,7 @@ func TestOperatorsForwardOnLoopbackOnly(t *testing.T) {
 }
 
 func TestParseListen(t *testing.T) {
+	t.Parallel()
 	for in, want := range map[string]string{
 		"8080": "127.0.0.1:8080", ":8080": "127.0.0.1:8080", "localhost:8080": "127.0.0.1:8080", "0.0.0.0:1": "0.0.0.0:1", "*:1": "0.0.0.0:1",
 		"[::1]:2": "[::1]:2", "[::]:2": "[::]:2", "192.0.2.1:0": "192.0.2.1:0",
@@ -380,6 +389,7 @@ func TestParseListen(t *testing.T) {
 }
 
 func TestListenerInode(t *testing.T) {
+	t.Parallel()
 	const line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 123456 1 0000000000000000 100 0 0 10 0"
 	if got := listenerInode(line, 8080); got != "123456" {
 		t.Error(got)

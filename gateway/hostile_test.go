@@ -17,6 +17,7 @@ import (
 // An RCP may delay, drop and lie. These tests are about what it gains.
 
 func TestRCPCannotMakeNodesUp(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("evil"), w.enrolled(w.node("web"))
 	w.run()
@@ -51,6 +52,7 @@ func TestRCPCannotMakeNodesUp(t *testing.T) {
 }
 
 func TestRCPCannotPlayANode(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, victim, owned := w.rcp("evil"), w.enrolled(w.node("victim")), w.enrolled(w.node("owned"))
 	impostor := w.node("impostor")
@@ -86,6 +88,7 @@ func TestRCPCannotPlayANode(t *testing.T) {
 }
 
 func TestForgedDigestsAndReplayedSignalsMakeBoundedWork(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("evil"), w.enrolled(w.node("web"))
 	n.emit(10)
@@ -157,6 +160,7 @@ func TestHintsAreLimitedOverTimeAndNothingIsLost(t *testing.T) {
 }
 
 func TestNonsenseOnThePeersStream(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("mad"), w.enrolled(w.node("web"))
 	long := `{"peer":{"role":"node","id":"` + strings.Repeat("x", 2*wire.MaxPeersLine) + `"}}`
@@ -184,6 +188,7 @@ func TestNonsenseOnThePeersStream(t *testing.T) {
 }
 
 func TestRCPThatNamesItselfOtherwise(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("evil"), w.enrolled(w.node("web"))
 	r.helloID = wire.NewID()
@@ -196,6 +201,7 @@ func TestRCPThatNamesItselfOtherwise(t *testing.T) {
 }
 
 func TestBoundsOnWhatAnRCPMayClaim(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	r := b.rcp("evil")
 	b.up(r)
@@ -281,6 +287,7 @@ func TestOneRCPsLiesDoNotShutOutAnothersTruth(t *testing.T) {
 }
 
 func TestMaliciousNodeOutbox(t *testing.T) {
+	t.Parallel()
 	w, _, n := running(t)
 	id := n.id.ID()
 	bad := wire.Event{ID: wire.NewID(), Seq: 1, Time: time.Now(), Severity: "loud", Text: "x"}
@@ -319,6 +326,7 @@ func TestNodeThatReadsNothingHoldsNoOutboxForEver(t *testing.T) {
 // JSON takes a time with a year of four digits in its own zone, and cannot
 // write it in UTC: one line of an RCP would make every list unreadable.
 func TestImpossibleTimesOfAnRCPSpoilNoList(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	r, n := b.rcp("evil"), b.node("web", wire.StateRunning)
 	b.up(r)
@@ -346,6 +354,7 @@ func TestImpossibleTimesOfAnRCPSpoilNoList(t *testing.T) {
 }
 
 func TestPendingPartiesOfOneRCPDelayNoOthers(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	evil, good := b.rcp("evil"), b.rcp("good")
 	b.up(evil)

@@ -114,6 +114,7 @@ func applyText(t *testing.T, c *api.Client, text string, dryRun bool) api.Applie
 }
 
 func TestApplyOverTheSocket(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	ctx := t.Context()
 	web := w.addNode("web-1", map[string]string{"role": "web"})
@@ -183,6 +184,7 @@ func TestApplyOverTheSocket(t *testing.T) {
 }
 
 func TestApplyFaults(t *testing.T) {
+	t.Parallel()
 	_, c := serving(t, false)
 	apply := func(in api.Apply) error { _, err := c.Apply(t.Context(), in); return err }
 	text := func(s string) []api.Manifest { return []api.Manifest{{File: "bad.yaml", Text: s}} }
@@ -209,6 +211,7 @@ func TestApplyFaults(t *testing.T) {
 }
 
 func TestRollback(t *testing.T) {
+	t.Parallel()
 	_, c := serving(t, false)
 	ctx := t.Context()
 	applyText(t, c, twoPolicies, false)
@@ -230,6 +233,7 @@ func TestRollback(t *testing.T) {
 }
 
 func TestReferences(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	ctx := t.Context()
 	id := w.addNode("web-1", nil)
@@ -270,6 +274,7 @@ func TestReferences(t *testing.T) {
 }
 
 func TestPaging(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	for i := range 25 {
 		w.addNode(fmt.Sprintf("n-%02d", i), nil)
@@ -321,6 +326,7 @@ func (w *world) raw(t *testing.T, method, path, body string) []byte {
 }
 
 func TestBadRequests(t *testing.T) {
+	t.Parallel()
 	w, _ := serving(t, false)
 	for name, x := range map[string]struct {
 		method, path, body string
@@ -355,6 +361,7 @@ func TestBadRequests(t *testing.T) {
 }
 
 func TestSocketPermissions(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	st, err := os.Stat(w.cfg.Socket)
 	if err != nil || st.Mode().Perm() != 0o660 {
@@ -381,6 +388,7 @@ func (w *world) https(t *testing.T, token string) *api.Client {
 }
 
 func TestTokensAndRoles(t *testing.T) {
+	t.Parallel()
 	w, admin := serving(t, true)
 	ctx := t.Context()
 	w.addNode("web-1", nil)
@@ -449,6 +457,7 @@ func must1[T any](v T, err error) T {
 }
 
 func TestNetworkNeedsATokenAlsoOnLoopback(t *testing.T) {
+	t.Parallel()
 	w, admin := serving(t, true)
 	ctx := t.Context()
 	tok, err := admin.CreateToken(ctx, api.CreateToken{Role: api.RoleViewer, TTL: wire.Duration(time.Hour)})
@@ -485,6 +494,7 @@ func TestNetworkNeedsATokenAlsoOnLoopback(t *testing.T) {
 }
 
 func TestExpiredToken(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	defer func() { _ = w.db.Close() }()
 	g := newTokenGate(w.db)
@@ -504,6 +514,7 @@ func TestExpiredToken(t *testing.T) {
 }
 
 func TestEventCallsAndTail(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	ctx := t.Context()
 	id := w.addNode("web-1", nil)
@@ -557,6 +568,7 @@ func TestEventCallsAndTail(t *testing.T) {
 
 // Whoever closes an event has closed it, whatever others do at that moment.
 func TestAckNeverReopensAClosedEvent(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	id := w.addNode("web-1", nil)
 	for i := range 40 {
@@ -583,6 +595,7 @@ func TestAckNeverReopensAClosedEvent(t *testing.T) {
 }
 
 func TestLiveStreamsAreBounded(t *testing.T) {
+	t.Parallel()
 	var l liveStreams
 	as := func(who string) (context.Context, context.CancelFunc) {
 		return context.WithCancel(context.WithValue(context.Background(), askerKey{}, asker{actor: store.Actor{Who: who}}))
@@ -616,6 +629,7 @@ func TestLiveStreamsAreBounded(t *testing.T) {
 // A caller that has too many live streams is told so with a status; what it
 // ends makes room again.
 func TestOneStreamTooMany(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	id := w.addNode("web-1", nil)
 	w.s.live.mu.Lock()
@@ -648,6 +662,7 @@ func TestOneStreamTooMany(t *testing.T) {
 
 // A node's name never stands in for another node's UUID.
 func TestUUIDGoesBeforeAName(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	victim := w.addNode("web-1", nil)
 	w.addNode(string(victim), nil) // a name that a gateway of an older version took
@@ -666,6 +681,7 @@ func TestUUIDGoesBeforeAName(t *testing.T) {
 }
 
 func TestStreamsEndWithTheServer(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	started, ended := make(chan struct{}), make(chan error, 1)
 	w.addNode("web-1", nil)
@@ -680,6 +696,7 @@ func TestStreamsEndWithTheServer(t *testing.T) {
 }
 
 func TestActionsForAbsentNodes(t *testing.T) {
+	t.Parallel()
 	w, c := serving(t, false)
 	ctx := t.Context()
 	w.addNode("web-1", map[string]string{"role": "web"})

@@ -22,6 +22,7 @@ func x509Pool(t *testing.T, file string) *x509.CertPool {
 }
 
 func TestAPICertificate(t *testing.T) {
+	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "api-tls")
 	c, err := loadAPICertificate(dir, "gw.example:8443", testLog(t))
 	if err != nil {

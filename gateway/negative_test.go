@@ -43,6 +43,7 @@ func claiming(t *testing.T, a *applicant, lie func(*wire.EnrollRequest)) {
 // A token that was seen or copied is worth nothing to another key, also while
 // uses are left for others; and it brings no name but its own.
 func TestTokenReplay(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Name: "web"})
 	d.enrolled(code, "")
@@ -68,6 +69,7 @@ func TestTokenReplay(t *testing.T) {
 // A code that replaces one node does not end another one, whose UUID its holder
 // claims.
 func TestReplacingCodeReplacesItsNameOnly(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	web := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	db := d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
@@ -81,6 +83,7 @@ func TestReplacingCodeReplacesItsNameOnly(t *testing.T) {
 }
 
 func TestTokenOfAnotherTenant(t *testing.T) {
+	t.Parallel()
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
 	path := filepath.Join(t.TempDir(), "sallyport.db")
 	d := newDeskOn(t, ca, path, ca.Party(t, wire.RoleGateway))
@@ -154,6 +157,7 @@ func TestTokenOfAnotherTenant(t *testing.T) {
 // Role, name, UUID and tenant are the code's or the record's: a party that
 // claims another's role is refused, whatever its code.
 func TestRequestForAnotherRole(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	rcp, err := d.addRCP(t.Context(), api.AddRCP{Name: "edge"})
 	if err != nil {
@@ -187,6 +191,7 @@ func TestRequestForAnotherRole(t *testing.T) {
 // those that have a certificate renew, strangers behind another RCP can still
 // be seen, and an operator gets rid of them with one call.
 func TestTenThousandStrangers(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	old := d.enrolled(d.join(api.CreateJoin{Name: "old"}), "")
 	fill := func(rcp string, n int) {

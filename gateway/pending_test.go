@@ -60,6 +60,7 @@ func TestStalledWayToAPendingPartyLeavesTimeForTheNext(t *testing.T) {
 // The first hop of a party is one with room: an RCP that reports the parties of
 // others and lets its sessions hang keeps none of them from a look.
 func TestPendingPartyIsLookedAtByWayOfAHopWithRoom(t *testing.T) {
+	t.Parallel()
 	b := newBench(t)
 	evil, good := b.rcp("evil"), b.rcp("good")
 	key := wire.KeyHash(strings.Repeat("cd", 32))

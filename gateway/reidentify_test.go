@@ -60,6 +60,7 @@ func (d *desk) comeBack(a *applicant) {
 }
 
 func TestReidentifyKeepsNameTagsAndHistory(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web", Tags: map[string]string{"role": "web"}}), "")
 	oldID, oldKey := a.id.ID(), a.id.KeyHash()
@@ -94,6 +95,7 @@ func TestReidentifyKeepsNameTagsAndHistory(t *testing.T) {
 }
 
 func TestReidentifyBesideTheOldNode(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web", AllowTags: []string{"env=*"}}), "")
 	d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
@@ -126,6 +128,7 @@ func TestReidentifyBesideTheOldNode(t *testing.T) {
 }
 
 func TestRekeyRevokesTheOldKey(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	old := a.id.KeyHash()

@@ -64,6 +64,7 @@ func fault(t *testing.T, res *http.Response, status int, hop string) api.Problem
 }
 
 func TestRelayPassesRequestsAsTheyAre(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("web", "url: 'http://shop.internal:8080/base'", ids...)
@@ -123,6 +124,7 @@ func TestRelayPassesRequestsAsTheyAre(t *testing.T) {
 }
 
 func TestRelayStatusMap(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false, func(c *Config) { c.TargetLimit = 1 })
 	ids := st.nodes("a", "b")
 	st.offer("web", "url: 'http://web:80', timeout: 1s", ids...)
@@ -224,6 +226,7 @@ func (b neverEnding) Read(p []byte) (int, error) {
 }
 
 func TestRelayNeedsATokenOfAnOperator(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, true)
 	st.nodes("a")
 	st.serve("a", "ping", to(web(t, func(w http.ResponseWriter, r *http.Request) {
@@ -284,6 +287,7 @@ func TestRelayNeedsATokenOfAnOperator(t *testing.T) {
 }
 
 func TestRelayAsksAnotherNodeWhenThatIsSafe(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a", "b")
 	st.offer("web", "url: 'http://web:80'", ids...)
@@ -336,6 +340,7 @@ func TestRelayAsksAnotherNodeWhenThatIsSafe(t *testing.T) {
 }
 
 func TestRelayStreamsBothWays(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("web", "url: 'http://web:80'", ids...)
@@ -382,6 +387,7 @@ func TestRelayStreamsBothWays(t *testing.T) {
 }
 
 func TestRelayTrailers(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("grpc", "url: 'h2c://grpc:50051'", ids...)
@@ -462,6 +468,7 @@ func TestRelayTrailers(t *testing.T) {
 }
 
 func TestRelayUpgrades(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("ws", "url: 'http://ws:80'", ids...)
@@ -508,6 +515,7 @@ func TestRelayUpgrades(t *testing.T) {
 }
 
 func TestRelayExpectContinue(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("web", "url: 'http://web:80'", ids...)
@@ -545,6 +553,7 @@ func TestRelayExpectContinue(t *testing.T) {
 
 // TestRelayBreaksOff: an answer that is not complete must not look so.
 func TestRelayBreaksOff(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a")
 	st.offer("web", "url: 'http://web:80'", ids...)
@@ -560,6 +569,7 @@ func TestRelayBreaksOff(t *testing.T) {
 }
 
 func TestRelayedLocations(t *testing.T) {
+	t.Parallel()
 	x := &relayed{prefix: "/relay/default/web", via: choice{spec: &wire.TargetSpec{URL: "http://shop:8080/base/"}}}
 	sent := &http.Request{Host: "shop:8080"}
 	for in, want := range map[string]string{

@@ -49,6 +49,7 @@ func (d *desk) asking(name, join string, tags map[string]string) (*applicant, *w
 }
 
 func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	const n = bulkAtOnce + 20
 	join := mustParse(t, d.join(api.CreateJoin{Manual: true, Tags: map[string]string{"role": "web"}, AllowTags: []string{"env=*"}})).TokenID
@@ -115,6 +116,7 @@ func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
 }
 
 func TestManyAreDeniedAndDiscarded(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a, toldA := d.asking("a", "", nil)
 	b, toldB := d.asking("b", "", nil)
@@ -179,6 +181,7 @@ func TestGrantReachesAPartyDaysLater(t *testing.T) {
 }
 
 func TestRefusedCertificateIsAFailedRequest(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.party(wire.RoleNode, d.join(api.CreateJoin{}), "web")
 	status := http.StatusUnprocessableEntity
@@ -208,6 +211,7 @@ func TestRefusedCertificateIsAFailedRequest(t *testing.T) {
 // Every pair of states: what the table does not name is refused by the
 // database, whoever asks.
 func TestRequestStates(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
 	final := map[string]bool{api.RequestDenied: true, api.RequestDiscarded: true, api.RequestExpired: true, api.RequestDelivered: true}

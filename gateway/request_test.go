@@ -14,6 +14,7 @@ import (
 )
 
 func TestManualGrant(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Name: "db", Manual: true, Tags: map[string]string{"role": "db"}})
 	a := d.party(wire.RoleNode, code, "wish")
@@ -54,6 +55,7 @@ func TestManualGrant(t *testing.T) {
 }
 
 func TestGrantSurvivesRestart(t *testing.T) {
+	t.Parallel()
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
 	id := ca.Party(t, wire.RoleGateway)
 	path := filepath.Join(t.TempDir(), "sallyport.db")
@@ -85,6 +87,7 @@ func TestGrantSurvivesRestart(t *testing.T) {
 }
 
 func TestDenyAndDiscard(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Manual: true})
 	denied, discarded := d.party(wire.RoleNode, code, "a"), d.party(wire.RoleNode, code, "b")
@@ -118,6 +121,7 @@ func TestDenyAndDiscard(t *testing.T) {
 }
 
 func TestNameInUseWaits(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	old := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
@@ -167,6 +171,7 @@ func TestNameInUseWaits(t *testing.T) {
 }
 
 func TestTwoRequestsOfOneName(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Manual: true})
 	a, b := d.party(wire.RoleNode, code, "web"), d.party(wire.RoleNode, code, "web")

@@ -15,6 +15,7 @@ import (
 // TestAnRCPOffersAnotherSet: what an RCP shows is taken only if the authority
 // signed it, and only if it is newer, whatever number its hello claims.
 func TestAnRCPOffersAnotherSet(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	victim := d.enrolled(d.join(api.CreateJoin{}), "victim")
 	n, err := d.store.Node(t.Context(), victim.id.ID())

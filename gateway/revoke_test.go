@@ -21,6 +21,7 @@ import (
 )
 
 func TestRevokeAndEnrolAgain(t *testing.T) {
+	t.Parallel()
 	for _, remove := range []bool{false, true} {
 		d := newDesk(t)
 		a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
@@ -63,6 +64,7 @@ func TestRevokeAndEnrolAgain(t *testing.T) {
 // A code that many hold gives none of them the UUID of a node that is gone, with
 // the tags that operators gave it.
 func TestUUIDOfANodeThatIsGoneWaitsForAnOperator(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name   string
 		remove bool
@@ -119,6 +121,7 @@ func TestUUIDOfANodeThatIsGoneWaitsForAnOperator(t *testing.T) {
 }
 
 func TestRevocationsMergeAtStart(t *testing.T) {
+	t.Parallel()
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}
 	id := ca.Party(t, wire.RoleGateway)
 	dir := t.TempDir()
@@ -172,6 +175,7 @@ func TestRevocationsMergeAtStart(t *testing.T) {
 }
 
 func TestRevocationIsSignedLater(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	n, err := d.store.Node(t.Context(), a.id.ID())
@@ -190,6 +194,7 @@ func TestRevocationIsSignedLater(t *testing.T) {
 }
 
 func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	var chain strings.Builder
@@ -217,6 +222,7 @@ func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
 }
 
 func TestRenewal(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	party, _ := a.id.Party()
@@ -270,6 +276,7 @@ func TestRenewal(t *testing.T) {
 }
 
 func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a, other := d.enrolled(d.join(api.CreateJoin{Name: "web"}), ""), d.enrolled(d.join(api.CreateJoin{Name: "db"}), "")
 	party, _ := a.id.Party()
@@ -336,6 +343,7 @@ func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 }
 
 func TestSignedSetThatWasNotTakenOverIsTakenOverLater(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	party, _ := a.id.Party()

@@ -50,6 +50,7 @@ func (c *rollingCA) rotated() {
 }
 
 func TestPartiesAreMovedOntoTheIssuingIntermediate(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	ca := d.rolls()
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
@@ -92,6 +93,7 @@ func TestPartiesAreMovedOntoTheIssuingIntermediate(t *testing.T) {
 }
 
 func TestTrustDocumentIsDelivered(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	ca := d.rolls()
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
@@ -129,6 +131,7 @@ func TestTrustDocumentIsDelivered(t *testing.T) {
 }
 
 func TestGivenUpIntermediateIsInEverySet(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	ca := d.rolls()
 	if err := d.publish(t.Context(), nil); err != nil {

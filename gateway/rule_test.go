@@ -29,6 +29,7 @@ func (d *desk) from(a *applicant, rcp, source string) {
 
 // A rule that names a join code narrows it: its token alone does not do any more.
 func TestRuleNarrowsAToken(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	code := d.join(api.CreateJoin{Uses: 10, Tags: map[string]string{"site": "plant"}})
 	text := fmt.Sprintf("kind: rule\nname: plant\njoins: [%s]\ncidrs: [10.7.0.0/16, '2001:db8::/32']\nrcps: [edge]\nnames: ['web-*']\ntags: site=plant\nset: {tier: gold, site: other}\nallow: [env=*]\n", mustParse(t, code).TokenID)
@@ -111,6 +112,7 @@ func TestRuleNarrowsAToken(t *testing.T) {
 // A key that was registered before is let in without a token; another one with
 // the same name, tags, UUID and address is not.
 func TestRuleGrantsARegisteredKey(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	manual := d.join(api.CreateJoin{Manual: true})
 	a := d.party(wire.RoleNode, manual, "web-1")
@@ -136,6 +138,7 @@ func TestRuleGrantsARegisteredKey(t *testing.T) {
 }
 
 func TestRulesThatProveNothingAreRefused(t *testing.T) {
+	t.Parallel()
 	d := newDesk(t)
 	manual := mustParse(t, d.join(api.CreateJoin{Manual: true})).TokenID
 	rcp, err := d.addRCP(t.Context(), api.AddRCP{Name: "edge"})

@@ -16,6 +16,7 @@ import (
 )
 
 func TestNodeBehindAnRCP(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
 	n.emit(2500)
@@ -45,6 +46,7 @@ func TestNodeBehindAnRCP(t *testing.T) {
 }
 
 func TestDownAndUpAgainIsOnePairOfEvents(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
 	r.hold(n)
@@ -64,6 +66,7 @@ func TestDownAndUpAgainIsOnePairOfEvents(t *testing.T) {
 }
 
 func TestLostRCPRaisesOneEventAndRecovers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("dmz")
 	var nodes []*fakeNode
@@ -108,6 +111,7 @@ func TestLostRCPRaisesOneEventAndRecovers(t *testing.T) {
 }
 
 func TestSessionFailsOverToAnotherRCP(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	bad, good := w.rcp("bad"), w.rcp("good")
 	n := w.enrolled(w.node("web"))
@@ -135,6 +139,7 @@ func TestSessionFailsOverToAnotherRCP(t *testing.T) {
 }
 
 func TestDeadRCPDelaysNoOther(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	stuck, good := w.rcp("stuck"), w.rcp("good")
 	stuck.hang = make(chan struct{})
@@ -159,6 +164,7 @@ func TestDeadRCPDelaysNoOther(t *testing.T) {
 }
 
 func TestNodeAndRCPThatDialTheGateway(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
 	n, behind := w.enrolled(w.node("direct")), w.enrolled(w.node("behind"))
@@ -200,6 +206,7 @@ func TestNodeAndRCPThatDialTheGateway(t *testing.T) {
 }
 
 func TestRCPWithoutARecordIsRefused(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
 	w.run()
@@ -212,6 +219,7 @@ func TestRCPWithoutARecordIsRefused(t *testing.T) {
 }
 
 func TestConfiguredRCPIsPinnedToWhoAnswersFirst(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("x")
 	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.RemoveRCP(ctx, "x") })
@@ -233,6 +241,7 @@ func TestConfiguredRCPIsPinnedToWhoAnswersFirst(t *testing.T) {
 }
 
 func TestRemovedRCPIsForgotten(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
 	r.hold(n)
@@ -246,6 +255,7 @@ func TestRemovedRCPIsForgotten(t *testing.T) {
 }
 
 func TestTraceOfALiveAndOfADeadNode(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
 	r.hold(n)
@@ -287,6 +297,7 @@ func TestTraceOfALiveAndOfADeadNode(t *testing.T) {
 }
 
 func TestSessionsAreKeptWarmAndResumed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
 	r.hold(n)
@@ -327,6 +338,7 @@ func TestSessionsAreKeptWarmAndResumed(t *testing.T) {
 }
 
 func TestWarmSessionsAreBounded(t *testing.T) {
+	t.Parallel()
 	f := newBench(t).f
 	m, err := newMetrics(nil, f)
 	if err != nil {
@@ -368,6 +380,7 @@ func (s stuckSession) Close() error {
 }
 
 func TestSessionThatIsSlowToCloseDelaysNoOther(t *testing.T) {
+	t.Parallel()
 	f := newBench(t).f
 	m, err := newMetrics(nil, f)
 	if err != nil {
@@ -398,6 +411,7 @@ func TestSessionThatIsSlowToCloseDelaysNoOther(t *testing.T) {
 }
 
 func TestWrongClockIsAnEvent(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	n := w.enrolled(w.node("web"))
 	w.run()
@@ -417,6 +431,7 @@ func TestWrongClockIsAnEvent(t *testing.T) {
 }
 
 func TestSnapshotRevertedNodeStartsANewSpool(t *testing.T) {
+	t.Parallel()
 	w, r, n := running(t)
 	id := n.id.ID()
 	n.emit(5)
@@ -438,6 +453,7 @@ func TestSnapshotRevertedNodeStartsANewSpool(t *testing.T) {
 }
 
 func TestNodeWithoutARowIsLockedAndItsEventsAreKept(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t) // the database was wiped
 	r, n := w.rcp("dmz"), w.node("lonely")
 	n.emit(3)
@@ -462,6 +478,7 @@ func TestNodeWithoutARowIsLockedAndItsEventsAreKept(t *testing.T) {
 }
 
 func TestProofGoesByAnotherRCP(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	one, two, n := w.rcp("one"), w.rcp("two"), w.enrolled(w.node("web"))
 	one.hold(n)

@@ -198,6 +198,7 @@ func peer(t *testing.T, f func(c *net.TCPConn)) string {
 }
 
 func TestCatalogFollowsWhatNodesSay(t *testing.T) {
+	t.Parallel()
 	st := newSite(t, false)
 	ids := st.nodes("a", "b")
 	st.offer("web", "url: 'http://127.0.0.1:80'", ids...)
@@ -336,6 +337,7 @@ func TestPickPrefersTheLeastBusyNode(t *testing.T) {
 }
 
 func TestLimitOfOneTarget(t *testing.T) {
+	t.Parallel()
 	c := newCatalog(nil, nil, nil)
 	var leave []func()
 	for range 3 {

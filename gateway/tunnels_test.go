@@ -93,6 +93,7 @@ func (w *world) openTunnels() (kinds []string) {
 }
 
 func TestTargetsOverConnectStreams(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("dmz")
 	n := w.enrolled(w.node("web"))
@@ -149,6 +150,7 @@ func TestTargetsOverConnectStreams(t *testing.T) {
 }
 
 func TestTargetOfAnAbsentNodeFailsAtOnce(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	n := w.enrolled(w.node("web"))
 	w.run()
@@ -167,6 +169,7 @@ func TestTargetOfAnAbsentNodeFailsAtOnce(t *testing.T) {
 }
 
 func TestTargetsOfADirectNodeOverALane(t *testing.T) {
+	t.Parallel()
 	w, n, _ := worldWithLanes(t, false)
 	for range 3 {
 		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
@@ -180,6 +183,7 @@ func TestTargetsOfADirectNodeOverALane(t *testing.T) {
 
 // Lanes that are cut as soon as they carry something are given up for streams.
 func TestBrokenLanesAreGivenUp(t *testing.T) {
+	t.Parallel()
 	w, n, lanes := worldWithLanes(t, true)
 	if got, err := w.ask(n.id.ID(), "db", "hello"); err == nil {
 		t.Fatalf("got %q over a lane that is cut", got)
@@ -222,6 +226,7 @@ func worldWithLanes(t *testing.T, broken bool) (*world, *fakeNode, *fakeLanes) {
 }
 
 func TestTunnelsCloseWhenIdle(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("dmz")
 	n := w.enrolled(w.node("web"))
@@ -246,6 +251,7 @@ func TestTunnelsCloseWhenIdle(t *testing.T) {
 }
 
 func TestBusyNodeGetsMoreTunnels(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	r := w.rcp("dmz")
 	n := w.enrolled(w.node("web"))

@@ -56,6 +56,7 @@ func (r *reignRCP) show(w *world) error {
 }
 
 func TestReignIsBroughtAndRefreshed(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run()
 	eventually(t, "the gateway has its certificate", func() bool { return w.s.Ready() == nil })
@@ -92,6 +93,7 @@ func newerReign(w *world, signer *identity.Identity) wire.Reign {
 }
 
 func TestOnlyProofStopsAGateway(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	w.run()
 	eventually(t, "the gateway has its certificate", func() bool { return w.s.Ready() == nil })
@@ -148,6 +150,7 @@ func TestOnlyProofStopsAGateway(t *testing.T) {
 }
 
 func TestSupersededGatewayStaysStopped(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t)
 	uid := w.db.Installation().UID
 	if err := w.db.Supersede(t.Context(), 7, "test"); err != nil {
@@ -188,6 +191,7 @@ func auditOf(t *testing.T, db *store.DB, what string) []*store.AuditEntry {
 }
 
 func TestOrderOfReigns(t *testing.T) {
+	t.Parallel()
 	now := time.Now()
 	rising := []wire.Reign{
 		{Generation: 1}, {Generation: 2, RestoredAt: now, Name: "b"}, {Generation: 2, RestoredAt: now, Name: "c"},
