@@ -167,9 +167,13 @@ func (w *world) update(f func(ctx context.Context, tx *store.Tx) error) {
 }
 
 // eventually waits for a condition.
+// waitLimit bounds the wait for what takes a second on a machine that is not
+// busy with six tests and their race detectors.
+const waitLimit = 40 * time.Second
+
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(15 * time.Second)
+	deadline := time.After(waitLimit)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {
@@ -183,7 +187,7 @@ func eventually(t testing.TB, what string, ok func() bool) {
 
 func (w *world) state(id wire.ID, want wire.NodeState) {
 	w.t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(waitLimit)
 	for {
 		p := w.s.fleet.Presence(id)
 		if p.State == want {
