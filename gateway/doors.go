@@ -208,7 +208,8 @@ func (d *doorway) refused(req *http.Request, door string, err error) {
 // intermediates below it.
 func (d *doorway) serveCA(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/x-pem-file")
-	for _, c := range slices.Backward(d.ca.Chain()) {
+	inters, roots := d.ca.Trust()
+	for _, c := range append(slices.Clone(roots), inters...) {
 		_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}) // the client is gone, or not
 	}
 }
@@ -216,23 +217,28 @@ func (d *doorway) serveCA(w http.ResponseWriter, _ *http.Request) {
 // serveRoot hands out a root to a client that knows its SHA-256, as step-ca
 // does: `step ca root --fingerprint` takes what it gets for nothing else.
 func (d *doorway) serveRoot(w http.ResponseWriter, req *http.Request) {
-	chain := d.ca.Chain()
-	root := chain[len(chain)-1]
-	if sum := sha256.Sum256(root.Raw); req.PathValue("sum") != hex.EncodeToString(sum[:]) {
-		http.Error(w, "no such root", http.StatusNotFound)
-		return
+	_, roots := d.ca.Trust()
+	for _, root := range roots {
+		if sum := sha256.Sum256(root.Raw); req.PathValue("sum") == hex.EncodeToString(sum[:]) {
+			w.Header().Set("Content-Type", "application/json")
+			_ = json.NewEncoder(w).Encode(map[string]string{"ca": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))}) // the client is gone, or not
+			return
+		}
 	}
-	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(map[string]string{"ca": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))}) // the client is gone, or not
+	http.Error(w, "no such root", http.StatusNotFound)
 }
 
 // record notes a leaf that leaves by a door, with its audit row.
 func (d *doorway) record(ctx context.Context, door string, leaf *x509.Certificate, via string, more func(ctx context.Context, tx *store.Tx) error) error {
+	issuer := d.issuerOf(leaf)
+	if issuer == nil { // it was given up this moment
+		return fmt.Errorf("certificate of %v: its issuer is in use no longer; ask again", leaf.DNSNames)
+	}
 	names := slices.Clone(leaf.DNSNames)
 	for _, ip := range leaf.IPAddresses {
 		names = append(names, ip.String())
 	}
-	row := &store.Certificate{Issuer: wire.KeyOf(d.ca.Chain()[0]), Serial: doors.Serial(leaf.SerialNumber), Door: door, KeyHash: wire.KeyOf(leaf), Names: names, Via: via, NotAfter: leaf.NotAfter}
+	row := &store.Certificate{Issuer: wire.KeyOf(issuer), Serial: doors.Serial(leaf.SerialNumber), Door: door, KeyHash: wire.KeyOf(leaf), Names: names, Via: via, NotAfter: leaf.NotAfter}
 	return d.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if more != nil {
 			if err := more(ctx, tx); err != nil {
@@ -242,6 +248,17 @@ func (d *doorway) record(ctx context.Context, door string, leaf *x509.Certificat
 		tx.Audit(ctx, "certificate.issue", strings.Join(names, " "), fmt.Sprintf("door %s, serial %s, %s", door, row.Serial, row.KeyHash.Fingerprint()))
 		return tx.AddCertificate(ctx, row)
 	})
+}
+
+// issuerOf is the intermediate in use that signed a leaf of the doors; nil is
+// none.
+func (d *doorway) issuerOf(leaf *x509.Certificate) *x509.Certificate {
+	for _, c := range d.ca.Doors() {
+		if leaf.CheckSignatureFrom(c) == nil {
+			return c
+		}
+	}
+	return nil
 }
 
 // run serves clients at the proxies of nodes and RCPs, and the plain listener,
@@ -316,7 +333,7 @@ func (d *doorway) keep(ctx context.Context) error {
 func (d *doorway) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 	d.certMu.Lock()
 	defer d.certMu.Unlock()
-	if d.cert != nil && time.Now().Before(identity.RenewAfter(d.cert.Leaf)) {
+	if d.cert != nil && time.Now().Before(identity.RenewAfter(d.cert.Leaf)) && d.cert.Leaf.CheckSignatureFrom(d.ca.Chain()[0]) == nil {
 		return d.cert, nil
 	}
 	cert, err := d.ownCertificate(hello.Context())

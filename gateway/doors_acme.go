@@ -97,23 +97,33 @@ func (d *doorway) acmeRecord(ctx context.Context, side doors.Side, leaf *x509.Ce
 }
 
 func (d *doorway) acmeRevoked(ctx context.Context, serial *big.Int) (bool, error) {
-	c, err := d.s.store.Certificate(ctx, wire.KeyOf(d.ca.Chain()[0]), doors.Serial(serial))
+	c, err := d.bySerial(ctx, d.s.store.Queries, serial)
 	if errors.Is(err, store.ErrNotFound) {
 		return false, nil
 	}
 	return err == nil && !c.RevokedAt.IsZero(), err
 }
 
+// bySerial finds a leaf of the doors, whichever of their issuers signed it.
+func (d *doorway) bySerial(ctx context.Context, q store.Queries, serial *big.Int) (*store.Certificate, error) {
+	for _, issuer := range d.ca.Doors() {
+		c, err := q.Certificate(ctx, wire.KeyOf(issuer), doors.Serial(serial))
+		if !errors.Is(err, store.ErrNotFound) {
+			return c, err
+		}
+	}
+	return nil, fmt.Errorf("serial number %s: %w", doors.Serial(serial), store.ErrNotFound)
+}
+
 // acmeRevoke is for a client that proved that the leaf is its own.
 func (d *doorway) acmeRevoke(ctx context.Context, serial *big.Int, reason int) error {
 	ctx = store.WithActor(ctx, store.Actor{Who: "acme client"})
 	return d.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-		issuer := wire.KeyOf(d.ca.Chain()[0])
-		c, err := tx.Certificate(ctx, issuer, doors.Serial(serial))
+		c, err := d.bySerial(ctx, tx.Queries, serial)
 		if err != nil {
 			return err
 		}
 		tx.Audit(ctx, "certificate.revoke", fmt.Sprint(c.Names), "serial "+c.Serial+", asked for by its holder")
-		return tx.RevokeCertificate(ctx, issuer, c.Serial, reason)
+		return tx.RevokeCertificate(ctx, c.Issuer, c.Serial, reason)
 	})
 }

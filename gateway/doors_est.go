@@ -38,7 +38,8 @@ func (e *doorEST) routes() {
 
 // caCerts hands out what clients have to trust (4.1).
 func (e *doorEST) caCerts(w http.ResponseWriter, _ *http.Request) {
-	e.answer(w, "application/pkcs7-mime", e.d.ca.Chain())
+	inters, roots := e.d.ca.Trust()
+	e.answer(w, "application/pkcs7-mime", append(slices.Clone(inters), roots...))
 }
 
 func (e *doorEST) answer(w http.ResponseWriter, mime string, certs []*x509.Certificate) {
@@ -185,15 +186,17 @@ func (e *doorEST) client(req *http.Request, again bool) (*store.Join, *x509.Cert
 // verify takes a leaf of the doors' own intermediate and no other: that of a
 // node, whose key has another purpose, certifies no host.
 func (e *doorEST) verify(leaf *x509.Certificate) error {
-	chain := e.d.ca.Chain()
+	inters, roots := e.d.ca.Trust()
 	opts := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
-	opts.Roots.AddCert(chain[len(chain)-1])
-	for _, c := range chain[:len(chain)-1] {
+	for _, c := range roots {
+		opts.Roots.AddCert(c)
+	}
+	for _, c := range inters {
 		opts.Intermediates.AddCert(c)
 	}
 	_, err := leaf.Verify(opts)
-	if err == nil {
-		err = leaf.CheckSignatureFrom(chain[0])
+	if err == nil && e.d.issuerOf(leaf) == nil {
+		err = errors.New("it was not issued by the doors")
 	}
 	if err != nil {
 		return fmt.Errorf("%w: the client's certificate: %w", errESTAuth, err)
@@ -203,7 +206,11 @@ func (e *doorEST) verify(leaf *x509.Certificate) error {
 
 // stillGood refuses a certificate that is revoked, or that nobody here issued.
 func (e *doorEST) stillGood(ctx context.Context, q store.Queries, leaf *x509.Certificate) error {
-	row, err := q.Certificate(ctx, wire.KeyOf(e.d.ca.Chain()[0]), doors.Serial(leaf.SerialNumber))
+	issuer := e.d.issuerOf(leaf)
+	if issuer == nil {
+		return fmt.Errorf("%w: the client's certificate is not of an issuer in use", errESTAuth)
+	}
+	row, err := q.Certificate(ctx, wire.KeyOf(issuer), doors.Serial(leaf.SerialNumber))
 	switch {
 	case errors.Is(err, store.ErrNotFound):
 		return fmt.Errorf("%w: the client's certificate is not known here", errESTAuth)

@@ -99,10 +99,18 @@ func (d *doorway) tlsConfig(cfg *tls.Config) *tls.Config {
 		}
 		return next(hello)
 	}
-	if d.est != nil {
-		cfg.ClientAuth = tls.RequestClientCert
-		cfg.ClientCAs = x509.NewCertPool() // named to clients, so that they show no other
-		cfg.ClientCAs.AddCert(d.ca.Chain()[0])
+	if d.est == nil {
+		return cfg
+	}
+	cfg.ClientAuth = tls.RequestClientCert
+	plain := cfg.Clone()
+	cfg.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		c := plain.Clone()
+		c.ClientCAs = x509.NewCertPool() // named to clients, so that they show no other
+		for _, issuer := range d.ca.Doors() {
+			c.ClientCAs.AddCert(issuer)
+		}
+		return c, nil
 	}
 	return cfg
 }

@@ -418,7 +418,7 @@ func (s *Server) rehearse(ctx context.Context, state wire.CAState, what string) 
 	if len(c.Joins) > 0 {
 		c.Notes = append(c.Notes, fmt.Sprintf("%d open join codes pin the root that would be given up: they work until `sallyport ca finish`, and for a year after it unless that is told to --forget", len(c.Joins)))
 	}
-	c.Notes = append(c.Notes, "programs that trust the root by its certificate and are no parties (SALLYPORT_CA_FILE, clients of the ACME and EST doors, a monitored CRL) are not reached by this: give them the new one")
+	c.Notes = append(c.Notes, "programs that trust the root by its certificate and are no parties (SALLYPORT_CA_FILE, clients of the ACME and EST doors, a monitored CRL) are not reached by this: give them the new one, which stands at /doors/ca.pem beside the old one until `sallyport ca finish`, and let servers renew what the old one certified before that")
 	return c, nil
 }
 

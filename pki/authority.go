@@ -46,6 +46,7 @@ type Authority struct {
 
 	turning sync.Mutex // one change of issuers at a time; taken before mu
 	signer  atomic.Pointer[signer]
+	doors   atomic.Pointer[doorKeys] // once they are wanted
 
 	mu      sync.Mutex
 	former  []*authority.Authority // of issuers before; closed with us

@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sallyport/internal/identity"
@@ -50,6 +51,8 @@ type Client struct {
 	http *http.Client
 	td   string // never changes
 	tls  *x509.CertPool
+
+	doors atomic.Pointer[remoteDoors] // once they are open
 
 	mu    sync.Mutex
 	state Snapshot
@@ -340,6 +343,9 @@ func (c *Client) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 		err := c.refresh(ctx)
+		if err == nil {
+			err = c.refreshDoors(ctx)
+		}
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -448,5 +454,14 @@ func (c *Client) rollover(ctx context.Context, r rolloverRequest) (wire.CAState,
 	if err != nil {
 		return s, err
 	}
-	return s, c.refresh(ctx)
+	return s, errors.Join(c.refresh(ctx), c.refreshDoors(ctx))
+}
+
+// refreshDoors asks for the doors' issuers, if they are open.
+func (c *Client) refreshDoors(ctx context.Context) error {
+	d := c.doors.Load()
+	if d == nil {
+		return nil
+	}
+	return d.refresh(ctx)
 }

@@ -343,7 +343,7 @@ func (d *acmeDB) allow(ctx context.Context, name string) error {
 	if !doors.ValidHost(name) && net.ParseIP(name) == nil {
 		return acme.NewDetailedError(acme.ErrorRejectedIdentifierType, "this is not the name of a host")
 	}
-	if td := d.a.d.a.mat().trustDomain; name == td || strings.HasSuffix(name, "."+td) {
+	if td := d.a.d.signer.trustDomain(); name == td || strings.HasSuffix(name, "."+td) {
 		return acme.NewDetailedError(acme.ErrorRejectedIdentifierType, "%s is a name of the trust domain", name)
 	}
 	if err := d.side.Allow(ctx, name); err != nil {

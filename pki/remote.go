@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/doors"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -96,6 +97,7 @@ var codes = []struct {
 	{"unregistered", ErrUnregistered, http.StatusForbidden},
 	{"revoked", identity.ErrRevoked, http.StatusForbidden}, // before refused, which wraps it
 	{"refused", ErrRefused, http.StatusForbidden},
+	{"door-refused", doors.ErrRefused, http.StatusForbidden},
 	{"rollover", ErrRollover, http.StatusConflict},
 	{"older", identity.ErrOlder, http.StatusConflict},
 	{"too-large", wire.ErrTooLarge, http.StatusRequestEntityTooLarge},

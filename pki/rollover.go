@@ -243,6 +243,11 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	if err := a.signTrust(atLeast); err != nil {
 		return wire.CAState{}, err
 	}
+	if doors := a.doors.Load(); doors != nil {
+		if err := doors.follow(context.Background()); err != nil {
+			a.log.Error("the intermediate for other programs did not follow; it does at the next start", "error", err)
+		}
+	}
 	s := a.State()
 	done(s)
 	return s, nil

@@ -247,6 +247,7 @@ func (s *Server) handler() http.Handler {
 		}
 		return env, err
 	})))
+	s.doorRoutes(mux)
 	mux.HandleFunc("POST "+pathRollover, answer(s, "rollover", maxSmall, known(s, s.rollover)))
 	return mux
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 
 	"sallyport/config"
 	"sallyport/internal/cli"
+	"sallyport/internal/wire"
 	"sallyport/pki"
 )
 
@@ -86,11 +88,13 @@ func readChain(file string) ([]*x509.Certificate, error) {
 // caCSRCommand works on the files of this host.
 func (a *app) caCSRCommand() *cobra.Command {
 	var rootFile, trustDomain string
+	var doors bool
 	cmd := &cobra.Command{
-		Use: "csr [--root FILE] [--trust-domain NAME]", Short: "Print a request for an intermediate that a root kept elsewhere signs", Args: cli.Exactly(0),
+		Use: "csr [--root FILE] [--trust-domain NAME] [--doors]", Short: "Print a request for an intermediate that a root kept elsewhere signs", Args: cli.Exactly(0),
 		Long: "Make a key for the next SPIFFE intermediate in $SALLYPORT_DATA/pki (or in the signer of SALLYPORT_PKI_SIGNER) and\n" +
 			"print the request (PKCS #10, PEM) alone on stdout. Before the first start, --root names the root's certificate, from\n" +
-			"which the trust domain is made, or --trust-domain the trust domain itself. The same request can be had again.",
+			"which the trust domain is made, or --trust-domain the trust domain itself. The same request can be had again.\n" +
+			"With --doors it is for the intermediate of the doors, which certify other programs.",
 		RunE: func(*cobra.Command, []string) error {
 			c, err := config.LoadPKI(a.streams.Env)
 			if err != nil {
@@ -99,6 +103,12 @@ func (a *app) caCSRCommand() *cobra.Command {
 			opts, err := keyOptions(c)
 			if err != nil {
 				return err
+			}
+			if doors {
+				if rootFile != "" || trustDomain != "" {
+					return cli.Usage("--doors takes neither --root nor --trust-domain: any root may sign it, and the CA here has its trust domain")
+				}
+				return a.doorsCSR(c, opts)
 			}
 			var root *x509.Certificate
 			if rootFile != "" {
@@ -118,9 +128,41 @@ func (a *app) caCSRCommand() *cobra.Command {
 			return a.out.Raw(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))
 		},
 	}
+	cmd.Flags().BoolVar(&doors, "doors", false, "for the intermediate of the doors")
 	cmd.Flags().StringVar(&rootFile, "root", "", "PEM file of the root that will sign it")
 	cmd.Flags().StringVar(&trustDomain, "trust-domain", "", "the trust domain of a new CA (default: made from the root's key)")
 	return cmd
+}
+
+// doorsCSR is csr --doors.
+func (a *app) doorsCSR(c config.PKI, opts []pki.Option) error {
+	csr, td, err := pki.RequestDoors(c.Dir("pki"), opts...)
+	if err != nil {
+		return err
+	}
+	a.out.Note("# for certificates of other programs, never of %s. Sign it as a CA, with all that it asks for, and for years; with openssl:", td)
+	a.out.Note("#   openssl x509 -req -in FILE -CA root.pem -CAkey root.key -days 1825 -copy_extensions copyall -out doors.pem")
+	a.out.Note("# Then, while no process holds the CA: cat doors.pem root.pem > chain.pem; sallyport ca import --doors chain.pem")
+	return a.out.Raw(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE REQUEST", Bytes: csr}))
+}
+
+// doorsImported is what `ca import --doors` prints.
+type doorsImported struct {
+	Intermediate string `json:"intermediate"`
+	Root         string `json:"root"`
+	NotAfter     string `json:"not_after"`
+}
+
+func (a *app) importDoors(ctx context.Context, c config.PKI, chain []*x509.Certificate) error {
+	ca, err := caOptions(c)
+	if err != nil {
+		return err
+	}
+	if err := pki.ImportDoors(ctx, c.Dir("pki"), chain, slog.New(slog.DiscardHandler), ca...); err != nil {
+		return err
+	}
+	r := doorsImported{wire.KeyOf(chain[0]).Fingerprint(), wire.KeyOf(chain[len(chain)-1]).Fingerprint(), cli.Time(chain[0].NotAfter)}
+	return a.out.Print(r, cli.Table{Columns: []string{"intermediate", "root", "not_after"}, Rows: [][]string{{r.Intermediate, r.Root, r.NotAfter}}})
 }
 
 // imported is what `ca import` prints.
@@ -133,11 +175,13 @@ type imported struct {
 }
 
 func (a *app) caImportCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "import CHAIN", Short: "Take the certificate that was made of ca csr, and the root above it", Args: cli.Exactly(1),
+	var doors bool
+	cmd := &cobra.Command{
+		Use: "import [--doors] CHAIN", Short: "Take the certificate that was made of ca csr, and the root above it", Args: cli.Exactly(1),
 		Long: "Take the certificate that was made of the request of ca csr, and the root that signed it, from one PEM file. A\n" +
 			"directory without a CA gets one, whose root key never was on this host. In one that has a CA the imported\n" +
-			"intermediate issues from now on, and a rollover is under way. The process that holds the CA must not run.",
+			"intermediate issues from now on, and a rollover is under way. The process that holds the CA must not run.\n" +
+			"With --doors it is the intermediate of the doors, and no rollover: the file may hold more between it and its root.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := config.LoadPKI(a.streams.Env)
 			if err != nil {
@@ -150,6 +194,9 @@ func (a *app) caImportCommand() *cobra.Command {
 			chain, err := readChain(args[0])
 			if err != nil {
 				return err
+			}
+			if doors {
+				return a.importDoors(cmd.Context(), c, chain)
 			}
 			state, err := pki.Import(cmd.Context(), c.Dir("pki"), chain, slog.New(slog.DiscardHandler), opts...)
 			if err != nil {
@@ -167,4 +214,6 @@ func (a *app) caImportCommand() *cobra.Command {
 				Rows: [][]string{{r.TrustDomain, r.Intermediate, r.Root, r.NotAfter}}})
 		},
 	}
+	cmd.Flags().BoolVar(&doors, "doors", false, "it is the intermediate of the doors")
+	return cmd
 }

@@ -86,12 +86,8 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	closers = append(closers, closeCA)
 	deps := gateway.Deps{Store: db, Bus: wakes, CA: ca, Identity: id, Log: h.log, Metrics: h.reg}
 	if len(h.cfg.Doors) > 0 {
-		here, ok := ca.(*pki.Authority)
-		if !ok {
-			return errors.New("SALLYPORT_GATEWAY_DOORS: the doors need the certificate authority in the gateway's own process; leave SALLYPORT_GATEWAY_PKI or SALLYPORT_GATEWAY_DOORS off")
-		}
-		if deps.Doors, err = here.Doors(ctx, string(h.cfg.DoorsURL)); err != nil {
-			return err
+		if deps.Doors, err = ca.Doors(ctx, string(h.cfg.DoorsURL)); err != nil {
+			return fmt.Errorf("SALLYPORT_GATEWAY_DOORS: %w", err)
 		}
 	}
 	server, err := gateway.New(gateway.Config{Gateway: h.cfg, Program: cli.BuildVersion()}, deps)
@@ -103,9 +99,15 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	return h.serve(ctx, dir, server, keep)
 }
 
+// certifier is a certificate authority, in this process or in another.
+type certifier interface {
+	gateway.Issuer
+	Doors(ctx context.Context, baseURL string) (*pki.Doors, error)
+}
+
 // authority is the one in this process, or the one that the configuration
 // names; keep runs as long as the gateway does.
-func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Identity) (ca gateway.Issuer, keep func(context.Context) error, done func() error, err error) {
+func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Identity) (ca certifier, keep func(context.Context) error, done func() error, err error) {
 	if h.cfg.PKI == "" {
 		a, err := openAuthority(ctx, h.pki, h.log)
 		if err != nil {

@@ -17,18 +17,24 @@ import (
 
 // openAuthority opens the certificate authority of this host.
 func openAuthority(ctx context.Context, c config.PKI, log *slog.Logger) (*pki.Authority, error) {
-	opts, err := keyOptions(c)
+	opts, err := caOptions(c)
 	if err != nil {
 		return nil, err
 	}
-	if c.CA != "" {
-		external, err := externalCA(c)
-		if err != nil {
-			return nil, err
-		}
-		opts = append(opts, pki.WithExternal(external))
-	}
 	return pki.Open(ctx, c.Dir("pki"), log, opts...)
+}
+
+// caOptions say where the authority's keys are, and who issues for it.
+func caOptions(c config.PKI) ([]pki.Option, error) {
+	opts, err := keyOptions(c)
+	if err != nil || c.CA == "" {
+		return opts, err
+	}
+	external, err := externalCA(c)
+	if err != nil {
+		return nil, err
+	}
+	return append(opts, pki.WithExternal(external)), nil
 }
 
 func externalCA(c config.PKI) (e pki.External, err error) {

@@ -56,13 +56,20 @@ type Status struct {
 	Hash       crypto.Hash // names the issuer as the request does
 	This, Next time.Time
 	Revoked    *Revoked // nil: it is good
+	Nonce      []byte   // of the request, to be repeated (RFC 9654); nil: it has none
 }
 
 // Authority is the certificate authority as the doors see it.
 type Authority interface {
-	// Chain is the doors' intermediate, what is above it, and the root.
+	// Chain is the intermediate that issues, what is above it, and the root.
 	Chain() []*x509.Certificate
-	// Issuers are all whose leaves' status is served: the SPIFFE ones too.
+	// Trust is what clients need to verify any leaf of the doors: while a
+	// rollover lasts, old and new.
+	Trust() (inters, roots []*x509.Certificate)
+	// Doors are the intermediates whose leaves are good, that which issues first.
+	Doors() []*x509.Certificate
+	// Issuers are all whose leaves' status is served: the SPIFFE ones too, if
+	// their keys are at hand.
 	Issuers() []*x509.Certificate
 	// Issue returns the leaf and the chain that is sent with it, without root.
 	Issue(ctx context.Context, r Request) ([]*x509.Certificate, error)

@@ -28,12 +28,16 @@ type doorSite struct {
 }
 
 func newDoorSite(t *testing.T, doors, allow string, opts ...harness.Option) *doorSite {
+	return openDoorSite(t, harness.New(t), doors, allow, nil, opts...)
+}
+
+func openDoorSite(t *testing.T, site *harness.Site, doors, allow string, gateway []harness.Option, opts ...harness.Option) *doorSite {
 	harness.Tool(t, "openssl")
 	harness.Tool(t, "curl")
 	local := func() string { return fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t)) }
-	s := &doorSite{Site: harness.New(t), t: t, plain: local(), proxy: "http://" + local(), api: local()}
-	s.gateway = s.Gateway(harness.Env("SALLYPORT_GATEWAY_LISTEN", s.api), harness.Env("SALLYPORT_GATEWAY_DOORS", doors), harness.Env("SALLYPORT_GATEWAY_DOORS_ALLOW", allow),
-		harness.Env("SALLYPORT_GATEWAY_DOORS_LISTEN", s.plain), harness.Env("SALLYPORT_GATEWAY_DOORS_URL", "http://"+s.plain))
+	s := &doorSite{Site: site, t: t, plain: local(), proxy: "http://" + local(), api: local()}
+	s.gateway = s.Gateway(append(gateway, harness.Env("SALLYPORT_GATEWAY_LISTEN", s.api), harness.Env("SALLYPORT_GATEWAY_DOORS", doors), harness.Env("SALLYPORT_GATEWAY_DOORS_ALLOW", allow),
+		harness.Env("SALLYPORT_GATEWAY_DOORS_LISTEN", s.plain), harness.Env("SALLYPORT_GATEWAY_DOORS_URL", "http://"+s.plain))...)
 	at := local()
 	s.atRCP = "http://" + at
 	s.rcp = s.RCP(s.gateway, "dmz-1", harness.Env("SALLYPORT_RCP_PROXY_LISTEN", at))
