@@ -8,7 +8,8 @@
 //
 //	root.pem, root.key                  the root; every join code pins its key
 //	intermediate.pem, intermediate.key  the SPIFFE intermediate, which signs leaves, revocations and the list of roots
-//	doors.pem, doors.key                the intermediate for other programs, made when it is first wanted
+//	doors.pem, doors.key, doors.json    the intermediate for other programs, made when it is first wanted; then
+//	                                    which ones there are (doors-2.pem, doors-cross-2.pem and so on)
 //	trust-domain                        the name, made once from the root
 //	revocations.json                    the highest signed revocation set
 //	issuers.json, trust.json            after a rollover: which issuers there are (root-2.pem,
