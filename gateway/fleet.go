@@ -23,8 +23,8 @@ var (
 const (
 	maxPeersPerLink   = 100_000
 	maxUnknownPerLink = 10_000 // parties without a row in the database: stale, or made up
-	maxPendingPerLink = 1_000
-	maxWays           = 16 // to one party by one first hop
+	maxPendingPerLink = 10_000 // what an RCP lets wait by default
+	maxWays           = 16     // to one party by one first hop
 )
 
 // want is a reason to open a session with a party.

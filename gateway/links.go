@@ -474,7 +474,10 @@ func (f *fleet) pendingPeer(l *firstHop, p wire.Peer) error {
 	by := f.pending[p.Pending]
 	_, there := by[l.id]
 	if !there && f.waiting[l.id] >= maxPendingPerLink {
-		return fmt.Errorf("%w: rcp %s reports more than %d pending parties", errBadLine, l.name, maxPendingPerLink)
+		// Strangers can bring an honest RCP here, and the one that comes now may
+		// be a node with a code: another gives way, whichever.
+		f.dropAnyPending(l.id)
+		by = f.pending[p.Pending]
 	}
 	if by == nil {
 		by = make(map[wire.ID]wire.Peer, 1)
@@ -493,6 +496,15 @@ func (f *fleet) pendingPeer(l *firstHop, p wire.Peer) error {
 		}
 	}
 	return nil
+}
+
+func (f *fleet) dropAnyPending(link wire.ID) {
+	for key, by := range f.pending {
+		if _, ok := by[link]; ok {
+			f.dropPending(link, key)
+			return
+		}
+	}
 }
 
 func (f *fleet) dropPending(link wire.ID, key wire.KeyHash) {

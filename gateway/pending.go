@@ -23,14 +23,16 @@ const (
 	// way, so that there is time for another.
 	pendingTime = 30 * time.Second
 	pendingOpen = 8 * time.Second
+	// pendingSlow is how long one of them may take before its party has to let
+	// the others go first.
+	pendingSlow = 2 * time.Second
 )
 
 // watchPending shows every party that waits for a certificate to the
 // enrolment, when it comes and from time to time while it is there. An RCP
 // that makes parties up, or lets their sessions hang, delays only its own.
 func (s *Server) watchPending(ctx context.Context) error {
-	w := &pendingWork{s: s, busy: make(map[wire.KeyHash]bool), queued: make(map[wire.KeyHash]bool),
-		running: make(map[wire.ID]int), queues: make(map[wire.ID][]wire.KeyHash)}
+	w := newPendingWork(s)
 	defer w.wg.Wait()
 	sweep := time.NewTicker(pendingSweep)
 	defer sweep.Stop()
@@ -41,7 +43,9 @@ func (s *Server) watchPending(ctx context.Context) error {
 		case key := <-s.fleet.arrived:
 			w.start(ctx, key)
 		case <-sweep.C:
-			for _, key := range s.waitingKeys() {
+			keys := s.waitingKeys()
+			w.forget(keys)
+			for _, key := range keys {
 				w.start(ctx, key)
 			}
 		}
@@ -68,8 +72,27 @@ type pendingWork struct {
 	mu      sync.Mutex
 	busy    map[wire.KeyHash]bool
 	queued  map[wire.KeyHash]bool
-	running map[wire.ID]int            // by first hop; "" for those that we have a channel to
-	queues  map[wire.ID][]wire.KeyHash // likewise; with keys that are not queued any more between
+	slow    map[wire.KeyHash]bool // that let us wait when we looked at them last
+	running map[wire.ID]int       // by first hop; "" for those that we have a channel to
+	queues  map[wire.ID]*turns    // likewise; with keys that are not queued any more between
+}
+
+func newPendingWork(s *Server) *pendingWork {
+	return &pendingWork{s: s, busy: make(map[wire.KeyHash]bool), queued: make(map[wire.KeyHash]bool), slow: make(map[wire.KeyHash]bool),
+		running: make(map[wire.ID]int), queues: make(map[wire.ID]*turns)}
+}
+
+// forget forgets who was slow and is not there any more.
+func (w *pendingWork) forget(there []wire.KeyHash) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	slow := make(map[wire.KeyHash]bool)
+	for _, key := range there {
+		if w.slow[key] {
+			slow[key] = true
+		}
+	}
+	w.slow = slow
 }
 
 // start looks at one party by a first hop that has room. Else the party waits
@@ -89,21 +112,35 @@ func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) (there bool) 
 		w.wg.Go(func() { w.look(ctx, key, hop, rcp, peer) })
 		return true
 	}
-	_, hop, _, ok = w.s.whereIs(key, func(wire.ID) bool { return true })
-	if ok && !w.queued[key] && len(w.queues[hop]) < 2*maxPendingPerLink {
-		w.queued[key] = true
-		w.queues[hop] = append(w.queues[hop], key)
+	_, hop, peer, ok = w.s.whereIs(key, func(wire.ID) bool { return true })
+	if !ok || w.queued[key] {
+		return ok
 	}
-	return ok
+	q := w.queues[hop]
+	if q == nil {
+		q = new(turns)
+		w.queues[hop] = q
+	}
+	if q.n < 2*maxPendingPerLink {
+		w.queued[key] = true
+		q.add(siteOf(peer.Source), key, w.slow[key])
+	}
+	return true
 }
 
 // look looks at a party, and starts the one that waits behind it.
 func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, hop wire.ID, rcp *store.RCP, peer wire.Peer) {
+	began := time.Now()
 	within, cancel := context.WithTimeout(ctx, pendingTime)
 	w.s.hooks.pending(within, key, rcp, peer)
 	cancel()
 	w.mu.Lock()
 	delete(w.busy, key)
+	if time.Since(began) > pendingSlow {
+		w.slow[key] = true
+	} else {
+		delete(w.slow, key)
+	}
 	if w.running[hop]--; w.running[hop] == 0 {
 		delete(w.running, hop)
 	}
@@ -120,12 +157,16 @@ func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, hop wire.ID, r
 func (w *pendingWork) next(hop wire.ID) (key wire.KeyHash, ok bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for len(w.queues[hop]) > 0 {
-		key = w.queues[hop][0]
-		w.queues[hop] = w.queues[hop][1:]
-		if w.queued[key] {
-			delete(w.queued, key)
-			return key, true
+	if q := w.queues[hop]; q != nil {
+		for {
+			key, ok := q.next()
+			if !ok {
+				break
+			}
+			if w.queued[key] {
+				delete(w.queued, key)
+				return key, true
+			}
 		}
 	}
 	delete(w.queues, hop)

@@ -209,7 +209,9 @@ func (r *Relay) listen(dir string) (ports []port, err error) {
 		ln, err := channel.Listen(channel.ListenConfig{
 			Addr: l.Addr, Identity: r.id, Admit: r.admit(l.Side),
 			AllowUpstream: l.Side != config.Downstream, AllowDownstream: l.Side != config.Upstream, AllowEnroll: true,
-			Limits: channel.Limits{Pending: int(r.cfg.PendingMax), PendingPerSource: int(r.cfg.PendingPerSource)},
+			// Who leaves when all places are taken is the roster's to say, so it has
+			// to see those that come then.
+			Limits: channel.Limits{Pending: int(r.cfg.PendingMax) + pendingDoor, PendingPerSource: int(r.cfg.PendingPerSource) + pendingDoor},
 			Log:    r.log,
 		})
 		if err != nil {

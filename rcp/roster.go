@@ -45,6 +45,10 @@ func (l channelLink) Forward(w http.ResponseWriter, r *http.Request, authority s
 // carriers that both won, twice, while one pair replaces the other.
 const maxChannels = 4
 
+// pendingDoor is how many parties without a certificate may stand in the door
+// of one port, beyond those that wait: coming, or leaving.
+const pendingDoor = 256
+
 // Reasons for which the relay ends a channel.
 var (
 	errForged       = errors.New("the peer's signals name another party or another channel")
@@ -52,6 +56,7 @@ var (
 	errReplaced     = errors.New("replaced by a newer channel of the same party")
 	errRestarted    = errors.New("the party has started anew: nobody is at the other end")
 	errPendingTotal = errors.New("too many parties wait for a certificate (SALLYPORT_RCP_PENDING_MAX)")
+	errCrowded      = errors.New("too many parties wait for a certificate, most of them behind this source address: one from elsewhere takes the place (SALLYPORT_RCP_PENDING_MAX)")
 	errPendingFrom  = errors.New("too many parties wait for a certificate behind one source address (SALLYPORT_RCP_PENDING_PER_SOURCE)")
 )
 
@@ -123,15 +128,15 @@ type roster struct {
 	mu      sync.Mutex
 	seq     uint64
 	left    uint64
-	live    map[target][]*attached // best first
-	sources map[netip.Prefix]int   // pending parties
+	live    map[target][]*attached       // best first
+	sources map[netip.Prefix][]*attached // pending parties, in order of arrival
 	pending int
 }
 
 func newRoster(t *table, maxPending, maxPendingSource int, retire func(*attached)) *roster {
 	return &roster{
 		table: t, maxPending: maxPending, maxPendingSource: maxPendingSource, retire: retire,
-		live: map[target][]*attached{}, sources: map[netip.Prefix]int{},
+		live: map[target][]*attached{}, sources: map[netip.Prefix][]*attached{},
 	}
 }
 
@@ -159,6 +164,7 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 	a := &attached{conn: conn, peer: conn.Peer()}
 	a.listening, a.hush = context.WithCancel(ctx)
 	var old []*attached
+	var evicted *attached
 	err := func() error {
 		r.mu.Lock()
 		defer r.mu.Unlock()
@@ -168,15 +174,18 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 		if a.peer.Pending {
 			a.source = sourceOf(conn.RemoteAddr())
 			if len(r.live[tg]) == 0 {
-				if r.pending >= r.maxPending {
-					return errPendingTotal
-				}
-				if r.sources[a.source] >= r.maxPendingSource {
+				if len(r.sources[a.source]) >= r.maxPendingSource {
 					return fmt.Errorf("%w: %s", errPendingFrom, a.source)
+				}
+				if r.pending >= r.maxPending {
+					if evicted = r.giveWay(a.source); evicted == nil {
+						return errPendingTotal
+					}
+					r.out(evicted, errCrowded.Error())
 				}
 			}
 			r.pending++
-			r.sources[a.source]++
+			r.sources[a.source] = append(r.sources[a.source], a)
 			old = slices.Clone(r.live[tg]) // one key has one channel: the last one
 		} else if n := len(r.live[tg]); n >= maxChannels {
 			old = []*attached{slices.MinFunc(r.live[tg], func(x, y *attached) int { return cmp.Compare(x.seq, y.seq) })}
@@ -188,6 +197,10 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 		}
 		return nil
 	}()
+	if evicted != nil {
+		evicted.hush()
+		evicted.conn.Close(errCrowded)
+	}
 	if err != nil {
 		a.hush()
 		return nil, err
@@ -202,11 +215,35 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 	return a, nil
 }
 
+// giveWay finds who leaves when all places are taken and a party comes from
+// source: the one that waits longest behind the address with most of them, so
+// that strangers cannot keep a node with a code out. Nobody does for a source
+// that has as many itself; mu is held.
+func (r *roster) giveWay(source netip.Prefix) *attached {
+	var most []*attached
+	for _, all := range r.sources {
+		if len(all) > len(most) || len(all) == len(most) && all[0].seq < most[0].seq {
+			most = all
+		}
+	}
+	own := len(r.sources[source])
+	if own+1 < len(most) || own == 0 && len(most) > 0 {
+		return most[0]
+	}
+	return nil
+}
+
 // leave takes a channel out.
 func (r *roster) leave(a *attached, reason string) {
 	a.hush()
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.out(a, reason)
+}
+
+// out takes a channel out, and its party out of the table with the last one;
+// mu is held.
+func (r *roster) out(a *attached, reason string) {
 	tg := a.target()
 	wasBest := len(r.live[tg]) > 0 && r.live[tg][0] == a
 	if !r.remove(a) {
@@ -233,7 +270,11 @@ func (r *roster) remove(a *attached) bool {
 	}
 	if a.peer.Pending {
 		r.pending--
-		if r.sources[a.source]--; r.sources[a.source] == 0 {
+		all := r.sources[a.source]
+		if i := slices.Index(all, a); i >= 0 {
+			r.sources[a.source] = slices.Delete(all, i, i+1)
+		}
+		if len(r.sources[a.source]) == 0 {
 			delete(r.sources, a.source)
 		}
 	}

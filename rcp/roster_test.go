@@ -260,10 +260,21 @@ func TestPendingLimits(t *testing.T) {
 	for i := range 3 {
 		mustJoin(t, r, newFake(pendingPeer(10+i), fmt.Sprintf("[2001:db8:1:2::%d]:1", i+1)))
 	}
-	if _, err := r.join(t.Context(), newFake(pendingPeer(20), "10.9.9.9:1")); !errors.Is(err, errPendingTotal) {
-		t.Errorf("seventh in total: %v", err)
+	// A seventh takes the place of the one that waits longest behind the address
+	// with most of them.
+	crowded := mustJoin(t, r, newFake(pendingPeer(30), "10.9.9.9:1"))
+	if err := joined[0].conn.(*fakeLink).Err(); !errors.Is(err, errCrowded) || len(r.channels(joined[0].target())) != 0 {
+		t.Errorf("who gave way: %v", err)
 	}
-	r.leave(joined[0], "left")
+	if _, ok := r.table.truth()[peerKey{target: joined[0].target()}]; ok {
+		t.Error("who gave way is still in the table")
+	}
+	r.leave(joined[0], "left") // its channel ends: nothing is counted twice
+	// Who comes from that very address, or from one with almost as many, does not.
+	if _, err := r.join(t.Context(), newFake(pendingPeer(31), "10.0.0.1:9")); !errors.Is(err, errPendingTotal) {
+		t.Errorf("seventh, from an address with 2 of 6: %v", err)
+	}
+	r.leave(crowded, "left")
 	if _, err := r.join(t.Context(), newFake(pendingPeer(20), "[2001:db8:1:2:ffff::1]:1")); !errors.Is(err, errPendingFrom) {
 		t.Errorf("fourth of one /64: %v", err)
 	}
