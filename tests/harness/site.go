@@ -3,6 +3,7 @@ package harness
 import (
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -194,23 +195,28 @@ func (r *Role) Host() *netlab.Host { return r.host }
 var portsGiven sync.Map
 
 // FreePort returns a loopback port that nothing uses, neither TCP nor UDP, and
-// that was not given to anybody yet.
+// that was not given to anybody yet. It is none of those that the kernel gives
+// to clients: a program that is down for a moment must find its port again.
 func FreePort(t testing.TB) uint16 {
 	t.Helper()
-	for range 100 {
-		l, err := net.Listen("tcp4", loopback+":0")
+	const first, last = 10_000, 32_767 // net.ipv4.ip_local_port_range begins at 32768
+	for range 1000 {
+		port := uint16(first + rand.IntN(last-first+1))
+		addr := netip.AddrPortFrom(netip.MustParseAddr(loopback), port)
+		if _, given := portsGiven.LoadOrStore(port, true); given {
+			continue
+		}
+		l, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(addr))
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		addr := netip.MustParseAddrPort(l.Addr().String())
-		u, udpErr := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(addr))
-		if udpErr == nil {
-			_ = u.Close()
-		}
+		u, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(addr))
 		_ = l.Close()
-		if _, given := portsGiven.LoadOrStore(addr.Port(), true); udpErr == nil && !given {
-			return addr.Port()
+		if err != nil {
+			continue
 		}
+		_ = u.Close()
+		return port
 	}
 	t.Fatal("no port is free for TCP and UDP")
 	return 0
