@@ -555,8 +555,8 @@ func (l *links) connect(ctx context.Context, id wire.ID, authority string) (net.
 }
 
 // lane opens a lane to a node through a first hop, or to a first hop that is
-// the node itself.
-func (l *links) lane(ctx context.Context, id, node wire.ID) (net.Conn, error) {
+// the node itself: of bare legs, or of sealed ones.
+func (l *links) lane(ctx context.Context, id, node wire.ID, sealed bool) (net.Conn, error) {
 	link := l.link(id)
 	if link == nil {
 		return nil, ErrNotConnected
@@ -568,7 +568,7 @@ func (l *links) lane(ctx context.Context, id, node wire.ID) (net.Conn, error) {
 	if node == id {
 		node = "" // the peer itself
 	}
-	conn, err := admin.OpenLane(ctx, wire.LaneRequest{Node: node})
+	conn, err := admin.OpenLane(ctx, wire.LaneRequest{Node: node, Sealed: sealed})
 	if err != nil {
 		return nil, err
 	}

@@ -50,8 +50,16 @@ const (
 // Kinds of tunnels, as metrics name them.
 const (
 	kindLane   = "lane"
+	kindSealed = "sealed" // a lane whose legs are inside TLS
 	kindStream = "stream" // a CONNECT stream through the channels
 )
+
+// kinds has the best first: the RCP's CPU time for a byte is about 1 to 3 to 14.
+var kinds = []string{kindLane, kindSealed, kindStream}
+
+// quickNo is how long a refusal of a lane may take for the next kind to be
+// tried at once: where TCP is cut off, a sealed lane would take as long again.
+const quickNo = time.Second
 
 var errNoLane = errors.New("no lane can be had on this way for some minutes")
 
@@ -62,7 +70,7 @@ var errTooManyTunnels = fmt.Errorf("%d tunnels are open and none is idle, the li
 type tunnels struct {
 	fleet   *fleet
 	connect func(ctx context.Context, link wire.ID, authority string) (net.Conn, error)
-	lane    func(ctx context.Context, link, node wire.ID) (net.Conn, error)
+	lane    func(ctx context.Context, link, node wire.ID, sealed bool) (net.Conn, error)
 	dial    func(ctx context.Context, conn net.Conn, party wire.Party) (*session.Tunnel, error)
 	party   func(role wire.Role, id wire.ID) wire.Party
 	metrics *tunnelMetrics
@@ -80,8 +88,11 @@ type tunnels struct {
 	laneless map[laneWay]time.Time // until when
 }
 
-// laneWay is a first hop and the node behind it.
-type laneWay struct{ link, node wire.ID }
+// laneWay is a first hop, the node behind it, and a kind of lane.
+type laneWay struct {
+	link, node wire.ID
+	kind       string
+}
 
 // tunnelled is a node with tunnels.
 type tunnelled struct {
@@ -103,7 +114,7 @@ type openTunnel struct {
 // broken says of a lane that ended that its way is no good for lanes: the
 // handshake went through, and then it was cut at once, or nothing came.
 func (t *openTunnel) broken(why error) bool {
-	return t.kind == kindLane && (errors.Is(why, tunnel.ErrSilent) || time.Since(t.opened) < brokenLane && !errors.Is(why, tunnel.ErrClosed) && !errors.Is(why, errSessionsClosed))
+	return t.kind != kindStream && (errors.Is(why, tunnel.ErrSilent) || time.Since(t.opened) < brokenLane && !errors.Is(why, tunnel.ErrClosed) && !errors.Is(why, errSessionsClosed))
 }
 
 func newTunnels(s *Server, reg prometheus.Registerer) (*tunnels, error) {
@@ -183,7 +194,7 @@ func (p *tunnels) pick(node wire.ID) (*openTunnel, opening, error) {
 			return nil, opening{}, err
 		}
 		p.nodes[node] = n
-		p.openLocked(node, n, routes, true)
+		p.openLocked(node, n, routes, kinds)
 	}
 	if best == nil {
 		return nil, opening{n.opening, func() error {
@@ -201,30 +212,38 @@ func (p *tunnels) pick(node wire.ID) (*openTunnel, opening, error) {
 }
 
 // growLocked gives a node another tunnel where those that it has are busy, or
-// a lane where it has streams only and a lane may be had by now.
+// one of a better kind where that may be had by now.
 func (p *tunnels) growLocked(node wire.ID, n *tunnelled, best *openTunnel, load int) {
+	rank := slices.Index(kinds, best.kind)
+	better := kinds[:rank]
 	busy := load >= busyTunnel && len(n.open) < p.most
-	if p.total >= maxTunnels || !busy && best.kind == kindLane {
+	if p.total >= maxTunnels || !busy && len(better) == 0 {
 		return
 	}
 	routes, err := p.fleet.routes(node)
 	if err != nil {
 		return
 	}
-	if busy || slices.ContainsFunc(routes, func(r route) bool { return p.mayHaveLaneLocked(laneWay{r.link, node}) }) {
-		p.openLocked(node, n, routes, busy && best.kind == kindStream)
+	switch {
+	case busy:
+		p.openLocked(node, n, routes, kinds[:rank+1])
+	case slices.ContainsFunc(routes, func(r route) bool {
+		return slices.ContainsFunc(better, func(kind string) bool { return p.mayHaveLaneLocked(laneWay{r.link, node, kind}) })
+	}):
+		p.openLocked(node, n, routes, better)
 	}
 }
 
-// leastBusy prefers lanes to streams.
+// leastBusy is of the best kind that there is.
 func (n *tunnelled) leastBusy() (best *openTunnel, load int) {
+	rank := len(kinds)
 	for _, t := range n.open {
 		if t.Err() != nil {
 			continue
 		}
-		l := t.Load()
-		if best == nil || t.kind == kindLane && best.kind != kindLane || t.kind == best.kind && l < load {
-			best, load = t, l
+		k, l := slices.Index(kinds, t.kind), t.Load()
+		if k < rank || k == rank && l < load {
+			best, rank, load = t, k, l
 		}
 	}
 	return best, load
@@ -249,14 +268,14 @@ func (p *tunnels) makeRoomLocked() error {
 	return oldest.Close()
 }
 
-// openLocked opens a tunnel to a node in the background: over a lane, or, if
-// it may, over a stream.
-func (p *tunnels) openLocked(node wire.ID, n *tunnelled, routes []route, mayStream bool) {
+// openLocked opens a tunnel of the first kind that works to a node, in the
+// background.
+func (p *tunnels) openLocked(node wire.ID, n *tunnelled, routes []route, kinds []string) {
 	over, cuts := make(chan struct{}), n.cuts
 	n.opening, n.err = over, nil
 	p.total++ // kept by the tunnel
 	p.tasks.Go(func() {
-		t, err := p.open(node, byFirstHop(routes, ""), mayStream)
+		t, err := p.open(node, byFirstHop(routes, ""), kinds)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		defer close(over)
@@ -291,7 +310,7 @@ func (p *tunnels) run(node wire.ID, n *tunnelled, t *openTunnel) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if t.broken(err) {
-		p.laneless[laneWay{t.via, node}] = time.Now().Add(laneless)
+		p.laneless[laneWay{t.via, node, t.kind}] = time.Now().Add(laneless)
 	}
 	p.total--
 	n.open = slices.DeleteFunc(n.open, func(o *openTunnel) bool { return o == t })
@@ -304,14 +323,13 @@ func (p *tunnels) forgetLocked(node wire.ID, n *tunnelled) {
 	}
 }
 
-// open opens a tunnel by the best way that works: over a lane if one can be
-// had, else over a CONNECT stream if it may.
-func (p *tunnels) open(node wire.ID, routes []route, mayStream bool) (*openTunnel, error) {
+// open opens a tunnel by the best way that works, of the first kind that does.
+func (p *tunnels) open(node wire.ID, routes []route, kinds []string) (*openTunnel, error) {
 	ctx, cancel := context.WithTimeout(p.ctx, openAll)
 	defer cancel()
 	var errs []error
 	for _, r := range routes {
-		t, err := p.openBy(ctx, node, r, mayStream)
+		t, err := p.openBy(ctx, node, r, kinds)
 		if err == nil {
 			p.metrics.opened.WithLabelValues(t.kind, "ok").Inc()
 			return t, nil
@@ -324,16 +342,26 @@ func (p *tunnels) open(node wire.ID, routes []route, mayStream bool) (*openTunne
 	return nil, fmt.Errorf("open a tunnel: %w", errors.Join(errs...))
 }
 
-func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, mayStream bool) (*openTunnel, error) {
-	way := laneWay{r.link, node}
+func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, kinds []string) (*openTunnel, error) {
+	mayStream := slices.Contains(kinds, kindStream)
 	var noLane error
-	if p.mayHaveLane(way) {
-		var t *openTunnel
-		if t, noLane = p.over(ctx, openLane, node, r, kindLane); noLane == nil {
+	var failed []laneWay
+	slow := false
+	for _, kind := range kinds {
+		way := laneWay{r.link, node, kind}
+		if kind == kindStream || slow && mayStream || !p.mayHaveLane(way) {
+			continue
+		}
+		began := time.Now()
+		t, err := p.over(ctx, openLane, node, r, kind)
+		if err == nil {
+			p.markLaneless(failed)
 			return t, nil
 		}
-		p.metrics.opened.WithLabelValues(kindLane, "failed").Inc()
-		p.log.Debug("no lane", "node", node, "via", r.name, "error", noLane)
+		slow = time.Since(began) > quickNo
+		p.metrics.opened.WithLabelValues(kind, "failed").Inc()
+		p.log.Debug("no lane", "node", node, "kind", kind, "via", r.name, "error", err)
+		noLane, failed = errors.Join(noLane, err), append(failed, way)
 	}
 	if !mayStream {
 		return nil, cmp.Or(noLane, errNoLane)
@@ -346,12 +374,18 @@ func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, mayStream b
 		p.metrics.opened.WithLabelValues(kindStream, "failed").Inc()
 		return nil, errors.Join(noLane, err)
 	}
-	if noLane != nil { // it is the lane that does not work, not the way
-		p.mu.Lock()
-		defer p.mu.Unlock()
+	p.markLaneless(failed)
+	return t, nil
+}
+
+// markLaneless notes kinds that did not work where another one did: it is they
+// that do not work, not the way.
+func (p *tunnels) markLaneless(failed []laneWay) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, way := range failed {
 		p.laneless[way] = time.Now().Add(laneless)
 	}
-	return t, nil
 }
 
 func (p *tunnels) mayHaveLane(way laneWay) bool {
@@ -368,8 +402,8 @@ func (p *tunnels) over(ctx context.Context, within time.Duration, node wire.ID, 
 	defer cancel()
 	var conn net.Conn
 	var err error
-	if kind == kindLane {
-		conn, err = p.lane(ctx, r.link, node)
+	if kind != kindStream {
+		conn, err = p.lane(ctx, r.link, node, kind == kindSealed)
 	} else {
 		conn, err = p.connect(ctx, r.link, wire.ConnectAuthority(node))
 	}

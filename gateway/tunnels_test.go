@@ -31,7 +31,7 @@ func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
 		channel.Refuse(w, http.StatusBadRequest, "no request for a lane to this node")
 		return
 	}
-	leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), ask.Ticket)
+	leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), ask)
 	if err != nil {
 		channel.Refuse(w, http.StatusServiceUnavailable, err.Error())
 		return

@@ -146,7 +146,7 @@ func (in *instance) takeLane(w http.ResponseWriter, r *http.Request, c *channel.
 		refuse(http.StatusTooManyRequests, err)
 		return
 	}
-	leg, err := c.TakeLane(r.Context(), req.Ticket)
+	leg, err := c.TakeLane(r.Context(), req)
 	if err != nil {
 		leave()
 		if errors.Is(err, channel.ErrNoLane) {
@@ -161,7 +161,7 @@ func (in *instance) takeLane(w http.ResponseWriter, r *http.Request, c *channel.
 		defer leg.Close()
 		in.serveLane(ctx, leg, c)
 	}()
-	w.WriteHeader(http.StatusOK)
+	channel.GrantLane(w, req)
 }
 
 func (in *instance) serveLane(ctx context.Context, leg *channel.Leg, c *channel.Conn) {

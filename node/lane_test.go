@@ -16,7 +16,7 @@ import (
 	"sallyport/internal/wire"
 )
 
-func (a *agent) lane(t *testing.T) (*net.TCPConn, error) {
+func (a *agent) lane(t *testing.T) (channel.LaneConn, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()

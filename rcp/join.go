@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -127,12 +126,13 @@ func (l *lanes) wait(ctx context.Context) {
 	}
 }
 
-// lane is two bare TCP connections that are joined: what one side sends the
-// kernel moves to the other. It holds TLS between gateway and node, and this
-// program sees no byte of it.
+// lane is two connections that are joined: what one side sends goes to the
+// other. It holds TLS between gateway and node. Bare TCP connections the kernel
+// joins, and this program sees no byte; sealed legs end their own TLS here.
 type lane struct {
 	r        *Relay
 	node     wire.ID
+	sealed   bool
 	up, down end
 	cutting  chan error    // holds why
 	orphan   time.Duration // laneOrphan
@@ -148,9 +148,9 @@ func (l *lane) cut(cause error) {
 
 // run waits for the leg above, and joins the two until both directions have
 // ended or the lane is cut.
-func (l *lane) run(ctx context.Context, above *channel.Leg, down *net.TCPConn) {
-	r := l.r
-	log := r.log.With("node", l.node, "upstream", l.up.peer.String(), "downstream", l.down.peer.String())
+func (l *lane) run(ctx context.Context, above *channel.Leg, down channel.LaneConn) {
+	r, m := l.r, l.metrics()
+	log := r.log.With("node", l.node, "sealed", l.sealed, "upstream", l.up.peer.String(), "downstream", l.down.peer.String())
 	defer above.Close()
 	defer func() { _ = down.Close() }()
 	r.lanes.add(l) // cut from here on
@@ -167,9 +167,9 @@ func (l *lane) run(ctx context.Context, above *channel.Leg, down *net.TCPConn) {
 		return
 	}
 	defer func() { _ = up.Close() }()
-	r.metrics.lanes.Inc()
-	defer r.metrics.lanes.Dec()
-	r.metrics.lanesOpened.Inc()
+	m.open.Inc()
+	defer m.open.Dec()
+	m.opened.Inc()
 	log.Info("lane open", "above", up.RemoteAddr().String(), "below", down.RemoteAddr().String())
 	began := time.Now()
 	bytesDown, bytesUp, err := l.join(ctx, up, down)
@@ -178,11 +178,12 @@ func (l *lane) run(ctx context.Context, above *channel.Leg, down *net.TCPConn) {
 
 // join copies both ways. An end of one direction is handed on; the other goes
 // on until it ends too.
-func (l *lane) join(ctx context.Context, up, down *net.TCPConn) (bytesDown, bytesUp int64, err error) {
+func (l *lane) join(ctx context.Context, up, down channel.LaneConn) (bytesDown, bytesUp int64, err error) {
 	var sent, received atomic.Int64
+	m := l.metrics()
 	ended := make(chan error, 2)
-	go func() { ended <- splice(down, up, &sent, l.r.metrics.laneDown) }()
-	go func() { ended <- splice(up, down, &received, l.r.metrics.laneUp) }()
+	go func() { ended <- move(down, up, &sent, m.down) }()
+	go func() { ended <- move(up, down, &received, m.up) }()
 	stop := func() { _, _ = up.Close(), down.Close() }
 	upDone, downDone := l.up.conn.Done(), l.down.conn.Done()
 	orphan := time.NewTimer(l.orphan)
@@ -249,12 +250,10 @@ func first(a, b error) error {
 	return b
 }
 
-// splice copies one direction to its end and passes that on. Between two bare
-// TCP connections io.Copy is splice(2): the bytes stay in the kernel. Nothing
-// may wrap them.
-func splice(to, from *net.TCPConn, n *atomic.Int64, total prometheus.Counter) error {
+// move copies one direction to its end and passes that on.
+func move(to, from channel.LaneConn, n *atomic.Int64, total prometheus.Counter) error {
 	for {
-		moved, err := io.CopyN(to, from, laneChunk)
+		moved, err := pass(to, from)
 		n.Add(moved)
 		total.Add(float64(moved))
 		switch {
@@ -264,4 +263,13 @@ func splice(to, from *net.TCPConn, n *atomic.Int64, total prometheus.Counter) er
 			return err
 		}
 	}
+}
+
+// pass moves a piece. Between two bare TCP connections io.Copy is splice(2): the
+// bytes stay in the kernel. Nothing may wrap them.
+func pass(to, from channel.LaneConn) (int64, error) {
+	if leg, ok := from.(*channel.SealedLeg); ok {
+		return leg.Pass(to)
+	}
+	return io.CopyN(to, from, laneChunk)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"slices"
 	"strconv"
@@ -37,58 +36,57 @@ var (
 func (r *Relay) takeLane(w http.ResponseWriter, req *http.Request, up *channel.Conn, pace *rate.Limiter) {
 	ctx, cancel := context.WithTimeout(req.Context(), laneWithin)
 	defer cancel()
-	node, err := r.beginLane(ctx, w, req, up, pace)
+	ask, err := r.beginLane(ctx, req, up, pace)
 	var no *refused
 	if errors.As(err, &no) {
 		r.metrics.lanesRefused.WithLabelValues(no.label()).Inc()
-		r.log.Info("lane refused", "node", wire.Quotable(string(node)), "upstream", up.Peer().String(), "status", no.status, "reason", no.reason)
+		r.log.Info("lane refused", "node", wire.Quotable(string(ask.Node)), "upstream", up.Peer().String(), "sealed", ask.Sealed, "status", no.status, "reason", no.reason)
 		channel.Refuse(w, no.status, printable("rcp "+r.id.ID().Short()+": "+no.reason, 500))
 		return
 	}
-	w.WriteHeader(http.StatusOK)
+	channel.GrantLane(w, ask)
 }
 
 // beginLane returns a *refused, or nil when the lane is on its way.
-func (r *Relay) beginLane(ctx context.Context, w http.ResponseWriter, req *http.Request, up *channel.Conn, pace *rate.Limiter) (wire.ID, error) {
-	if r.cfg.Lanes.Off() {
-		return "", refusef(http.StatusForbidden, "lanes are off here (SALLYPORT_RCP_LANES)")
-	}
-	var ask wire.LaneRequest
-	err := wire.DecodeJSON(req.Body, wire.MaxLaneBody, &ask)
+func (r *Relay) beginLane(ctx context.Context, req *http.Request, up *channel.Conn, pace *rate.Limiter) (ask wire.LaneRequest, err error) {
+	err = wire.DecodeJSON(req.Body, wire.MaxLaneBody, &ask)
 	if err == nil {
 		err = ask.Validate()
 	}
 	if err != nil {
-		return "", refusef(http.StatusBadRequest, "lane: %v", err)
+		return wire.LaneRequest{}, refusef(http.StatusBadRequest, "lane: %v", err)
+	}
+	if r.cfg.Lanes.Off() && !ask.Sealed {
+		return ask, refusef(http.StatusForbidden, "bare lanes are off here (SALLYPORT_RCP_LANES)")
 	}
 	j, no := r.laneJourney(ask)
 	if no != nil {
-		return ask.Node, no
+		return ask, no
 	}
 	if !pace.Allow() {
-		return ask.Node, refusef(http.StatusTooManyRequests, "more than %d lanes a second are asked for", laneRate)
+		return ask, refusef(http.StatusTooManyRequests, "more than %d lanes a second are asked for", laneRate)
 	}
 	leave, err := r.lanes.enter(ask.Node)
 	if err != nil {
-		return ask.Node, refusef(http.StatusTooManyRequests, "%v", err)
+		return ask, refusef(http.StatusTooManyRequests, "%v", err)
 	}
-	down, a, no := r.legBelow(ctx, j)
+	down, a, no := r.legBelow(ctx, j, ask.Sealed)
 	if no != nil {
 		leave()
-		return ask.Node, no
+		return ask, no
 	}
-	leg, err := up.TakeLane(ctx, ask.Ticket)
+	leg, err := up.TakeLane(ctx, ask)
 	if err != nil {
 		_ = down.Close()
 		leave()
-		return ask.Node, noLeg(err)
+		return ask, noLeg(err)
 	}
-	l := &lane{r: r, node: ask.Node, up: end{conn: up, peer: up.Peer()}, down: end{conn: a.conn, peer: a.peer}, cutting: make(chan error, 1), orphan: laneOrphan, linger: laneLinger}
+	l := &lane{r: r, node: ask.Node, sealed: ask.Sealed, up: end{conn: up, peer: up.Peer()}, down: end{conn: a.conn, peer: a.peer}, cutting: make(chan error, 1), orphan: laneOrphan, linger: laneLinger}
 	r.tasks.Go(func() {
 		defer leave()
 		l.run(r.errands, leg, down)
 	})
-	return ask.Node, nil
+	return ask, nil
 }
 
 // laneJourney checks a request as parseJourney checks a CONNECT.
@@ -111,7 +109,7 @@ func (r *Relay) laneJourney(ask wire.LaneRequest) (journey, *refused) {
 }
 
 // legBelow fetches the leg toward the node by the best way that works.
-func (r *Relay) legBelow(ctx context.Context, j journey) (*net.TCPConn, *attached, *refused) {
+func (r *Relay) legBelow(ctx context.Context, j journey, sealed bool) (channel.LaneConn, *attached, *refused) {
 	ways, gone := r.table.route(j.to)
 	if len(ways) == 0 {
 		return nil, nil, unreachable(j, gone)
@@ -123,13 +121,13 @@ func (r *Relay) legBelow(ctx context.Context, j journey) (*net.TCPConn, *attache
 			last = worse(last, refusef(http.StatusBadRequest, "a lane leads to a node, not to a %s", way.Role))
 			continue
 		}
-		var ask wire.LaneRequest // a party is told nothing but its ticket
+		ask := wire.LaneRequest{Sealed: sealed} // a party is told nothing else but its ticket
 		if len(way.Path) > 0 {
 			if _, no := r.headerFor(j, way); no != nil {
 				last = worse(last, no)
 				continue
 			}
-			ask = wire.LaneRequest{Node: j.to.id, Hops: j.hops - 1, Via: append(slices.Clone(j.via), r.id.ID())}
+			ask.Node, ask.Hops, ask.Via = j.to.id, j.hops-1, append(slices.Clone(j.via), r.id.ID())
 		}
 		for _, a := range r.nextHops(j, way) {
 			if tries++; tries > maxTries || ctx.Err() != nil {
@@ -149,7 +147,7 @@ func (r *Relay) legBelow(ctx context.Context, j journey) (*net.TCPConn, *attache
 }
 
 // openLane asks this party for its leg.
-func (a *attached) openLane(ctx context.Context, ask wire.LaneRequest) (*net.TCPConn, error) {
+func (a *attached) openLane(ctx context.Context, ask wire.LaneRequest) (channel.LaneConn, error) {
 	if !mayAsk(a.peer, http.MethodPost, wire.PathLanes) {
 		return nil, fmt.Errorf("%w: POST %s to %s", errNotAllowed, wire.PathLanes, a.peer)
 	}

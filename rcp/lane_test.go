@@ -53,7 +53,7 @@ func (n *laneNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		n.mu.Lock()
 		n.reqs = append(n.reqs, req)
 		n.mu.Unlock()
-		leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req.Ticket)
+		leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req)
 		if err != nil {
 			channel.Refuse(w, http.StatusConflict, err.Error())
 			return
@@ -113,7 +113,7 @@ func (r *testRCP) known(t *testing.T, id wire.ID) {
 	eventually(t, "the RCP knows "+string(id), func() bool { ways, _ := r.table.route(target{id: id}); return len(ways) > 0 })
 }
 
-func openLane(t *testing.T, c *channel.Conn, req wire.LaneRequest) (*net.TCPConn, error) {
+func openLane(t *testing.T, c *channel.Conn, req wire.LaneRequest) (channel.LaneConn, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
@@ -125,7 +125,7 @@ func openLane(t *testing.T, c *channel.Conn, req wire.LaneRequest) (*net.TCPConn
 }
 
 // echoed sends through a lane, ends that direction, and wants all of it back.
-func echoed(t *testing.T, leg *net.TCPConn, size int) {
+func echoed(t *testing.T, leg channel.LaneConn, size int) {
 	t.Helper()
 	want := make([]byte, size)
 	_, _ = rand.Read(want)
@@ -219,7 +219,7 @@ func TestLane(t *testing.T) {
 func TestLaneHalfClose(t *testing.T) {
 	p := newPlant(t)
 	r := p.rcp(nil)
-	accepted := make(chan *net.TCPConn, 1)
+	accepted := make(chan channel.LaneConn, 1)
 	id := p.ca.Party(t, wire.RoleNode)
 	p.nodeWith(id, r.addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.URL.Path != wire.PathLanes {
@@ -228,7 +228,7 @@ func TestLaneHalfClose(t *testing.T) {
 		}
 		var ask wire.LaneRequest
 		_ = wire.DecodeJSON(req.Body, wire.MaxLaneBody, &ask)
-		leg, err := channel.FromContext(req.Context()).TakeLane(req.Context(), ask.Ticket)
+		leg, err := channel.FromContext(req.Context()).TakeLane(req.Context(), ask)
 		if err != nil {
 			t.Error(err)
 			return
@@ -243,7 +243,7 @@ func TestLaneHalfClose(t *testing.T) {
 	}))
 	r.known(t, id.ID())
 	gw := p.gateway(r.addr)
-	pair := func() (up, down *net.TCPConn) {
+	pair := func() (up, down channel.LaneConn) {
 		up, err := openLane(t, gw, wire.LaneRequest{Node: id.ID()})
 		if err != nil {
 			t.Fatal(err)
@@ -255,7 +255,7 @@ func TestLaneHalfClose(t *testing.T) {
 		}
 		return up, down
 	}
-	ends := func(from, to *net.TCPConn) {
+	ends := func(from, to channel.LaneConn) {
 		t.Helper()
 		_, _ = io.WriteString(from, "last words")
 		_ = from.CloseWrite()
@@ -273,7 +273,7 @@ func TestLaneHalfClose(t *testing.T) {
 	up, down = pair()
 	ends(down, up)
 	up, down = pair()
-	_ = down.SetLinger(0) // a reset
+	_ = down.(*net.TCPConn).SetLinger(0) // a reset
 	_ = down.Close()
 	if n, err := up.Read(make([]byte, 1)); n > 0 || err == nil {
 		t.Errorf("read %d, %v through a lane whose other end was reset", n, err)
@@ -363,7 +363,7 @@ func TestLanesPerNodeAreLimited(t *testing.T) {
 	r.known(t, n.id.ID())
 	r.known(t, other.id.ID())
 	gw := p.gateway(r.addr)
-	var legs []*net.TCPConn
+	var legs []channel.LaneConn
 	for range maxLanesPerNode {
 		leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID()})
 		if err != nil {

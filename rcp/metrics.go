@@ -2,6 +2,7 @@ package rcp
 
 import (
 	"errors"
+	"slices"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -17,18 +18,41 @@ type metrics struct {
 	bytesDown, bytesUp prometheus.Counter
 	signals            prometheus.Counter
 	refused            *prometheus.CounterVec // by reason
-	lanes              prometheus.Gauge
-	lanesOpened        prometheus.Counter
+	bare, sealed       *laneMetrics
 	lanesRefused       *prometheus.CounterVec // by reason
-	laneDown, laneUp   prometheus.Counter
+}
+
+// laneMetrics are those of one kind of lane.
+type laneMetrics struct {
+	open     prometheus.Gauge
+	opened   prometheus.Counter
+	down, up prometheus.Counter // bytes
+	all      []prometheus.Collector
+}
+
+func newLaneMetrics(prefix, what, how string) *laneMetrics {
+	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "sallyport_rcp_" + prefix + "_bytes_total", Help: "Bytes " + how + ", by direction: down is away from the gateway.",
+	}, []string{"direction"})
+	m := &laneMetrics{
+		open:   prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyport_rcp_" + prefix + "s", Help: what + " that are open."}),
+		opened: prometheus.NewCounter(prometheus.CounterOpts{Name: "sallyport_rcp_" + prefix + "s_opened_total", Help: what + " whose two legs met."}),
+		down:   bytes.WithLabelValues("down"), up: bytes.WithLabelValues("up"),
+	}
+	m.all = []prometheus.Collector{bytes, m.open, m.opened}
+	return m
+}
+
+func (l *lane) metrics() *laneMetrics {
+	if l.sealed {
+		return l.r.metrics.sealed
+	}
+	return l.r.metrics.bare
 }
 
 func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
 	bytes := prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "sallyport_rcp_bytes_total", Help: "Bytes copied between streams, by direction: down is away from the gateway.",
-	}, []string{"direction"})
-	laneBytes := prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "sallyport_rcp_lane_bytes_total", Help: "Bytes that the kernel moved between the legs of lanes, by direction: down is away from the gateway. Counted every 4 MiB.",
 	}, []string{"direction"})
 	m := &metrics{
 		connects: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -45,20 +69,14 @@ func newMetrics(reg prometheus.Registerer, r *Relay) (*metrics, error) {
 		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "sallyport_rcp_refused_total", Help: "Channels that were refused or cut, by reason.",
 		}, []string{"reason"}),
-		lanes: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "sallyport_rcp_lanes", Help: "Lanes that are open.",
-		}),
-		lanesOpened: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "sallyport_rcp_lanes_opened_total", Help: "Lanes whose two legs met.",
-		}),
+		bare:   newLaneMetrics("lane", "Lanes of bare legs", "that the kernel moved between the bare legs of lanes, counted every 4 MiB"),
+		sealed: newLaneMetrics("sealed_lane", "Lanes of sealed legs", "moved between the sealed legs of lanes"),
 		lanesRefused: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "sallyport_rcp_lanes_refused_total", Help: "Lanes that were refused or given up, by reason; the stream path is used instead.",
+			Name: "sallyport_rcp_lanes_refused_total", Help: "Lanes that were refused or given up, by reason: after a bare one a sealed one is tried, and then the stream path is used.",
 		}, []string{"reason"}),
-		laneDown: laneBytes.WithLabelValues("down"),
-		laneUp:   laneBytes.WithLabelValues("up"),
 	}
 	m.connects.WithLabelValues("200") // so that a rate has a beginning
-	for _, c := range []prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, m.lanes, m.lanesOpened, m.lanesRefused, laneBytes, counts{r}} {
+	for _, c := range slices.Concat([]prometheus.Collector{m.connects, m.streams, bytes, m.signals, m.refused, m.lanesRefused, counts{r}}, m.bare.all, m.sealed.all) {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -27,7 +26,7 @@ type link interface {
 	RTT() time.Duration
 	RoundTrip(*http.Request) (*http.Response, error)
 	Forward(w http.ResponseWriter, r *http.Request, authority string, h http.Header) (answered bool, err error)
-	OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error)
+	OpenLane(ctx context.Context, req wire.LaneRequest) (channel.LaneConn, error)
 	Drain(ctx context.Context, d wire.Drain) error // POST /v1/drain, then Close when idle
 	Close(cause error)
 	Done() <-chan struct{}

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"sallyport/internal/channel"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -98,7 +98,7 @@ func (f *fakeLink) Forward(_ http.ResponseWriter, _ *http.Request, authority str
 	return false, io.ErrUnexpectedEOF
 }
 
-func (f *fakeLink) OpenLane(context.Context, wire.LaneRequest) (*net.TCPConn, error) {
+func (f *fakeLink) OpenLane(context.Context, wire.LaneRequest) (channel.LaneConn, error) {
 	f.note("POST " + wire.PathLanes)
 	return nil, io.ErrUnexpectedEOF
 }

@@ -40,7 +40,7 @@ func (r *Relay) admit(side config.Side) func(identity.Peer, string) error {
 			return nil // limited in number where it is kept; nothing but its key can be reached
 		case channel.EnrollALPN(alpn) && side == config.Downstream:
 			return fmt.Errorf("%w: this port is for downstreams", errNotAdmitted)
-		case channel.EnrollALPN(alpn), alpn == channel.ALPNUp, alpn == channel.ALPNUpBulk, alpn == channel.ALPNUpH3:
+		case channel.EnrollALPN(alpn), alpn == channel.ALPNUp, alpn == channel.ALPNUpBulk, alpn == channel.ALPNUpLane, alpn == channel.ALPNUpH3:
 			return r.mayBeUpstream(p)
 		}
 		return nil

@@ -16,6 +16,9 @@ const (
 	ALPNUpBulk   = "sallyport-up-bulk/1"   // as ALPNUp, with the windows of class bulk
 	ALPNDownBulk = "sallyport-down-bulk/1" // as ALPNDown, likewise
 
+	ALPNUpLane   = "sallyport-up-lane/1"   // a sealed leg of a lane: bytes inside of TLS, no HTTP
+	ALPNDownLane = "sallyport-down-lane/1" // likewise, by who is downstream
+
 	ALPNUpH3     = "sallyport-up-h3/1"
 	ALPNDownH3   = "sallyport-down-h3/1"
 	ALPNEnrollH3 = "sallyport-enroll-h3/1"
@@ -40,6 +43,9 @@ const (
 	ClassSession = "session"
 	ClassBulk    = "bulk"
 )
+
+// classLane marks what is no channel but a leg of a lane.
+const classLane = "lane"
 
 // Direction says where the peer of a connection is.
 type Direction int
@@ -77,6 +83,8 @@ var protocols = []protocol{
 	{alpn: ALPNEnroll, carrier: CarrierH2, class: ClassAdmin, enroll: true},
 	{alpn: ALPNUpBulk, carrier: CarrierH2, class: ClassBulk, dialler: PeerUpstream, accepts: asUpstream, answers: asDownstream},
 	{alpn: ALPNDownBulk, carrier: CarrierH2, class: ClassBulk, dialler: PeerDownstream, accepts: asDownstream, answers: asUpstream},
+	{alpn: ALPNUpLane, carrier: CarrierH2, class: classLane, dialler: PeerUpstream, accepts: asUpstream, answers: asDownstream},
+	{alpn: ALPNDownLane, carrier: CarrierH2, class: classLane, dialler: PeerDownstream, accepts: asDownstream, answers: asUpstream},
 	{alpn: ALPNUpH3, carrier: CarrierH3, class: ClassAdmin, dialler: PeerUpstream, accepts: asUpstream, answers: asDownstream},
 	{alpn: ALPNDownH3, carrier: CarrierH3, class: ClassAdmin, dialler: PeerDownstream, accepts: asDownstream, answers: asUpstream},
 	{alpn: ALPNEnrollH3, carrier: CarrierH3, class: ClassAdmin, enroll: true},
@@ -115,6 +123,16 @@ func protocolFor(peer Direction, carrier, class string, enroll bool) (*protocol,
 		}
 	}
 	return nil, fmt.Errorf("no protocol for carrier %q", carrier)
+}
+
+// laneProtocol is the row by which a sealed leg reaches a peer in direction peer.
+func laneProtocol(peer Direction) *protocol {
+	alpn := ALPNUpLane
+	if peer == PeerUpstream {
+		alpn = ALPNDownLane
+	}
+	p, _ := protocolOf(alpn, CarrierH2)
+	return p
 }
 
 // EnrollALPN tells whether an ALPN is one of the enrolment ones, for

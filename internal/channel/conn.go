@@ -54,6 +54,7 @@ type Conn struct {
 	t       transport
 	legs    *legs    // of the port that accepted it; nil: we dialled
 	dialLeg dialFunc // nil: they dialled, or an HTTP proxy stands in the way
+	dialler *Dialer  // nil: they dialled
 
 	class    atomic.Pointer[string]
 	named    atomic.Bool // class was told to, or by, the peer

@@ -149,6 +149,7 @@ func (d *Dialer) dialH2(ctx context.Context, enroll bool) (*Conn, error) {
 		_ = raw.Close()
 		return nil, err
 	}
+	c.dialler = d
 	if direct {
 		c.dialLeg = d.dialFunc()
 	}

@@ -20,6 +20,9 @@ import (
 // channel goes to, and begins it with 40 bytes: lanePreface and the ticket that
 // the upstream side has sent over the channel. From then on it is bare: no TLS
 // of ours, nothing buffered, nothing wrapped, so that the kernel can splice it.
+//
+// Where that cannot be, or may not, a sealed leg takes its place: see SealedLeg.
+// A lane is sealed on all legs or on none.
 const lanePreface = "SPLANE1\n"
 
 const (
@@ -42,7 +45,7 @@ var ErrNoLane = errors.New("no lane can be had")
 // OpenLane asks a downstream peer for a leg of a lane to req.Node (to the peer
 // itself when empty), and returns it once all legs further down are there. It
 // makes the ticket. A refusal is a *RefusedError. ctx bounds all of it.
-func (c *Conn) OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error) {
+func (c *Conn) OpenLane(ctx context.Context, req wire.LaneRequest) (LaneConn, error) {
 	leg, err := c.openLane(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("lane through %s: %w", c.peer, err)
@@ -50,23 +53,23 @@ func (c *Conn) OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn
 	return leg, nil
 }
 
-func (c *Conn) openLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error) {
+func (c *Conn) openLane(ctx context.Context, req wire.LaneRequest) (LaneConn, error) {
 	switch {
 	case c.dir != PeerDownstream || c.Enrolling():
 		return nil, ErrWrongSide
 	case c.Draining():
 		return nil, ErrDraining
-	case c.dialled && c.dialLeg == nil:
-		return nil, fmt.Errorf("%w: the channel goes through an HTTP proxy", ErrNoLane)
+	case c.dialled && c.dialLeg == nil && !req.Sealed:
+		return nil, errProxied
 	}
 	req.Ticket = wire.NewTicket()
 	if c.dialled {
 		if err := c.askForLane(ctx, req); err != nil {
 			return nil, err
 		}
-		return c.dialLane(ctx, req.Ticket)
+		return c.dialLane(ctx, req)
 	}
-	leg, err := c.offerLane(req.Ticket)
+	leg, err := c.offerLane(req)
 	if err != nil {
 		return nil, err
 	}
@@ -95,20 +98,31 @@ func (c *Conn) askForLane(ctx context.Context, req wire.LaneRequest) error {
 	if res.StatusCode/100 != 2 {
 		return &RefusedError{Status: res.StatusCode, Reason: headerText(res.Header.Get(wire.HeaderError))}
 	}
+	if req.Sealed && res.Header.Get(wire.HeaderLane) != wire.LaneSealed {
+		return fmt.Errorf("%w: %s knows no sealed lanes yet", ErrNoLane, c.peer)
+	}
 	return nil
+}
+
+// GrantLane answers a request for a lane whose legs further down are there.
+func GrantLane(w http.ResponseWriter, req wire.LaneRequest) {
+	if req.Sealed {
+		w.Header().Set(wire.HeaderLane, wire.LaneSealed)
+	}
+	w.WriteHeader(http.StatusOK)
 }
 
 // TakeLane begins our leg of a lane that an upstream peer asks for: when we
 // dialled the channel it dials the leg, and is done when that is there; else
 // the ticket is expected on our port from now on. The caller closes the Leg.
-func (c *Conn) TakeLane(ctx context.Context, t wire.Ticket) (*Leg, error) {
+func (c *Conn) TakeLane(ctx context.Context, req wire.LaneRequest) (*Leg, error) {
 	if c.dir != PeerUpstream || c.Enrolling() {
 		return nil, fmt.Errorf("lane for %s: %w", c.peer, ErrWrongSide)
 	}
 	if !c.dialled {
-		return c.offerLane(t)
+		return c.offerLane(req)
 	}
-	conn, err := c.dialLane(ctx, t)
+	conn, err := c.dialLane(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("lane for %s: %w", c.peer, err)
 	}
@@ -117,21 +131,40 @@ func (c *Conn) TakeLane(ctx context.Context, t wire.Ticket) (*Leg, error) {
 	return leg, nil
 }
 
+var errProxied = fmt.Errorf("%w: the channel goes through an HTTP proxy", ErrNoLane)
+
 // dialLane connects to where the channel goes, and presents the ticket.
-func (c *Conn) dialLane(ctx context.Context, t wire.Ticket) (*net.TCPConn, error) {
-	if c.dialLeg == nil {
-		return nil, fmt.Errorf("%w: the channel goes through an HTTP proxy", ErrNoLane)
+func (c *Conn) dialLane(ctx context.Context, req wire.LaneRequest) (LaneConn, error) {
+	if c.dialLeg == nil && !req.Sealed {
+		return nil, errProxied
 	}
 	if err := c.live(); err != nil {
 		return nil, err
 	}
 	within, cancel := context.WithTimeout(ctx, laneDialTime)
 	defer cancel()
-	conn, err := c.dialLeg(within, "tcp", c.remote.String())
+	dial := c.dialBare
+	if req.Sealed {
+		dial = c.dialSealed
+	}
+	conn, err := dial(within, req.Ticket)
+	if err != nil && ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return conn, err
+}
+
+func (c *Conn) dialSealed(ctx context.Context, t wire.Ticket) (LaneConn, error) {
+	leg, err := c.dialler.dialSealed(ctx, c, t)
 	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
+		return nil, fmt.Errorf("%w: sealed, beside %s: %w", ErrNoLane, c.Carrier(), err)
+	}
+	return leg, nil
+}
+
+func (c *Conn) dialBare(ctx context.Context, t wire.Ticket) (LaneConn, error) {
+	conn, err := c.dialLeg(ctx, "tcp", c.remote.String())
+	if err != nil {
 		return nil, fmt.Errorf("%w: dial TCP beside %s: %w", ErrNoLane, c.Carrier(), err)
 	}
 	tcp, ok := conn.(*net.TCPConn)
@@ -151,12 +184,12 @@ func (c *Conn) dialLane(ctx context.Context, t wire.Ticket) (*net.TCPConn, error
 }
 
 // offerLane makes our port expect a ticket on behalf of this channel.
-func (c *Conn) offerLane(t wire.Ticket) (*Leg, error) {
+func (c *Conn) offerLane(req wire.LaneRequest) (*Leg, error) {
 	if err := c.live(); err != nil {
 		return nil, err
 	}
 	if c.legs == nil {
 		return nil, fmt.Errorf("%w: %s was not accepted on a port", ErrNoLane, c.peer)
 	}
-	return c.legs.offer(c, t)
+	return c.legs.offer(c, req.Ticket, req.Sealed)
 }

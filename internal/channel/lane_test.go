@@ -20,7 +20,7 @@ import (
 
 // leg is what a downstream party made of a request for a lane.
 type leg struct {
-	conn *net.TCPConn
+	conn channel.LaneConn
 	err  error
 }
 
@@ -46,7 +46,7 @@ func (l *lanes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	l.mu.Lock()
 	l.reqs = append(l.reqs, req)
 	l.mu.Unlock()
-	g, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req.Ticket)
+	g, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req)
 	if err != nil {
 		l.legs <- leg{nil, err}
 		channel.Refuse(w, http.StatusConflict, err.Error())
@@ -62,7 +62,7 @@ func (l *lanes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if l.hold != nil {
 		<-l.hold
 	}
-	w.WriteHeader(http.StatusOK)
+	channel.GrantLane(w, req)
 }
 
 func (l *lanes) next(t *testing.T) leg {
@@ -122,7 +122,7 @@ func TestLane(t *testing.T) {
 
 // joined asserts that the first byte at to is the first that from wrote, and
 // that the end of one direction passes while the other stays.
-func joined(t *testing.T, from, to *net.TCPConn) {
+func joined(t *testing.T, from, to channel.LaneConn) {
 	t.Helper()
 	want := bytes.Repeat([]byte("S\x16 first bytes "), 5000)
 	go func() {
@@ -159,7 +159,7 @@ func TestLaneIsForTheUpstreamSideOnly(t *testing.T) {
 	l := newLanes()
 	p := newPlant(t, variant{"h2", true}, l)
 	up := p.connect(t)
-	if _, err := up.TakeLane(t.Context(), wire.NewTicket()); !errors.Is(err, channel.ErrWrongSide) {
+	if _, err := up.TakeLane(t.Context(), wire.LaneRequest{Ticket: wire.NewTicket()}); !errors.Is(err, channel.ErrWrongSide) {
 		t.Errorf("the upstream side takes a lane: %v", err)
 	}
 	done := make(chan error, 1)

@@ -17,6 +17,7 @@ var (
 	errUnknownTicket = errors.New("unknown, used or expired lane ticket")
 	errTicketExpired = errors.New("nobody came with the lane's ticket in time")
 	errTicketTwice   = errors.New("the lane's ticket is expected already")
+	errOtherLeg      = errors.New("the lane's ticket is for another kind of leg")
 	errTicketFlood   = errors.New("too many lane tickets are expected")
 )
 
@@ -31,24 +32,26 @@ func newLegs() *legs { return &legs{expected: map[[sha256.Size]byte]*Leg{}} }
 
 // Leg is a leg of a lane that is there, or expected.
 type Leg struct {
-	c     *Conn
-	legs  *legs // nil: it is there
-	key   [sha256.Size]byte
-	came  chan *net.TCPConn // holds the leg
-	over  chan struct{}     // closed when the ticket is good no more and the leg is not there
-	timer *time.Timer       // of the ticket
+	c      *Conn
+	legs   *legs // nil: it is there
+	key    [sha256.Size]byte
+	sealed bool          // it must come inside TLS
+	came   chan LaneConn // holds the leg
+	over   chan struct{} // closed when the ticket is good no more and the leg is not there
+	timer  *time.Timer   // of the ticket
 
 	mu     sync.Mutex
 	closed bool
 }
 
 func newLeg(c *Conn, l *legs) *Leg {
-	return &Leg{c: c, legs: l, came: make(chan *net.TCPConn, 1), over: make(chan struct{})}
+	return &Leg{c: c, legs: l, came: make(chan LaneConn, 1), over: make(chan struct{})}
 }
 
 // offer expects a ticket until it is presented, for ticketLife, and while c lives.
-func (l *legs) offer(c *Conn, t wire.Ticket) (*Leg, error) {
+func (l *legs) offer(c *Conn, t wire.Ticket, sealed bool) (*Leg, error) {
 	g := newLeg(c, l)
+	g.sealed = sealed
 	g.key = sha256.Sum256(t[:])
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -81,11 +84,17 @@ func (l *legs) take(ticket []byte) *Leg {
 	return g
 }
 
-// present hands a connection to whoever expects its ticket.
-func (l *legs) present(ticket []byte, conn *net.TCPConn) error {
+// present hands a connection to whoever expects its ticket. by is who presents
+// it, nil on a bare leg. A ticket that comes the wrong way is used up too.
+func (l *legs) present(ticket []byte, conn LaneConn, by *wire.Party) error {
 	g := l.take(ticket)
-	if g == nil || g.c.Err() != nil {
+	switch {
+	case g == nil || g.c.Err() != nil:
 		return errUnknownTicket
+	case g.sealed != (by != nil):
+		return errOtherLeg
+	case by != nil && *by != g.c.peer.Party:
+		return fmt.Errorf("%w: %s presents the ticket of %s", errUnknownTicket, *by, g.c.peer.Party)
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -98,7 +107,7 @@ func (l *legs) present(ticket []byte, conn *net.TCPConn) error {
 
 // Accept waits for the leg: until ctx ends, the channel ends, or the ticket
 // expires. The caller owns it then.
-func (g *Leg) Accept(ctx context.Context) (*net.TCPConn, error) {
+func (g *Leg) Accept(ctx context.Context) (LaneConn, error) {
 	var err error
 	select {
 	case conn := <-g.came:
@@ -164,5 +173,5 @@ func (l *Listener) lane(ctx context.Context, raw net.Conn, first []byte, stop fu
 	if err := errors.Join(tcp.SetDeadline(time.Time{}), tcp.SetKeepAliveConfig(laneKeepAlive)); err != nil {
 		return err
 	}
-	return l.legs.present(preface[len(lanePreface):], tcp)
+	return l.legs.present(preface[len(lanePreface):], tcp, nil)
 }

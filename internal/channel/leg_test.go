@@ -36,11 +36,11 @@ func TestTicketExpires(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l, c, ticket := newLegs(), liveConn(), wire.NewTicket()
 		began := time.Now()
-		g, err := l.offer(c, ticket)
+		g, err := l.offer(c, ticket, false)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := l.offer(c, ticket); !errors.Is(err, errTicketTwice) {
+		if _, err := l.offer(c, ticket, false); !errors.Is(err, errTicketTwice) {
 			t.Errorf("the same ticket once more: %v", err)
 		}
 		if _, err = g.Accept(t.Context()); !errors.Is(err, errTicketExpired) {
@@ -49,11 +49,11 @@ func TestTicketExpires(t *testing.T) {
 		if took := time.Since(began); took != ticketLife {
 			t.Errorf("the ticket was good for %s", took)
 		}
-		if err := l.present(ticket[:], nil); !errors.Is(err, errUnknownTicket) || !l.none() {
+		if err := l.present(ticket[:], nil, nil); !errors.Is(err, errUnknownTicket) || !l.none() {
 			t.Errorf("an expired ticket: %v, %d left", err, len(l.expected))
 		}
 		// Nobody has to wait for it: it goes by itself.
-		if _, err = l.offer(c, wire.NewTicket()); err != nil {
+		if _, err = l.offer(c, wire.NewTicket(), false); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(ticketLife)
@@ -68,7 +68,7 @@ func TestTicketIsGivenUp(t *testing.T) {
 	l, c := newLegs(), liveConn()
 	ctx, cancel := context.WithCancelCause(t.Context())
 	ticket := wire.NewTicket()
-	g, err := l.offer(c, ticket)
+	g, err := l.offer(c, ticket, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,10 +79,10 @@ func TestTicketIsGivenUp(t *testing.T) {
 	// One that came while its owner went is closed, once it is clear that
 	// nobody takes it.
 	a, b := tcpPair(t)
-	if g, err = l.offer(c, ticket); err != nil {
+	if g, err = l.offer(c, ticket, false); err != nil {
 		t.Fatal(err)
 	}
-	if err := l.present(ticket[:], b); err != nil {
+	if err := l.present(ticket[:], b, nil); err != nil {
 		t.Fatal(err)
 	}
 	g.Close()
@@ -91,14 +91,14 @@ func TestTicketIsGivenUp(t *testing.T) {
 		t.Errorf("read %d, %v from a leg that nobody took", n, err)
 	}
 	// And one whose channel went is not handed over at all.
-	if _, err = l.offer(c, ticket); err != nil {
+	if _, err = l.offer(c, ticket, false); err != nil {
 		t.Fatal(err)
 	}
 	c.err = ErrClosed
-	if err := l.present(ticket[:], b); !errors.Is(err, errUnknownTicket) {
+	if err := l.present(ticket[:], b, nil); !errors.Is(err, errUnknownTicket) {
 		t.Errorf("ticket of a dead channel: %v", err)
 	}
-	if _, err = c.offerLane(ticket); !errors.Is(err, ErrClosed) {
+	if _, err = c.offerLane(wire.LaneRequest{Ticket: ticket}); !errors.Is(err, ErrClosed) {
 		t.Errorf("a dead channel expects a ticket: %v", err)
 	}
 }
@@ -107,13 +107,13 @@ func TestTicketsAreBounded(t *testing.T) {
 	l, c := newLegs(), liveConn()
 	var all []*Leg
 	for range maxTickets {
-		g, err := l.offer(c, wire.NewTicket())
+		g, err := l.offer(c, wire.NewTicket(), false)
 		if err != nil {
 			t.Fatal(err)
 		}
 		all = append(all, g)
 	}
-	if _, err := l.offer(c, wire.NewTicket()); !errors.Is(err, errTicketFlood) {
+	if _, err := l.offer(c, wire.NewTicket(), false); !errors.Is(err, errTicketFlood) {
 		t.Errorf("got %v", err)
 	}
 	for _, g := range all {

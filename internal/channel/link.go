@@ -149,7 +149,7 @@ func (l *Link) Connect(ctx context.Context, authority string, h http.Header) (ne
 }
 
 // OpenLane asks the party for a leg of a lane; see [Conn.OpenLane].
-func (l *Link) OpenLane(ctx context.Context, req wire.LaneRequest) (*net.TCPConn, error) {
+func (l *Link) OpenLane(ctx context.Context, req wire.LaneRequest) (LaneConn, error) {
 	c := l.Admin()
 	if c == nil {
 		return nil, fmt.Errorf("lane: %w", ErrNotConnected)

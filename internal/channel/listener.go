@@ -260,6 +260,7 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	default:
 		return nil, fmt.Errorf("first byte is %#02x, not TLS", first.head[0])
 	}
+	first.exact = &records{}
 	conn := tls.Server(first, l.tcpTLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
@@ -272,6 +273,10 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	v, err := l.tls.verify(p, cs)
 	if err != nil {
 		return nil, err
+	}
+	first.exact = nil
+	if p.class == classLane {
+		return nil, l.sealedLane(ctx, raw, first, conn, v, unblock)
 	}
 	if !unblock() {
 		return nil, ctx.Err()

@@ -1,6 +1,7 @@
 package channel
 
 import (
+	"encoding/binary"
 	"io"
 	"net"
 )
@@ -8,7 +9,8 @@ import (
 // peekedConn gives back bytes that were read to see what comes.
 type peekedConn struct {
 	net.Conn
-	head []byte
+	head  []byte
+	exact *records // nil: reads are not limited
 }
 
 // peek reads the first bytes of c, at least one and at most n.
@@ -22,6 +24,15 @@ func peek(c net.Conn, n int) (*peekedConn, error) {
 }
 
 func (p *peekedConn) Read(b []byte) (int, error) {
+	if p.exact == nil {
+		return p.read(b)
+	}
+	n, err := p.read(b[:min(len(b), p.exact.rest())])
+	p.exact.took(b[:n])
+	return n, err
+}
+
+func (p *peekedConn) read(b []byte) (int, error) {
 	if len(p.head) == 0 {
 		return p.Conn.Read(b)
 	}
@@ -34,3 +45,29 @@ func (p *peekedConn) Read(b []byte) (int, error) {
 
 // NetConn returns the connection below, as that of tls.Conn does.
 func (p *peekedConn) NetConn() net.Conn { return p.Conn }
+
+// records follows the records of TLS, so that nothing is read beyond one:
+// crypto/tls reads ahead, and what it holds could not be given to anybody else.
+type records struct {
+	header [5]byte // type, version, length
+	n      int     // of the header, so far
+	left   int     // of the record
+}
+
+// rest is how much may be read at once.
+func (r *records) rest() int {
+	if r.left > 0 {
+		return r.left
+	}
+	return len(r.header) - r.n
+}
+
+func (r *records) took(b []byte) {
+	if r.left > 0 {
+		r.left -= len(b)
+		return
+	}
+	if r.n += copy(r.header[r.n:], b); r.n == len(r.header) {
+		r.n, r.left = 0, int(binary.BigEndian.Uint16(r.header[3:]))
+	}
+}

@@ -141,6 +141,8 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 			// quic-go works on a copy of this, whose ticket keys nobody else
 			// would have; and QUIC tickets are what 0-RTT begins with.
 			SessionTicketsDisabled: p.carrier == CarrierH3,
+			// Batch makes large writes of a lane's records.
+			DynamicRecordSizingDisabled: p.class == classLane,
 			VerifyConnection: func(cs tls.ConnectionState) error {
 				_, err := s.verify(p, cs)
 				return err

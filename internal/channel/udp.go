@@ -174,7 +174,7 @@ func (d *Dialer) dialUDP(ctx context.Context, to netip.AddrPort, enroll bool) (*
 		return nil, err
 	}
 	c := newConn(d.Identity, p, v, true, qc.LocalAddr(), qc.RemoteAddr(), d.lim)
-	c.dialLeg = d.dialFunc()
+	c.dialLeg, c.dialler = d.dialFunc(), d
 	t := newH3(qc, v.dir, c.limits, d.Log)
 	if !d.NoConfirm {
 		if err := t.confirm(ctx); err != nil {

@@ -27,31 +27,71 @@ var batches = sync.Pool{New: func() any { b := make([]byte, batchCap); return &b
 // move about. Its buffers are taken when there is something to move and given
 // back when there is not.
 //
-// On a bare socket it never blocks with a buffer in its hands; on other
-// connections it batches writes only.
+// On a bare socket, or a connection that is a [Waiter], it never blocks with a
+// buffer in its hands; on other connections it batches writes only.
 type Batch struct {
 	net.Conn
 	sock *socket // nil: not a bare socket
+	wait Waiter  // nil: no Waiter
 
 	// Reading: by one goroutine.
 	beforeRead func() // called before each read of the connection below
 	in         *[]byte
 	r, w       int
-	left       int // of the record that is being handed over
+	left       int  // of the record that is being handed over
+	resting    bool // see Rest
 
 	mu   sync.Mutex
-	out  *[]byte // non-nil: writes are held until flush
+	out  *[]byte // non-nil: writes are held until Flush
 	held []byte
+}
+
+// Waiter is a connection that can say when there is something to read, so that
+// nobody has to wait for it with a buffer.
+type Waiter interface {
+	Wait() error
 }
 
 // NewBatch puts a Batch on conn.
 func NewBatch(conn net.Conn) *Batch {
-	return &Batch{Conn: conn, sock: socketOf(conn)}
+	b := &Batch{Conn: conn, sock: socketOf(conn)}
+	if b.sock == nil {
+		b.wait, _ = conn.(Waiter)
+	}
+	return b
+}
+
+// ErrResting is what Read of a resting Batch returns where it would have to
+// wait. It is temporary: crypto/tls goes on after it.
+var ErrResting net.Error = restingError{}
+
+type restingError struct{}
+
+func (restingError) Error() string   { return "nothing more has arrived yet" }
+func (restingError) Timeout() bool   { return true }
+func (restingError) Temporary() bool { return true }
+
+// Rest says whether Read may read from the connection below. Where it may not,
+// it hands over the whole records that came already, and then returns
+// ErrResting. The reader says so.
+func (b *Batch) Rest(on bool) { b.resting = on }
+
+// Wait returns when something has arrived, or the connection has ended. On
+// connections that cannot wait without a buffer it returns at once. It is for
+// the reader.
+func (b *Batch) Wait() error {
+	if b.sock == nil && b.wait == nil || b.w > b.r {
+		return nil
+	}
+	return b.fill()
 }
 
 // Read implements [net.Conn] for one reader at a time.
 func (b *Batch) Read(p []byte) (int, error) {
-	if b.sock == nil {
+	if b.sock == nil && b.wait == nil {
+		if b.resting {
+			return 0, ErrResting
+		}
 		b.looked()
 		return b.Conn.Read(p)
 	}
@@ -59,6 +99,9 @@ func (b *Batch) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	if b.left == 0 {
+		if b.resting && !b.whole() {
+			return 0, ErrResting
+		}
 		if err := b.record(); err != nil {
 			return 0, err
 		}
@@ -98,6 +141,11 @@ func (b *Batch) record() error {
 	return nil
 }
 
+// whole tells whether all of the record is there that begins at r.
+func (b *Batch) whole() bool {
+	return b.w-b.r >= recordHeader && b.w-b.r >= recordHeader+int(binary.BigEndian.Uint16((*b.in)[b.r+3:]))
+}
+
 // fill reads at least one byte.
 func (b *Batch) fill() error {
 	b.looked()
@@ -105,9 +153,33 @@ func (b *Batch) fill() error {
 		b.w = copy(*b.in, (*b.in)[b.r:b.w])
 		b.r = 0
 	}
-	buf, n, err := b.sock.read(b.in, b.w)
-	b.in, b.w = buf, b.w+n
+	var n int
+	var err error
+	if b.sock != nil {
+		b.in, n, err = b.sock.read(b.in, b.w)
+	} else {
+		n, err = b.readWaiter()
+	}
+	b.w += n
 	return err
+}
+
+// readWaiter waits without a buffer if none is needed yet.
+func (b *Batch) readWaiter() (int, error) {
+	if b.in == nil {
+		if err := b.wait.Wait(); err != nil {
+			return 0, err
+		}
+		b.in = batches.Get().(*[]byte)
+	}
+	n, err := b.Conn.Read((*b.in)[b.w:batchSize])
+	if n > 0 {
+		err = nil // it comes again
+	}
+	if b.w+n == 0 {
+		b.release()
+	}
+	return n, err
 }
 
 func (b *Batch) release() {
@@ -126,8 +198,9 @@ func (b *Batch) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// hold keeps what is written from now on until flush.
-func (b *Batch) hold() {
+// Hold keeps what is written from now on until Flush. What is held between the
+// two should not exceed 256 KiB before TLS.
+func (b *Batch) Hold() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.out == nil {
@@ -136,9 +209,9 @@ func (b *Batch) hold() {
 	}
 }
 
-// flush writes what is held. If it may not wait and the socket takes no more,
+// Flush writes what is held. If it may not wait and the socket takes no more,
 // it returns false and what is left stays held.
-func (b *Batch) flush(wait bool) (done bool, err error) {
+func (b *Batch) Flush(wait bool) (done bool, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.out == nil {

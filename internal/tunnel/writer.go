@@ -151,7 +151,7 @@ func (t *Tunnel) takeLocked() {
 func (t *Tunnel) send(wait bool) (done bool, err error) {
 	if t.below != nil {
 		// Also where a flush was given up: what is in flight was sealed then.
-		t.below.hold()
+		t.below.Hold()
 	}
 	for b := t.flight.head; b != nil && !b.sealed; b = b.next {
 		if _, err := t.conn.Write(b.bytes()); err != nil {
@@ -162,7 +162,7 @@ func (t *Tunnel) send(wait bool) (done bool, err error) {
 	if t.below == nil {
 		return true, nil
 	}
-	return t.below.flush(wait)
+	return t.below.Flush(wait)
 }
 
 // accountLocked gives back what was written and lets its streams go on.

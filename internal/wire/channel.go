@@ -44,7 +44,11 @@ const (
 	HeaderClass = "Sallyport-Class" // class of the connection, on its first request
 	HeaderTime  = "Sallyport-Time"  // the gateway's clock, RFC 3339, in its requests inside a session
 	HeaderError = "Sallyport-Error" // which hop failed and why, on a refused CONNECT
+	HeaderLane  = "Sallyport-Lane"  // LaneSealed, on an answer to a request for a sealed lane
 )
+
+// LaneSealed says that the legs of a lane are inside TLS.
+const LaneSealed = "sealed"
 
 // MaxHops is the number of RCPs that a CONNECT may pass.
 const MaxHops = 4

@@ -52,6 +52,9 @@ func (Ticket) GoString() string { return "wire.Ticket{}" }
 // carries no address. 200 says that this was done, by all further down too.
 type LaneRequest struct {
 	Ticket Ticket `json:"ticket"`
+	// Sealed asks for legs inside TLS, for where bare ones may not be or cannot.
+	// Who knows of them answers with HeaderLane: LaneSealed.
+	Sealed bool `json:"sealed,omitempty"`
 
 	// To an RCP only: whom the lane leads to, and as with CONNECT the RCPs
 	// that may still be passed, this one included (0: MaxHops), and those
