@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/http"
 	"runtime"
 	"slices"
 	"sync"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"sallyport/internal/channel"
 	"sallyport/internal/session"
 	"sallyport/internal/tunnel"
 	"sallyport/internal/wire"
@@ -346,10 +348,14 @@ func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, kinds []str
 	mayStream := slices.Contains(kinds, kindStream)
 	var noLane error
 	var failed []laneWay
-	slow := false
+	slow, never := false, false
 	for _, kind := range kinds {
 		way := laneWay{r.link, node, kind}
 		if kind == kindStream || slow && mayStream || !p.mayHaveLane(way) {
+			continue
+		}
+		if never {
+			failed = append(failed, way)
 			continue
 		}
 		began := time.Now()
@@ -358,12 +364,13 @@ func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, kinds []str
 			p.markLaneless(failed)
 			return t, nil
 		}
-		slow = time.Since(began) > quickNo
+		slow, never = time.Since(began) > quickNo, noKind(err)
 		p.metrics.opened.WithLabelValues(kind, "failed").Inc()
 		p.log.Debug("no lane", "node", node, "kind", kind, "via", r.name, "error", err)
 		noLane, failed = errors.Join(noLane, err), append(failed, way)
 	}
-	if !mayStream {
+	if !mayStream { // beside a tunnel that works
+		p.markLaneless(failed)
 		return nil, cmp.Or(noLane, errNoLane)
 	}
 	t, err := p.over(ctx, openWay, node, r, kindStream)
@@ -376,6 +383,13 @@ func (p *tunnels) openBy(ctx context.Context, node wire.ID, r route, kinds []str
 	}
 	p.markLaneless(failed)
 	return t, nil
+}
+
+// noKind says of the refusal of a lane that one of another kind would be
+// refused as well: it is not its kind that is off, or impossible.
+func noKind(err error) bool {
+	var no *channel.RefusedError
+	return errors.As(err, &no) && no.Status != http.StatusForbidden && no.Status != http.StatusConflict
 }
 
 // markLaneless notes kinds that did not work where another one did: it is they

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -20,8 +21,11 @@ import (
 // fakeLanes takes lanes as a node does.
 type fakeLanes struct {
 	ctx    context.Context
-	broken bool // cut as soon as a stream comes
+	broken bool         // cut as soon as a stream comes
+	status atomic.Int64 // that bare lanes get; 0: they are taken
+	old    bool         // knows no sealed lanes, and takes them for bare ones
 	taken  atomic.Int64
+	sealed atomic.Int64
 	wg     sync.WaitGroup
 }
 
@@ -30,6 +34,16 @@ func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
 	if err := wire.DecodeJSON(r.Body, wire.MaxLaneBody, &ask); err != nil || ask.Node != "" {
 		channel.Refuse(w, http.StatusBadRequest, "no request for a lane to this node")
 		return
+	}
+	if status := int(l.status.Load()); status > 0 && !ask.Sealed {
+		channel.Refuse(w, status, "no bare lanes")
+		return
+	}
+	if ask.Sealed {
+		l.sealed.Add(1)
+	}
+	if l.old {
+		ask.Sealed = false
 	}
 	leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), ask)
 	if err != nil {
@@ -49,7 +63,7 @@ func (l *fakeLanes) take(w http.ResponseWriter, r *http.Request, n *fakeNode) {
 		}
 		_ = session.ServeLane(l.ctx, conn, n.id, targets)
 	})
-	w.WriteHeader(http.StatusOK)
+	channel.GrantLane(w, ask)
 }
 
 // echoTarget answers a stream with the target's name and what came.
@@ -170,7 +184,7 @@ func TestTargetOfAnAbsentNodeFailsAtOnce(t *testing.T) {
 
 func TestTargetsOfADirectNodeOverALane(t *testing.T) {
 	t.Parallel()
-	w, n, _ := worldWithLanes(t, false)
+	w, n, _ := worldWithLanes(t, &fakeLanes{})
 	for range 3 {
 		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
 			t.Fatalf("got %q, %v", got, err)
@@ -181,26 +195,90 @@ func TestTargetsOfADirectNodeOverALane(t *testing.T) {
 	}
 }
 
+// Where there are no bare lanes a sealed one is next, and streams come last:
+// where the other side knows no sealed lanes, or has no lanes at all.
+func TestKindsOfTunnels(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name   string
+		status int64
+		old    bool
+		want   string
+		sealed int64 // requests
+	}{
+		{"off", http.StatusForbidden, false, kindSealed, 1},
+		{"impossible", http.StatusConflict, false, kindSealed, 1},
+		{"too many", http.StatusTooManyRequests, false, kindStream, 0},
+		{"old", http.StatusForbidden, true, kindStream, 1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			lanes := &fakeLanes{old: c.old}
+			lanes.status.Store(c.status)
+			w, n, _ := worldWithLanes(t, lanes)
+			for range 5 {
+				if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
+					t.Fatalf("got %q, %v", got, err)
+				}
+			}
+			if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != c.want || lanes.sealed.Load() != c.sealed {
+				t.Errorf("tunnels: %v, after %d requests for sealed lanes", kinds, lanes.sealed.Load())
+			}
+		})
+	}
+}
+
+// A tunnel over a stream gives way to a sealed lane, and that to a bare one,
+// once they may be had again.
+func TestTunnelsGetBetter(t *testing.T) {
+	t.Parallel()
+	lanes := &fakeLanes{}
+	lanes.status.Store(http.StatusTooManyRequests)
+	w, n, _ := worldWithLanes(t, lanes)
+	better := func(kind string) {
+		t.Helper()
+		w.s.tunnels.sweep(time.Now().Add(2 * laneless))
+		eventually(t, "a tunnel of kind "+kind, func() bool {
+			w.s.tunnels.mu.Lock()
+			if of := w.s.tunnels.nodes[n.id.ID()]; of != nil {
+				of.retry = time.Time{}
+			}
+			w.s.tunnels.mu.Unlock()
+			if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
+				t.Fatalf("got %q, %v", got, err)
+			}
+			return slices.Contains(w.openTunnels(), kind)
+		})
+	}
+	better(kindStream)
+	lanes.status.Store(http.StatusForbidden)
+	better(kindSealed)
+	lanes.status.Store(0)
+	better(kindLane)
+}
+
 // Lanes that are cut as soon as they carry something are given up for streams.
 func TestBrokenLanesAreGivenUp(t *testing.T) {
 	t.Parallel()
-	w, n, lanes := worldWithLanes(t, true)
-	if got, err := w.ask(n.id.ID(), "db", "hello"); err == nil {
-		t.Fatalf("got %q over a lane that is cut", got)
+	w, n, lanes := worldWithLanes(t, &fakeLanes{broken: true})
+	for range 2 { // a bare one, and a sealed one
+		if got, err := w.ask(n.id.ID(), "db", "hello"); err == nil {
+			t.Fatalf("got %q over a lane that is cut", got)
+		}
+		eventually(t, "the lane is gone", func() bool { return len(w.openTunnels()) == 0 })
 	}
-	eventually(t, "the lane is gone", func() bool { return len(w.openTunnels()) == 0 })
 	for range 3 {
 		if got, err := w.ask(n.id.ID(), "db", "hello"); err != nil || got != "db:hello" {
 			t.Fatalf("got %q, %v", got, err)
 		}
 	}
-	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindStream || lanes.taken.Load() != 1 {
+	if kinds := w.openTunnels(); len(kinds) != 1 || kinds[0] != kindStream || lanes.taken.Load() != 2 || lanes.sealed.Load() != 1 {
 		t.Errorf("tunnels: %v, after %d lanes", kinds, lanes.taken.Load())
 	}
 }
 
 // worldWithLanes is a gateway with a node that dials it and takes lanes.
-func worldWithLanes(t *testing.T, broken bool) (*world, *fakeNode, *fakeLanes) {
+func worldWithLanes(t *testing.T, lanes *fakeLanes) (*world, *fakeNode, *fakeLanes) {
 	t.Helper()
 	w := newWorld(t)
 	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
@@ -209,7 +287,7 @@ func worldWithLanes(t *testing.T, broken bool) (*world, *fakeNode, *fakeLanes) {
 	w.run()
 	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
 	ctx, cancel := context.WithCancel(context.Background())
-	lanes := &fakeLanes{ctx: ctx, broken: broken}
+	lanes.ctx = ctx
 	d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: n.id, Carrier: channel.CarrierH2, Log: testLog(t)}
 	ended := make(chan struct{})
 	go func() {

@@ -21,6 +21,9 @@ const (
 	// up to six file descriptors: its sockets, and two pipes for splice(2).
 	maxLanes        = 512
 	maxLanesPerNode = 8
+	// maxSealed of them may have sealed legs: such a lane holds up to 800 KiB
+	// for a direction whose receiver is slow.
+	maxSealed = 128
 	// laneOrphan is how long a lane outlives the last channel of one of its
 	// parties: as long as it takes to come back.
 	laneOrphan = 30 * time.Second
@@ -41,6 +44,7 @@ var (
 type lanes struct {
 	mu      sync.Mutex
 	n       int
+	sealed  int // of n
 	perNode map[wire.ID]int
 	open    map[*lane]struct{}
 	idle    chan struct{} // closed when n falls to 0; made on demand
@@ -51,21 +55,29 @@ func newLanes() *lanes {
 }
 
 // enter takes a place for a lane to a node.
-func (l *lanes) enter(node wire.ID) (leave func(), err error) {
+func (l *lanes) enter(node wire.ID, sealed bool) (leave func(), err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
 	case l.n >= maxLanes:
 		return nil, errLaneTotal
+	case sealed && l.sealed >= maxSealed:
+		return nil, errLaneSealed
 	case l.perNode[node] >= maxLanesPerNode:
 		return nil, errLanePerOne
 	}
 	l.n++
+	if sealed {
+		l.sealed++
+	}
 	l.perNode[node]++
 	return sync.OnceFunc(func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		l.n--
+		if sealed {
+			l.sealed--
+		}
 		if l.perNode[node]--; l.perNode[node] == 0 {
 			delete(l.perNode, node)
 		}

@@ -27,6 +27,7 @@ const (
 
 var (
 	errLaneTotal  = fmt.Errorf("%d lanes are open, the limit", maxLanes)
+	errLaneSealed = fmt.Errorf("%d sealed lanes are open, the limit", maxSealed)
 	errLanePerOne = fmt.Errorf("%d lanes to this node are open, the limit", maxLanesPerNode)
 )
 
@@ -66,7 +67,7 @@ func (r *Relay) beginLane(ctx context.Context, req *http.Request, up *channel.Co
 	if !pace.Allow() {
 		return ask, refusef(http.StatusTooManyRequests, "more than %d lanes a second are asked for", laneRate)
 	}
-	leave, err := r.lanes.enter(ask.Node)
+	leave, err := r.lanes.enter(ask.Node, ask.Sealed)
 	if err != nil {
 		return ask, refusef(http.StatusTooManyRequests, "%v", err)
 	}

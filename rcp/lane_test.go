@@ -24,6 +24,7 @@ type laneNode struct {
 	id   *identity.Identity
 	conn *channel.Conn
 	gone chan struct{} // closed legs, by half
+	old  bool          // knows bare lanes only
 
 	mu   sync.Mutex
 	reqs []wire.LaneRequest
@@ -53,6 +54,7 @@ func (n *laneNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		n.mu.Lock()
 		n.reqs = append(n.reqs, req)
 		n.mu.Unlock()
+		req.Sealed = req.Sealed && !n.old
 		leg, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req)
 		if err != nil {
 			channel.Refuse(w, http.StatusConflict, err.Error())
@@ -73,6 +75,9 @@ func (n *laneNode) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			_ = c.Close()
 			n.gone <- struct{}{}
 		})
+		if !n.old {
+			channel.GrantLane(w, req)
+		}
 	}
 }
 
@@ -177,49 +182,72 @@ func (r *testRCP) value(t *testing.T, name, label string) (sum float64) {
 	return sum
 }
 
+// kinds are the two of lanes, and how the metrics of each begin.
+var kinds = map[string]string{"bare": "sallyport_rcp_lane", "sealed": "sallyport_rcp_sealed_lane"}
+
 func TestLane(t *testing.T) {
-	for _, carrier := range []string{channel.CarrierH2, channel.CarrierH3} {
-		t.Run(carrier, func(t *testing.T) {
-			p := newPlant(t)
-			r := p.rcp(nil)
-			n := p.laneNode(r.addr, carrier)
-			r.known(t, n.id.ID())
-			d := p.dialler(p.ca.Party(t, wire.RoleGateway), r.addr, channel.PeerDownstream)
-			d.Carrier = carrier
-			gw, err := d.Dial(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer gw.Close(nil)
-			leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID()})
-			if err != nil {
-				t.Fatal(err)
-			}
-			eventually(t, "the lane is counted", func() bool { return r.value(t, "sallyport_rcp_lanes", "") == 1 })
-			echoed(t, leg, 10<<20)
-			<-n.gone
-			eventually(t, "the lane has ended", func() bool { return r.value(t, "sallyport_rcp_lanes", "") == 0 && r.lanes.count() == 0 })
-			for _, dir := range []string{"up", "down"} {
-				if got := r.value(t, "sallyport_rcp_lane_bytes_total", dir); got != 10<<20 {
-					t.Errorf("%v bytes are counted %s", got, dir)
-				}
-			}
-			if reqs := n.requests(); len(reqs) != 1 || reqs[0].Node != "" || reqs[0].Hops != 0 || reqs[0].Via != nil {
-				t.Errorf("the node was asked %+v", reqs)
-			}
-			if v := r.value(t, "sallyport_rcp_bytes_total", ""); v != 0 {
-				t.Errorf("%v bytes went through streams", v)
-			}
-		})
+	for kind, metrics := range kinds {
+		for _, carrier := range []string{channel.CarrierH2, channel.CarrierH3} {
+			t.Run(kind+" "+carrier, func(t *testing.T) { testLane(t, kind == "sealed", metrics, carrier) })
+		}
+	}
+}
+
+func testLane(t *testing.T, sealed bool, metrics, carrier string) {
+	p := newPlant(t)
+	r := p.rcp(nil)
+	n := p.laneNode(r.addr, carrier)
+	r.known(t, n.id.ID())
+	d := p.dialler(p.ca.Party(t, wire.RoleGateway), r.addr, channel.PeerDownstream)
+	d.Carrier = carrier
+	gw, err := d.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer gw.Close(nil)
+	leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID(), Sealed: sealed})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, is := leg.(*channel.SealedLeg); is != sealed {
+		t.Errorf("the leg is a %T", leg)
+	}
+	eventually(t, "the lane is counted", func() bool { return r.value(t, metrics+"s", "") == 1 })
+	echoed(t, leg, 10<<20)
+	<-n.gone
+	eventually(t, "the lane has ended", func() bool { return r.value(t, metrics+"s", "") == 0 && r.lanes.count() == 0 })
+	for _, dir := range []string{"up", "down"} {
+		if got := r.value(t, metrics+"_bytes_total", dir); got != 10<<20 {
+			t.Errorf("%v bytes are counted %s", got, dir)
+		}
+	}
+	for _, other := range kinds {
+		if got := r.value(t, other+"s_opened_total", ""); got > 0 != (other == metrics) {
+			t.Errorf("%s: %v opened", other, got)
+		}
+	}
+	if reqs := n.requests(); len(reqs) != 1 || reqs[0].Node != "" || reqs[0].Hops != 0 || reqs[0].Via != nil {
+		t.Errorf("the node was asked %+v", reqs)
+	}
+	if v := r.value(t, "sallyport_rcp_bytes_total", ""); v != 0 {
+		t.Errorf("%v bytes went through streams", v)
 	}
 }
 
 // The other end hears of the end of one direction while the other goes on, in
 // both directions, and of a cut in both at once.
 func TestLaneHalfClose(t *testing.T) {
+	for kind := range kinds {
+		t.Run(kind, func(t *testing.T) { testHalfClose(t, kind == "sealed") })
+	}
+}
+
+func testHalfClose(t *testing.T, sealed bool) {
 	p := newPlant(t)
 	r := p.rcp(nil)
 	accepted := make(chan channel.LaneConn, 1)
+	var waiting sync.WaitGroup
+	defer waiting.Wait()
 	id := p.ca.Party(t, wire.RoleNode)
 	p.nodeWith(id, r.addr, http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.URL.Path != wire.PathLanes {
@@ -233,18 +261,21 @@ func TestLaneHalfClose(t *testing.T) {
 			t.Error(err)
 			return
 		}
-		defer leg.Close()
-		c, err := leg.Accept(req.Context())
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		accepted <- c
+		channel.GrantLane(w, ask)
+		waiting.Go(func() {
+			defer leg.Close()
+			c, err := leg.Accept(t.Context())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			accepted <- c
+		})
 	}))
 	r.known(t, id.ID())
 	gw := p.gateway(r.addr)
 	pair := func() (up, down channel.LaneConn) {
-		up, err := openLane(t, gw, wire.LaneRequest{Node: id.ID()})
+		up, err := openLane(t, gw, wire.LaneRequest{Node: id.ID(), Sealed: sealed})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -273,7 +304,11 @@ func TestLaneHalfClose(t *testing.T) {
 	up, down = pair()
 	ends(down, up)
 	up, down = pair()
-	_ = down.(*net.TCPConn).SetLinger(0) // a reset
+	tcp, bare := down.(*net.TCPConn)
+	if !bare {
+		tcp = down.(*channel.SealedLeg).NetConn().(*net.TCPConn)
+	}
+	_ = tcp.SetLinger(0) // a reset
 	_ = down.Close()
 	if n, err := up.Read(make([]byte, 1)); n > 0 || err == nil {
 		t.Errorf("read %d, %v through a lane whose other end was reset", n, err)
@@ -340,6 +375,38 @@ func TestLanesAreOff(t *testing.T) {
 	if status != 403 || !strings.Contains(reason, "SALLYPORT_RCP_LANES") || len(n.requests()) != 0 {
 		t.Errorf("%d %q, the node was asked %v", status, reason, n.requests())
 	}
+	leg, err := openLane(t, p.gateway(r.addr), wire.LaneRequest{Node: n.id.ID(), Sealed: true})
+	if err != nil {
+		t.Fatalf("a sealed lane: %v", err)
+	}
+	echoed(t, leg, 1<<20)
+	if got := r.value(t, "sallyport_rcp_lanes_opened_total", ""); got > 0 {
+		t.Errorf("%v bare lanes were opened", got)
+	}
+}
+
+// A node that knows bare lanes only takes a request for a sealed one for
+// another of those: it is told from its answer, and its leg is not taken.
+func TestOldNodeHasNoSealedLanes(t *testing.T) {
+	p := newPlant(t)
+	r := p.rcp(nil)
+	n := p.laneNode(r.addr, channel.CarrierH2)
+	n.old = true
+	r.known(t, n.id.ID())
+	gw := p.gateway(r.addr)
+	began := time.Now()
+	if status, reason := laneStatus(t, gw, wire.LaneRequest{Node: n.id.ID(), Sealed: true}); status != 409 || !strings.Contains(reason, "knows no sealed lanes") {
+		t.Errorf("%d %q", status, reason)
+	}
+	if took := time.Since(began); took > laneWithin/2 {
+		t.Errorf("it took %s to say so", took)
+	}
+	<-n.gone // its bare leg was closed
+	leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	echoed(t, leg, 1<<20)
 }
 
 // Who hangs on the RCP may not ask it for anything, a lane least of all.
@@ -387,14 +454,19 @@ func TestLanesPerNodeAreLimited(t *testing.T) {
 func TestLanesInTotalAreLimited(t *testing.T) {
 	l := newLanes()
 	var all []func()
-	for range maxLanes {
-		leave, err := l.enter(wire.NewID())
+	for i := range maxLanes {
+		leave, err := l.enter(wire.NewID(), i < maxSealed)
 		if err != nil {
 			t.Fatal(err)
 		}
+		if i == maxSealed {
+			if _, err := l.enter(wire.NewID(), true); !errors.Is(err, errLaneSealed) {
+				t.Errorf("one sealed lane too many: %v", err)
+			}
+		}
 		all = append(all, leave)
 	}
-	if _, err := l.enter(wire.NewID()); !errors.Is(err, errLaneTotal) {
+	if _, err := l.enter(wire.NewID(), false); !errors.Is(err, errLaneTotal) {
 		t.Errorf("got %v", err)
 	}
 	ended := make(chan struct{})
@@ -404,7 +476,7 @@ func TestLanesInTotalAreLimited(t *testing.T) {
 		leave()
 	}
 	<-ended
-	if l.n != 0 || len(l.perNode) != 0 {
+	if l.n != 0 || l.sealed != 0 || len(l.perNode) != 0 {
 		t.Errorf("%d places, %d nodes are left", l.n, len(l.perNode))
 	}
 	l.wait(t.Context())
@@ -427,12 +499,16 @@ func TestLaneThroughTwo(t *testing.T) {
 			n := p.laneNode(lower.addr, channel.CarrierH2)
 			upper.known(t, n.id.ID())
 			gw := p.gateway(upper.addr)
-			leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID()})
+			leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID(), Sealed: true})
 			if err != nil {
 				t.Fatal(err)
 			}
 			echoed(t, leg, 1<<20)
-			if reqs := n.requests(); len(reqs) != 1 || reqs[0].Node != "" || reqs[0].Via != nil {
+			if leg, err = openLane(t, gw, wire.LaneRequest{Node: n.id.ID()}); err != nil {
+				t.Fatal(err)
+			}
+			echoed(t, leg, 1<<20)
+			if reqs := n.requests(); len(reqs) != 2 || !reqs[0].Sealed || reqs[1].Sealed || reqs[0].Node != "" || reqs[0].Via != nil {
 				t.Errorf("the node was asked %+v", reqs)
 			}
 			if status, _ := laneStatus(t, gw, wire.LaneRequest{Node: n.id.ID(), Hops: 1}); status != 508 {
@@ -463,12 +539,15 @@ func TestLaneOfAnRCPThatDials(t *testing.T) {
 		c.Upstreams, c.Downstreams = config.Endpoints{{Addr: gwAddr}}, config.Endpoints{{Addr: nodeAddr}}
 	})
 	r.known(t, node.ID())
-	leg, err := openLane(t, <-above, wire.LaneRequest{Node: node.ID()})
-	if err != nil {
-		t.Fatal(err)
+	gw := <-above
+	for _, sealed := range []bool{false, true} {
+		leg, err := openLane(t, gw, wire.LaneRequest{Node: node.ID(), Sealed: sealed})
+		if err != nil {
+			t.Fatal(err)
+		}
+		echoed(t, leg, 1<<20)
+		<-n.gone
 	}
-	echoed(t, leg, 1<<20)
-	<-n.gone
 	n.wg.Wait()
 }
 
@@ -497,6 +576,7 @@ func ended(t *testing.T, c net.Conn) {
 func TestLaneIsCutByRevocation(t *testing.T) {
 	for _, who := range []string{"node", "gateway"} {
 		t.Run(who, func(t *testing.T) {
+			sealed := who == "node"
 			p := newPlant(t)
 			r := p.rcp(nil)
 			n, other := p.laneNode(r.addr, channel.CarrierH2), p.laneNode(r.addr, channel.CarrierH2)
@@ -508,15 +588,17 @@ func TestLaneIsCutByRevocation(t *testing.T) {
 				t.Fatal(err)
 			}
 			good := p.gateway(r.addr)
-			leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID()})
+			leg, err := openLane(t, gw, wire.LaneRequest{Node: n.id.ID(), Sealed: sealed})
 			if err != nil {
 				t.Fatal(err)
 			}
+			// Nobody reads what it sends: what it waits in does not delay its end.
+			go func() { _, _ = io.Copy(leg, rand.Reader) }()
 			spared, err := openLane(t, good, wire.LaneRequest{Node: other.id.ID()})
 			if err != nil {
 				t.Fatal(err)
 			}
-			eventually(t, "both lanes are open", func() bool { return r.value(t, "sallyport_rcp_lanes", "") == 2 })
+			eventually(t, "both lanes are open", func() bool { return r.lanes.count() == 2 })
 			key := n.id.KeyHash()
 			if who == "gateway" {
 				key = bad.KeyHash()
@@ -524,8 +606,12 @@ func TestLaneIsCutByRevocation(t *testing.T) {
 			if got := put(t, good, http.MethodPut, wire.PathRevocations, p.ca.Revoke(t, 1, key)); got != 204 {
 				t.Fatalf("revocation: %d", got)
 			}
-			ended(t, leg)
+			began := time.Now()
 			<-n.gone
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("the lane was cut after %s", took)
+			}
+			ended(t, leg)
 			echoed(t, spared, 1<<20)
 		})
 	}

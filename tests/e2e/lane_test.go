@@ -281,8 +281,8 @@ func cpu(t *testing.T, p *harness.Process) float64 {
 	return float64(user+system) / 100 // USER_HZ
 }
 
-// TestLane: bulk goes through a lane, whose bytes the RCP's kernel moves, and
-// arrives whole with the lanes switched off, too.
+// TestLane: bulk goes through a lane, whose bytes the RCP's kernel moves. With
+// these switched off it goes through one of sealed legs, which the RCP copies.
 func TestLane(t *testing.T) {
 	for _, lanes := range []string{"on", "off"} {
 		t.Run(lanes, func(t *testing.T) {
@@ -301,6 +301,15 @@ func TestLane(t *testing.T) {
 				if opened > 0 || refused == 0 || moved < up {
 					t.Errorf("lanes are off: %v opened, %v refused, %d bytes copied", opened, refused, moved)
 				}
+				for _, d := range []string{"up", "down"} {
+					if n := b.metric(relay.Role, "sallyport_rcp_sealed_lane_bytes_total", d); n < 48*float64(mib) {
+						t.Errorf("%v bytes are counted %s through sealed lanes", n, d)
+					}
+				}
+				if n := b.metric(b.gateway.Role, "sallyport_gateway_tunnels", "sealed"); n == 0 {
+					t.Error("no tunnel runs over a sealed lane")
+				}
+				relay.Stop()
 				return
 			}
 			if opened == 0 || refused > 0 || b.metric(relay.Role, "sallyport_rcp_lanes", "") == 0 {
@@ -360,8 +369,9 @@ func TestLaneSeesNothing(t *testing.T) {
 	}
 }
 
-// noLane transfers, and shows that no lane was used.
-func (b *bulk) noLane(relay *harness.RCP) {
+// noLane transfers, and shows that no bare lane was used, but the kind of
+// tunnel that it should be.
+func (b *bulk) noLane(relay *harness.RCP, kind string) {
 	b.t.Helper()
 	began := time.Now()
 	b.transfers(4*mib, 4*mib)
@@ -371,8 +381,11 @@ func (b *bulk) noLane(relay *harness.RCP) {
 	if n := b.metric(relay.Role, "sallyport_rcp_lanes_opened_total", ""); n > 0 {
 		b.t.Errorf("%v lanes were opened", n)
 	}
-	if n := b.metric(b.gateway.Role, "sallyport_gateway_tunnels", "stream"); n == 0 {
-		b.t.Error("no tunnel runs over a stream")
+	if n := b.metric(b.gateway.Role, "sallyport_gateway_tunnels", kind); n == 0 {
+		b.t.Errorf("no tunnel is of kind %s", kind)
+	}
+	if n := b.metric(relay.Role, "sallyport_rcp_sealed_lanes_opened_total", ""); (n > 0) != (kind == "sealed") {
+		b.t.Errorf("%v sealed lanes were opened", n)
 	}
 	began = time.Now()
 	b.transfers(mib, mib)
@@ -393,7 +406,7 @@ func TestLaneQUICOnly(t *testing.T) {
 	if err := lab.Cut(t.Context(), "remote", "dmz", netlab.TCP); err != nil {
 		t.Fatal(err)
 	}
-	b.noLane(relay)
+	b.noLane(relay, "stream")
 	if err := usesCarrier(b.gateway, "web-1", "h3"); err != nil {
 		t.Error(err)
 	}
@@ -415,7 +428,8 @@ func TestLaneOverQUIC(t *testing.T) {
 	closed(t, lab, "dmz-1", "gateway")
 }
 
-// TestLaneBehindProxy: a node whose channel goes through an HTTP proxy has no lane.
+// TestLaneBehindProxy: a node whose channel goes through an HTTP proxy has no
+// bare lane, but a sealed one, which goes through the proxy too.
 func TestLaneBehindProxy(t *testing.T) {
 	harness.Long(t)
 	lab := netlab.New(t,
@@ -445,9 +459,9 @@ func TestLaneBehindProxy(t *testing.T) {
 	b.gateway = b.site.Gateway(b.gatewayOptions()...)
 	relay := b.site.RCP(b.gateway, "dmz-1", b.admin("RCP", 9191))
 	b.offer(harness.Env("HTTPS_PROXY", "http://"+proxyUser+":"+proxyPassword+"@"+lab.Host("proxy").AddrPort(3128)))
-	b.noLane(relay)
+	b.noLane(relay, "sealed")
 	if n := b.metric(relay.Role, "sallyport_rcp_lanes_refused_total", "impossible"); n == 0 {
-		t.Error("the RCP does not count that a lane was impossible")
+		t.Error("the RCP does not count that a bare lane was impossible")
 	}
 }
 
@@ -496,9 +510,15 @@ func TestLaneChain(t *testing.T) {
 // TestLaneNodeDies: a node that is killed in the middle of a transfer ends it,
 // visibly, and leaves nothing open at the RCP.
 func TestLaneNodeDies(t *testing.T) {
+	for kind, lanes := range map[string]string{"lane": "on", "sealed_lane": "off"} {
+		t.Run(kind, func(t *testing.T) { testNodeDies(t, lanes, "sallyport_rcp_"+kind+"s") })
+	}
+}
+
+func testNodeDies(t *testing.T, lanes, open string) {
 	b := newBulk(t, nil)
 	b.gateway = b.site.Gateway(b.gatewayOptions()...)
-	relay := b.site.RCP(b.gateway, "dmz-1", b.admin("RCP", 9191))
+	relay := b.site.RCP(b.gateway, "dmz-1", b.admin("RCP", 9191), harness.Env("SALLYPORT_RCP_LANES", lanes))
 	b.offer()
 	c := b.dial()
 	defer func() { _ = c.Close() }()
@@ -514,7 +534,7 @@ func TestLaneNodeDies(t *testing.T) {
 	if _, err := io.CopyN(io.Discard, c, 32*mib); err != nil {
 		t.Fatal(err)
 	}
-	if b.metric(relay.Role, "sallyport_rcp_lanes", "") == 0 {
+	if b.metric(relay.Role, open, "") == 0 {
 		t.Error("no lane is open")
 	}
 	b.node.Kill()
@@ -524,7 +544,7 @@ func TestLaneNodeDies(t *testing.T) {
 		t.Errorf("the transfer hangs: %v", err)
 	}
 	harness.Eventually(t, 10*time.Second, "the RCP has no lane left", func() error {
-		if n := b.metric(relay.Role, "sallyport_rcp_lanes", ""); n > 0 {
+		if n := b.metric(relay.Role, open, ""); n > 0 {
 			return fmt.Errorf("%v are open", n)
 		}
 		return nil
