@@ -9,8 +9,9 @@
 // [Conn.Connect], [AcceptConnect] and [Forward].
 //
 // Beside a channel there can be a lane: a bare TCP connection between the same
-// two ports, which begins with a ticket that was agreed on over the channel. See
-// [Conn.OpenLane] and [Conn.TakeLane].
+// two ports, or a TLS connection with nothing but bytes in it, which begins with
+// a ticket that was agreed on over the channel. See [Conn.OpenLane] and
+// [Conn.TakeLane].
 //
 // HTTP/2 on TCP and HTTP/3 on QUIC carry a channel with the same meaning. This
 // package is the only one that knows of them, and of the ALPN names by which a

@@ -274,6 +274,11 @@ func closed(t *testing.T, c net.Conn, within time.Duration) {
 
 // expecting is a port with one ticket that nobody has presented yet.
 func expecting(t *testing.T, v variant, lim channel.Limits) (p *plant, up *channel.Conn, l *lanes, ticket func() string) {
+	return expectingLane(t, v, lim, wire.LaneRequest{})
+}
+
+func expectingLane(t *testing.T, v variant, lim channel.Limits, req wire.LaneRequest) (p *plant, up *channel.Conn, l *lanes, ticket func() string) {
+	t.Helper()
 	l = newLanes()
 	l.hold = make(chan struct{})
 	p = newPlant(t, v, l)
@@ -283,7 +288,7 @@ func expecting(t *testing.T, v variant, lim channel.Limits) (p *plant, up *chann
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		defer close(ended)
-		if c, err := up.OpenLane(ctx, wire.LaneRequest{}); err == nil { // its leg waits for the answer, which is held back
+		if c, err := up.OpenLane(ctx, req); err == nil { // its leg waits for the answer, which is held back
 			_ = c.Close()
 		}
 	}()

@@ -240,11 +240,18 @@ func (s *site) forward(ctx context.Context, back addresses) (front addresses, er
 	})
 }
 
-// carried is how many bytes went through streams of the RCP so far: what lanes
-// carry is not in it.
+// carried is how many bytes the RCP has copied so far, between streams and
+// between sealed legs: what bare lanes carry is not in it.
 func (s *site) carried(ctx context.Context) (int64, error) {
-	v, err := metric(ctx, s.rcp.metrics, "sallyport_rcp_bytes_total", "")
-	return int64(v), err
+	sum := 0.0
+	for _, name := range []string{"sallyport_rcp_bytes_total", "sallyport_rcp_sealed_lane_bytes_total"} {
+		v, err := metric(ctx, s.rcp.metrics, name, "")
+		if err != nil {
+			return 0, err
+		}
+		sum += v
+	}
+	return int64(sum), nil
 }
 
 // metric asks a role for the sum of the series of a metric that have the label.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -50,18 +51,18 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 	site := harness.New(t)
 	gateway := site.Gateway()
 	lanes := site.RCP(gateway, "dmz-1")
-	streams := site.RCP(gateway, "dmz-2", harness.Env("SALLYPORT_RCP_LANES", "off"))
+	sealing := site.RCP(gateway, "dmz-2", harness.Env("SALLYPORT_RCP_LANES", "off"))
 	node := func(name string, upstreams ...string) *harness.Node {
 		n := site.Node(gateway, name, tagged(name), harness.Env("SALLYPORT_NODE_ALLOW_TARGETS", "127.0.0.1:*"), harness.Env("SALLYPORT_NODE_CARRIER", "h2"),
 			harness.Env("SALLYPORT_NODE_UPSTREAMS", strings.Join(upstreams, ";")))
 		n.WaitRunning(30 * time.Second)
 		return n
 	}
-	byLane, byStream := node("by-lane", lanes.Address), node("by-stream", streams.Address)
-	other := node("other", lanes.Address, streams.Address)
+	byLane, bySealed := node("by-lane", lanes.Address), node("by-sealed", sealing.Address)
+	other := node("other", lanes.Address, sealing.Address)
 	addr := tcpService(t, func(c *net.TCPConn) { _, _ = io.Copy(c, c); _ = c.Close() })
 	gateway.Apply(targetDocument("mirror", "address: '"+addr+"'")).Exits(0)
-	nodes := map[string]*harness.Node{"by-lane": byLane, "by-stream": byStream}
+	nodes := map[string]*harness.Node{"by-lane": byLane, "by-sealed": bySealed}
 	conns := map[string]net.Conn{}
 	for name := range nodes {
 		harness.Eventually(t, 30*time.Second, "a connection through "+name, func() error {
@@ -83,8 +84,11 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 		})
 		defer func() { _ = conns[name].Close() }()
 	}
-	if !strings.Contains(lanes.Log(), "lane open") || strings.Contains(streams.Log(), "lane open") {
-		t.Error("want one connection through a lane, and one through a stream")
+	kind := regexp.MustCompile(`lane open.*sealed\W+(true|false)`)
+	for sealed, relay := range map[string]*harness.RCP{"false": lanes, "true": sealing} {
+		if m := kind.FindStringSubmatch(relay.Log()); m == nil || m[1] != sealed {
+			t.Errorf("%s: want a lane with sealed %s, got %q", relay.Name, sealed, m)
+		}
 	}
 	// The thief copies the node's files while it still is a node.
 	stolen := site.Path("stolen")
@@ -112,7 +116,7 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 		case <-time.After(10 * time.Second):
 			t.Fatalf("%s: its connection goes on", name)
 		}
-		harness.Eventually(t, cutWithin, name+"'s channel is cut", holdsNodes(map[string]*harness.RCP{"by-lane": lanes, "by-stream": streams}[name], 1))
+		harness.Eventually(t, cutWithin, name+"'s channel is cut", holdsNodes(map[string]*harness.RCP{"by-lane": lanes, "by-sealed": sealing}[name], 1))
 		harness.Eventually(t, 5*time.Second, name+" knows", func() error {
 			s, err := status(n.Role)
 			if err == nil && s.State != "revoked" {
@@ -127,20 +131,20 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 	for _, r := range list {
 		names[r.Name] = true
 	}
-	if len(list) != 2 || !names["by-stream"] || !names["by-lane"] || list[0].Revoked.Before(list[1].Revoked) || !list[0].InForce || list[0].Role != wire.RoleNode || list[0].Reason == "" || !strings.HasPrefix(list[0].Fingerprint, "SHA256:") {
+	if len(list) != 2 || !names["by-sealed"] || !names["by-lane"] || list[0].Revoked.Before(list[1].Revoked) || !list[0].InForce || list[0].Role != wire.RoleNode || list[0].Reason == "" || !strings.HasPrefix(list[0].Fingerprint, "SHA256:") {
 		t.Errorf("revocation list: %+v", list)
 	}
 
 	// Nobody is there to ask any more.
 	gateway.Kill()
 	byLane.Kill()
-	byStream.Kill()
+	bySealed.Kill()
 	lanes.Kill()
 	lanes.Start()
 	harness.Eventually(t, 45*time.Second, "a good node is back without a gateway", holdsNodes(lanes, 1))
 	thief := site.Node(gateway, "thief", harness.Env("SALLYPORT_DATA", stolen), harness.Env("SALLYPORT_NODE_JOIN", ""), harness.Env("SALLYPORT_NODE_CARRIER", "h2"),
-		harness.Env("SALLYPORT_NODE_UPSTREAMS", lanes.Address+";"+streams.Address))
-	for _, relay := range []*harness.RCP{lanes, streams} {
+		harness.Env("SALLYPORT_NODE_UPSTREAMS", lanes.Address+";"+sealing.Address))
+	for _, relay := range []*harness.RCP{lanes, sealing} {
 		harness.Eventually(t, 30*time.Second, relay.Name+" refuses the thief", func() error {
 			s, err := localDetail(thief.Role)
 			if err != nil {
@@ -161,7 +165,7 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 
 	// A revoked RCP, which was away when it was revoked, finds no node that
 	// takes it, although it holds the older set and no gateway is there.
-	streams.Kill()
+	sealing.Kill()
 	gateway.Start()
 	gateway.WaitAPI()
 	other.WaitRunning(60 * time.Second)
@@ -171,7 +175,7 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 	gateway.Kill()
 	other.Kill()
 	other.Start()
-	streams.Start()
+	sealing.Start()
 	harness.Eventually(t, 45*time.Second, "the node is back at the good RCP", holdsNodes(lanes, 1))
 	harness.Eventually(t, 30*time.Second, "the node refuses the revoked RCP", func() error {
 		s, err := localDetail(other.Role)
@@ -179,7 +183,7 @@ func TestRevocationCutsAtOnce(t *testing.T) {
 			return err
 		}
 		for _, u := range s.Upstreams {
-			if u.Address == streams.Address && strings.Contains(u.Error, "revoked") {
+			if u.Address == sealing.Address && strings.Contains(u.Error, "revoked") {
 				return nil
 			}
 		}
