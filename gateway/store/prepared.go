@@ -19,6 +19,8 @@ type prepared struct {
 	next                               *sqldb.Prepared
 }
 
+const nextQuery = "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value"
+
 // prepare lets bun write the texts, so that each names the columns of its model.
 func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 	value := bun.Safe("?")
@@ -50,7 +52,7 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 			return nil, err
 		}
 	}
-	p.next, err = db.Prepare(ctx, "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value")
+	p.next, err = db.Prepare(ctx, nextQuery)
 	return p, err
 }
 
