@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ocsp"
+	"golang.org/x/time/rate"
 
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
@@ -39,9 +40,12 @@ const (
 	crlLook = time.Second
 	// ocspAge is how long a signed response is handed out again as long as
 	// nothing changed; maxOCSP bounds how many are kept.
-	ocspAge   = 10 * time.Minute
-	maxOCSP   = 4096
-	maxOCSPIn = 4 << 10
+	ocspAge = 10 * time.Minute
+	// nonceRate bounds the responses that repeat a nonce, which are signed one
+	// by one. Beyond it they are given without (RFC 9654, 2.1).
+	nonceRate, nonceBurst = 100, 200
+	maxOCSP               = 4096
+	maxOCSPIn             = 4 << 10
 	// statusCache is what caches between are told.
 	statusCache = "public, max-age=60"
 )
@@ -57,6 +61,8 @@ type doorStatus struct {
 	mu     sync.Mutex
 	crls   map[wire.KeyHash]*signedCRL
 	number int64 // of the last CRL
+
+	nonces *rate.Limiter
 
 	ocspMu    sync.Mutex
 	responses map[ocspKey]signedOCSP
@@ -83,7 +89,7 @@ type signedOCSP struct {
 }
 
 func newDoorStatus(db *store.DB, ca doors.Authority, log *slog.Logger) *doorStatus {
-	return &doorStatus{store: db, ca: ca, log: log, now: time.Now, crls: map[wire.KeyHash]*signedCRL{}, responses: map[ocspKey]signedOCSP{}}
+	return &doorStatus{store: db, ca: ca, log: log, now: time.Now, crls: map[wire.KeyHash]*signedCRL{}, nonces: rate.NewLimiter(nonceRate, nonceBurst), responses: map[ocspKey]signedOCSP{}}
 }
 
 // serveCRL answers GET /crl/<issuer>.crl in DER.
@@ -151,7 +157,8 @@ func (d *doorStatus) serveOCSP(w http.ResponseWriter, req *http.Request) {
 		d.answerOCSP(w, ocsp.MalformedRequestErrorResponse)
 		return
 	}
-	d.answerOCSP(w, d.ocsp(req.Context(), b))
+	der, _ := d.ocsp(req.Context(), b)
+	d.answerOCSP(w, der)
 }
 
 // serveOCSPGet answers GET /ocsp/<request in base64>.
@@ -166,8 +173,11 @@ func (d *doorStatus) serveOCSPGet(w http.ResponseWriter, req *http.Request) {
 		d.answerOCSP(w, ocsp.MalformedRequestErrorResponse)
 		return
 	}
-	w.Header().Set("Cache-Control", statusCache)
-	d.answerOCSP(w, d.ocsp(req.Context(), b))
+	der, fresh := d.ocsp(req.Context(), b)
+	if !fresh {
+		w.Header().Set("Cache-Control", statusCache)
+	}
+	d.answerOCSP(w, der)
 }
 
 func (d *doorStatus) answerOCSP(w http.ResponseWriter, der []byte) {
@@ -176,41 +186,52 @@ func (d *doorStatus) answerOCSP(w http.ResponseWriter, der []byte) {
 }
 
 // ocsp answers one request in DER. What was not issued here is answered
-// without a signature (RFC 5019, 2.2.3), so that nobody has us sign at will.
-func (d *doorStatus) ocsp(ctx context.Context, in []byte) []byte {
+// without a signature (RFC 5019, 2.2.3), so that nobody has us sign at will. A
+// fresh answer repeats the request's nonce, and is good for nobody else.
+func (d *doorStatus) ocsp(ctx context.Context, in []byte) (der []byte, fresh bool) {
 	req, err := ocsp.ParseRequest(in)
 	if err != nil {
-		return ocsp.MalformedRequestErrorResponse
+		return ocsp.MalformedRequestErrorResponse, false
+	}
+	nonce, err := doors.NonceOf(in)
+	if err != nil {
+		return ocsp.MalformedRequestErrorResponse, false
 	}
 	issuer := d.named(req)
 	if issuer == nil {
-		return ocsp.UnauthorizedErrorResponse
+		return ocsp.UnauthorizedErrorResponse, false
 	}
 	key := wire.KeyOf(issuer)
 	row, err := d.store.Certificate(ctx, key, doors.Serial(req.SerialNumber))
 	if errors.Is(err, store.ErrNotFound) {
-		return ocsp.UnauthorizedErrorResponse
+		return ocsp.UnauthorizedErrorResponse, false
 	}
 	if err != nil {
 		d.log.Error("no OCSP response", "error", err)
-		return ocsp.TryLaterErrorResponse
+		return ocsp.TryLaterErrorResponse, false
+	}
+	if nonce != nil && !d.nonces.Allow() {
+		nonce = nil
 	}
 	cached := ocspKey{issuer: key, serial: row.Serial, hash: req.HashAlgorithm, revoked: !row.RevokedAt.IsZero(), reason: row.Reason}
 	now := d.now()
 	d.ocspMu.Lock()
 	have, ok := d.responses[cached]
 	d.ocspMu.Unlock()
-	if ok && now.Sub(have.made) < ocspAge && !now.Before(have.made) {
-		return have.der
+	if ok && nonce == nil && now.Sub(have.made) < ocspAge && !now.Before(have.made) {
+		return have.der, false
 	}
-	s := doors.Status{Serial: req.SerialNumber, Hash: req.HashAlgorithm, This: now.Add(-statusBackdate), Next: now.Add(statusLife)}
+	s := doors.Status{Serial: req.SerialNumber, Hash: req.HashAlgorithm, This: now.Add(-statusBackdate), Next: now.Add(statusLife), Nonce: nonce}
 	if cached.revoked {
 		s.Revoked = &doors.Revoked{Serial: req.SerialNumber, At: row.RevokedAt, Reason: row.Reason}
 	}
-	der, err := d.ca.SignOCSP(ctx, key, s)
+	der, err = d.ca.SignOCSP(ctx, key, s)
 	if err != nil {
 		d.log.Error("no OCSP response", "error", err)
-		return ocsp.TryLaterErrorResponse
+		return ocsp.TryLaterErrorResponse, false
+	}
+	if nonce != nil {
+		return der, true
 	}
 	d.ocspMu.Lock()
 	defer d.ocspMu.Unlock()
@@ -218,7 +239,7 @@ func (d *doorStatus) ocsp(ctx context.Context, in []byte) []byte {
 		clear(d.responses)
 	}
 	d.responses[cached] = signedOCSP{der: der, made: now}
-	return der
+	return der, false
 }
 
 // named finds the issuer that a request means.

@@ -289,7 +289,7 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	}
 	v.RCPs = waysIn(rcps, enrolledRCP, e.id.ID(), e.public)
 	v.Installation = e.store.Installation().UID
-	v.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
+	v.Chain, err = e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {
 		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+wire.Quotable(err.Error())))
 	}

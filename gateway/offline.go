@@ -133,7 +133,7 @@ func (e *enrolment) exportRequest(ctx context.Context, ref string) (out api.Expo
 	if env, ok := e.ca.Revocations(); ok && len(env.Payload) < maxRevocationsInFile {
 		a.Verdict.Revocations = &env
 	}
-	if a.Verdict.Chain, err = e.ca.Issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: q.CSR}); err != nil {
+	if a.Verdict.Chain, err = e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: q.CSR}); err != nil {
 		return out, err
 	}
 	env, err := e.id.Sign(wire.TypeOfflineAnswer, a)

@@ -77,7 +77,7 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		if err := e.keep(ctx, party, name, tenant, key); err != nil {
 			return err
 		}
-		chain, err := e.ca.Issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
+		chain, err := e.issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
 		if err != nil {
 			return err
 		}

@@ -195,9 +195,6 @@ func recordCertificate(ctx context.Context, tx *store.Tx, party wire.Party, name
 	if err := noteIssuer(ctx, tx, party, chain); err != nil {
 		return err
 	}
-	if err := noteLeaf(ctx, tx, leaf, chain, party); err != nil {
-		return err
-	}
 	if party.Role == wire.RoleRCP {
 		return tx.SetRCPCertificate(ctx, name, key, leaf.NotAfter, identity.RenewAfter(leaf))
 	}

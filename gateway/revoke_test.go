@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"net/http"
@@ -14,6 +15,7 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
+	"sallyport/internal/doors"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
 	"sallyport/internal/identity/identitytest"
@@ -275,6 +277,15 @@ func TestRenewal(t *testing.T) {
 	}
 }
 
+func parsed(t *testing.T, der []byte) *x509.Certificate {
+	t.Helper()
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
@@ -296,6 +307,10 @@ func TestRevocationNamesKeysOfRenewalsThatFailed(t *testing.T) {
 			out.(*wire.CSR).DER = der
 		case wire.PathCertificate: // it takes the leaf, and says that it did not
 			taken = in.(wire.Certificate).Chain
+			leaf, inter := parsed(t, taken[0]), parsed(t, taken[1])
+			if _, err := d.store.Certificate(t.Context(), wire.KeyOf(inter), doors.Serial(leaf.SerialNumber)); err != nil {
+				t.Errorf("a leaf that is on its way to its party stands in no record, and will stand in no CRL: %v", err)
+			}
 			return errors.New("disk full")
 		}
 		return nil

@@ -564,6 +564,9 @@ func (k *doorKeys) SignOCSP(_ context.Context, issuer wire.KeyHash, s doors.Stat
 		tmpl.Status, tmpl.RevokedAt, tmpl.RevocationReason = ocsp.Revoked, s.Revoked.At, s.Revoked.Reason
 	}
 	der, err := ocsp.CreateResponse(cert, cert, tmpl, key)
+	if err == nil && s.Nonce != nil {
+		der, err = withNonce(der, s.Nonce, key)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("sign OCSP response of %s: %w", cert.Subject.CommonName, err)
 	}

@@ -195,6 +195,9 @@ func (r ocspRequest) status() (s doors.Status, err error) {
 	if !r.Hash.Available() {
 		return s, fmt.Errorf("%w: hash %d", wire.ErrMalformed, r.Hash)
 	}
+	if len(r.Nonce) > doors.MaxNonce {
+		return s, fmt.Errorf("%w: a nonce of %d bytes", wire.ErrMalformed, len(r.Nonce))
+	}
 	n, err := serialOf(r.Serial)
 	if err != nil {
 		return s, err

@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -304,6 +305,7 @@ func TestDoorStatus(t *testing.T) {
 		for _, s := range []doors.Status{
 			{Serial: big.NewInt(78), Hash: crypto.SHA1, This: now, Next: now.Add(time.Hour)},
 			{Serial: gone.Serial, Hash: crypto.SHA256, This: now, Next: now.Add(time.Hour), Revoked: &gone},
+			{Serial: big.NewInt(78), Hash: crypto.SHA256, This: now, Next: now.Add(time.Hour), Nonce: bytes.Repeat([]byte{7}, 32)},
 		} {
 			der, err := d.SignOCSP(t.Context(), key, s)
 			if err != nil {
@@ -315,6 +317,9 @@ func TestDoorStatus(t *testing.T) {
 			}
 			if want := map[bool]int{true: ocsp.Revoked, false: ocsp.Good}[s.Revoked != nil]; res.Status != want || res.SerialNumber.Cmp(s.Serial) != 0 || res.IssuerHash != s.Hash {
 				t.Errorf("OCSP: status %d of %v, want %d", res.Status, res.SerialNumber, want)
+			}
+			if s.Nonce != nil != bytes.Contains(der, bytes.Repeat([]byte{7}, 32)) {
+				t.Errorf("the nonce %x in %x", s.Nonce, der)
 			}
 		}
 	}

@@ -106,6 +106,9 @@ func (s *doorSite) ocsp(issuer, cert string) string {
 	if !strings.Contains(r.Stderr, "Response verify OK") {
 		return r.String()
 	}
+	if strings.Contains(r.Stderr, "no nonce in response") {
+		s.t.Error("the OCSP response does not repeat the nonce of openssl")
+	}
 	for line := range strings.Lines(r.Stdout) {
 		if status, ok := strings.CutPrefix(line, cert+": "); ok {
 			return strings.TrimSpace(status)
