@@ -97,7 +97,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	err = b.measure(ctx)
 	b.down()
-	if b.write && ctx.Err() == nil {
+	if b.write { // what was measured stands, also where the run was cut off
 		err = errors.Join(err, b.report(root, state))
 	}
 	return errors.Join(err, b.print())
