@@ -210,6 +210,9 @@ func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wi
 	if r.Applied.Compare(d.Revision()) > 0 {
 		return s.ahead(ctx, id, d, r.Applied)
 	}
+	if r.Refused == "" {
+		s.fleet.took(id, r) // at once: its signal is on the way
+	}
 	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if err := tx.SetApplied(ctx, id, r.Applied); err != nil {
 			return err

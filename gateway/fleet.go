@@ -36,6 +36,7 @@ const (
 	wantPush                   // we have something for it: desired state, revocations
 	wantOutbox
 	wantActions
+	wantNews // read the hello if the party signals another than the one that we know
 )
 
 // chore is one kind of work with parties. Each first hop has a queue of its own
@@ -56,8 +57,8 @@ var chores = [choreCount]struct {
 	wants  want
 	atOnce int // per first hop
 }{
-	choreVisit:    {"visit", wantHello | wantProve | wantPush, 32},
-	choreStranger: {"stranger", wantHello | wantProve, 2},
+	choreVisit:    {"visit", wantHello | wantProve | wantPush | wantNews, 32},
+	choreStranger: {"stranger", wantHello | wantProve | wantNews, 2},
 	choreOutbox:   {"outbox", wantOutbox, 64},
 	choreAction:   {"action", wantActions, 16},
 }
@@ -454,6 +455,12 @@ func (f *fleet) take(c chore) (t task, ok bool) {
 			if m == nil || !m.chores[c] {
 				continue
 			}
+			if m.wants[c]&wantNews != 0 && !m.news() {
+				if m.wants[c] &^= wantNews; m.wants[c] == 0 {
+					m.chores[c] = false
+					continue
+				}
+			}
 			hop.running[c]++
 			t = task{id: id, role: m.role, name: m.name, known: m.known, wants: m.wants[c], hop: hop}
 			m.wants[c] = 0
@@ -520,6 +527,34 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 	}
 	f.proven(m, now)
 	return skewChanged
+}
+
+// news tells whether a party signals another hello than the one that we know,
+// on any way to it.
+func (m *member) news() bool {
+	for _, w := range m.ways {
+		if w.gone.IsZero() && w.digest != "" && w.digest != m.digest {
+			return true
+		}
+	}
+	return false
+}
+
+// took takes over what a node answered to a desired state that it took. Its
+// hello has changed by that, so that the digest that it signals next is known
+// and calls for no visit.
+func (f *fleet) took(id wire.ID, r *wire.DesiredResult) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil || m.hello == nil {
+		return
+	}
+	hello := *m.hello
+	hello.Installation, hello.Applied, hello.Policies = f.installation, r.Applied, r.Policies
+	m.digest = hello.Digest()
+	hello.Policies = nil // as in verifiedHello
+	m.hello = &hello
 }
 
 // heardBefore returns the last verified hello of a party of which nothing else

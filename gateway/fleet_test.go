@@ -528,3 +528,51 @@ func TestNodesThatComeBackUnchangedWaitForTheirTurn(t *testing.T) {
 		}
 	})
 }
+
+// What a node answers to a desired state says how its hello changes: the signal
+// that follows calls for no visit, whether it comes before the answer is looked
+// at or after. Another change does.
+func TestSignalOfAStateThatWasPushedCallsForNoVisit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		hello := wire.Hello{State: wire.StateRunning, Versions: wire.OwnVersions, Installation: "inst"}
+		r, n := b.rcp("dmz"), b.node("web", wire.StateRunning)
+		peer := nodePeer(n)
+		signals := func(h wire.Hello) {
+			peer.Digest = h.Digest()
+			if err := b.f.apply(r, wire.PeersLine{Peer: &peer}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		b.up(r)
+		b.snapshot(r, "e1", peer)
+		signals(hello)
+		b.work()
+		clear(b.visits)
+
+		answer := func(revision int64) *wire.DesiredResult {
+			return &wire.DesiredResult{Applied: wire.Revision{Generation: 1, N: revision}, Policies: []wire.PolicyStatus{{Name: "motd", State: wire.PolicyApplied}}}
+		}
+		after := func(r *wire.DesiredResult) wire.Hello {
+			h := hello
+			h.Applied, h.Policies = r.Applied, r.Policies
+			return h
+		}
+		b.f.took(n, answer(7))
+		signals(after(answer(7)))
+		b.work()
+		signals(after(answer(8)))
+		b.f.took(n, answer(8))
+		b.work()
+		if b.visits[n] != 0 {
+			t.Errorf("%d visits for what the answers had said", b.visits[n])
+		}
+		failed := after(answer(8))
+		failed.Policies[0].State = wire.PolicyFailed
+		signals(failed)
+		b.work()
+		if b.visits[n] != 1 {
+			t.Errorf("%d visits for a policy that failed later, want 1", b.visits[n])
+		}
+	})
+}

@@ -218,7 +218,7 @@ func (f *fleet) hint(m *member, w *way, digest string, hints []string) {
 	w.outbox = slices.Contains(hints, wire.HintOutbox)
 	if w.digest != "" && w.digest != m.digest && w.digest != w.asked {
 		w.asked = w.digest
-		f.want(m, wantHello, true)
+		f.want(m, wantNews, true)
 	}
 	if w.outbox {
 		f.want(m, wantOutbox, true)
