@@ -98,8 +98,8 @@ func (e *enrolment) decide(ctx context.Context, q store.Queries, key wire.KeyHas
 	if err := e.claims(ctx, q, d, key); err != nil || d.state != "" {
 		return d, err
 	}
-	if err := e.byRules(ctx, q, d, key, req, from); err != nil {
-		return nil, err
+	if err := e.byRules(ctx, q, d, key, req, from); err != nil || d.state != "" {
+		return d, err
 	}
 	return e.conclude(d), nil
 }
@@ -388,6 +388,9 @@ func (e *enrolment) conclude(d *decision) *decision {
 	if manual && !d.lapsed.IsZero() {
 		return d.is(wire.EnrollPending, wire.EnrollManual, "the certificate ended on %s, and the gateway renews none that ended more than %s ago (SALLYPORT_GATEWAY_RENEWAL_GRACE); an operator has to grant this request: sallyport request grant",
 			d.lapsed.UTC().Format(time.RFC3339), wire.Duration(e.grace))
+	}
+	if manual && d.rules.shown {
+		return d.is(wire.EnrollPending, wire.EnrollManual, "no rule takes what its device says (%s); an operator has to grant this request: sallyport request grant", d.rules.why)
 	}
 	if manual {
 		return d.is(wire.EnrollPending, wire.EnrollManual, "an operator has to grant this request: sallyport request grant")

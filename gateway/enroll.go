@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -90,6 +91,7 @@ type enrolment struct {
 
 	mu       sync.Mutex
 	attempts map[wire.KeyHash]*attempt
+	rules    map[string]*rule // parsed, by their text
 
 	signing sync.Mutex // one revocation set at a time
 }
@@ -185,6 +187,7 @@ func (e *enrolment) again(key wire.KeyHash) {
 // origin is where a request came from, as far as that was said.
 type origin struct {
 	rcp, address string
+	device       attested // that vouched for the party, in the session with it
 }
 
 // ask reads the request of a party in an enrolment session, decides, and tells
@@ -198,8 +201,12 @@ func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (sta
 	if from.rcp == "" {
 		from.rcp = via
 	}
+	challenge, err := newChallenge()
+	if err != nil {
+		return "", err
+	}
 	var req wire.EnrollRequest
-	if err := exchange(ctx, session, http.MethodGet, nil, &req); err != nil {
+	if err := exchange(ctx, challenged{session, challenge}, http.MethodGet, nil, &req); err != nil {
 		return "", err
 	}
 	_, csrKey, err := identity.ParseCSR(req.CSR)
@@ -209,6 +216,7 @@ func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (sta
 	if csrKey != key { // the session's key, the CSR's key and the address are one
 		return "", fmt.Errorf("%w: the request is for the key %s, the party holds %s", errForeignCSR, csrKey.Fingerprint(), key.Fingerprint())
 	}
+	from.device = e.attestation(&req, key, challenge)
 	d, err := e.register(ctx, key, &req, from)
 	if err != nil {
 		return "", err
@@ -341,6 +349,17 @@ func setRequestState(ctx context.Context, tx *store.Tx, key wire.KeyHash, state,
 	}
 	q.State, q.Reason, q.SeenAt = state, reason, tx.Now()
 	return tx.SaveRequest(ctx, q)
+}
+
+// challenged adds a challenge to the requests of a session.
+type challenged struct {
+	enrollSession
+	challenge []byte
+}
+
+func (c challenged) RoundTrip(r *http.Request) (*http.Response, error) {
+	r.Header.Set(wire.HeaderChallenge, base64.RawURLEncoding.EncodeToString(c.challenge))
+	return c.enrollSession.RoundTrip(r)
 }
 
 // exchange sends one request inside an enrolment session.

@@ -86,6 +86,7 @@ type desk struct {
 	changes  []wire.ID
 	looked   []wire.KeyHash
 	released []wire.KeyHash
+	device   func(wire.AttestationStatement) (*wire.Envelope, error) // of parties to come
 }
 
 func newDesk(t testing.TB) *desk {
@@ -183,7 +184,7 @@ func (d *desk) partyOf(id *identity.Identity, code, name string) *applicant {
 		d.t.Fatal(err)
 	}
 	a := &applicant{id: id, file: file}
-	a.Applicant = enroll.New(enroll.Config{Identity: id, Join: join, Name: name, Tags: map[string]string{"env": "own"}, Program: "test", Log: slog.New(slog.DiscardHandler)})
+	a.Applicant = enroll.New(enroll.Config{Identity: id, Join: join, Name: name, Tags: map[string]string{"env": "own"}, Program: "test", Attest: d.device, Log: slog.New(slog.DiscardHandler)})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()

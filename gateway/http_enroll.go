@@ -129,6 +129,7 @@ func requestView(q *store.Request) api.Request {
 		ID: q.ID, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Fingerprint: q.KeyHash.Fingerprint(), Source: q.Source, RCP: q.RCP, Tags: q.Tags,
 		State: q.State, Reason: cmp.Or(q.Reason, q.Code), Requested: utc(q.RequestedAt), Decided: when(q.DecidedAt), DecidedBy: q.DecidedBy, Rule: q.Rule, Version: q.Program,
 	}
+	v.Device = deviceView(q)
 	if q.Code != "" && q.State == api.RequestPending {
 		v.Reason = q.Code // what waits says why in one word, such as name-in-use
 	}

@@ -39,6 +39,7 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 	}
 	q.Role, q.PartyID, q.KeyHash, q.Name, q.Tenant = d.party.Role, d.party.ID, key, clip(d.name), d.tenant
 	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), requestTags(req.Tags, d.join), req.TokenID, req.CSR, clip(req.Program)
+	q.DeviceKey, q.DeviceChain = from.device.key(), from.device.stored()
 	q.State, q.Code, q.Reason, q.SeenAt = api.RequestPending, d.code, d.code, tx.Now()
 	if d.state == wire.EnrollGranted {
 		if err := e.grantIn(ctx, tx, d, q); err != nil {
@@ -117,6 +118,9 @@ func (e *enrolment) grantIn(ctx context.Context, tx *store.Tx, d *decision, q *s
 	if d.rules.rule != nil {
 		q.Rule = d.ruleName()
 		detail += ", rule " + q.Rule
+		if q.DeviceKey != "" {
+			detail += ", device " + q.DeviceKey.Fingerprint()
+		}
 		if err := tx.CountRule(ctx, q.Tenant, q.Rule); err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/manifest"
@@ -25,10 +26,12 @@ type rule struct {
 	manifest.RuleSpec
 	prefixes []netip.Prefix
 	tags     selector.Selector
+	vouching *vouching // nil: no attestation is asked for
 }
 
-// contender is what a rule looks at. Key and join are proven: the party holds
-// the key, and has shown the token of the code.
+// contender is what a rule looks at. Key, join and device are proven: the party
+// holds the key, has shown the token of the code, and a device that holds the
+// key of its certificate vouches for it.
 type contender struct {
 	key    wire.KeyHash
 	join   string // empty: none, or a code without a token
@@ -37,11 +40,16 @@ type contender struct {
 	source string // address, as reported by the RCP
 	rcp    string
 	tags   map[string]string
+	device attested
 }
 
 func newRule(name, spec string) (*rule, error) {
 	r := &rule{name: name, tags: selector.Everything}
 	if err := json.Unmarshal([]byte(spec), &r.RuleSpec); err != nil {
+		return nil, fmt.Errorf("rule %s: %w", name, err)
+	}
+	var err error
+	if r.vouching, err = newVouching(r.Attestation); err != nil {
 		return nil, fmt.Errorf("rule %s: %w", name, err)
 	}
 	for _, c := range r.CIDRs {
@@ -52,7 +60,6 @@ func newRule(name, spec string) (*rule, error) {
 		r.prefixes = append(r.prefixes, p.Masked())
 	}
 	if r.Tags != "" {
-		var err error
 		if r.tags, err = selector.Parse(r.Tags); err != nil {
 			return nil, fmt.Errorf("rule %s: %w", name, err)
 		}
@@ -66,13 +73,19 @@ func (r *rule) fits(c *contender) (against string) {
 	match := func(globs []string) bool {
 		return slices.ContainsFunc(globs, func(g string) bool { ok, err := path.Match(g, c.name); return ok && err == nil })
 	}
+	device := ""
+	if r.vouching != nil {
+		device = r.vouching.against(c.device, c.name, time.Now())
+	}
 	switch {
-	case len(r.Joins) == 0 && len(r.Keys) == 0:
+	case len(r.Joins) == 0 && len(r.Keys) == 0 && r.vouching == nil:
 		return "it proves nothing"
 	case len(r.Joins) > 0 && (c.join == "" || !slices.Contains(r.Joins, c.join)):
 		return "it is for other join codes"
 	case len(r.Keys) > 0 && !slices.Contains(r.Keys, c.key.Fingerprint()):
 		return "its keys are others"
+	case device != "":
+		return device
 	case len(r.IDs) > 0 && !slices.Contains(r.IDs, c.id):
 		return "its UUIDs are others"
 	case len(r.Names) > 0 && !match(r.Names):
@@ -105,7 +118,8 @@ func within(prefixes []netip.Prefix, source string) bool {
 type ruleVerdict struct {
 	rule  *rule  // that grants; nil: none
 	bound bool   // some rule names the join code: its token alone does not do
-	why   string // of bound without a rule: what speaks against each
+	shown bool   // a device vouches for the party, and some rule asks for that
+	why   string // of bound or shown: what speaks against each
 }
 
 // askRules finds the first rule, by name, that grants. A join code that any
@@ -118,6 +132,12 @@ func askRules(rules []*rule, c *contender) (v ruleVerdict) {
 			v.rule = r
 			return v
 		}
+		if r.vouching != nil && (len(c.device.chain) > 0 || c.device.err != nil) && (len(r.Joins) == 0 || slices.Contains(r.Joins, c.join)) {
+			v.shown = true
+			against = append(against, r.name+": "+no)
+			v.bound = v.bound || c.join != "" && slices.Contains(r.Joins, c.join)
+			continue
+		}
 		if c.join != "" && slices.Contains(r.Joins, c.join) {
 			v.bound = true
 			against = append(against, r.name+": "+no)
@@ -128,18 +148,27 @@ func askRules(rules []*rule, c *contender) (v ruleVerdict) {
 }
 
 // rulesOf reads the rules of a tenant. One that cannot be read grants nothing,
-// and still binds the codes that it named: that is an error, not a gap.
-func rulesOf(ctx context.Context, q store.Queries, tenant string) ([]*rule, error) {
+// and still binds the codes that it named: that is an error, not a gap. Parsed
+// rules are kept while their text is the same: CRLs may be large.
+func (e *enrolment) rulesOf(ctx context.Context, q store.Queries, tenant string) ([]*rule, error) {
 	rows, err := q.Rules(ctx, tenant)
 	if err != nil {
 		return nil, err
 	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	out := make([]*rule, len(rows))
+	kept := make(map[string]*rule, len(rows))
 	for i, row := range rows {
-		if out[i], err = newRule(row.Name, row.Spec); err != nil {
-			return nil, err
+		key := tenant + "\x00" + row.Name + "\x00" + row.Spec
+		if out[i] = e.rules[key]; out[i] == nil {
+			if out[i], err = newRule(row.Name, row.Spec); err != nil {
+				return nil, err
+			}
 		}
+		kept[key] = out[i]
 	}
+	e.rules = kept
 	return out, nil
 }
 
@@ -148,15 +177,27 @@ func (e *enrolment) byRules(ctx context.Context, q store.Queries, d *decision, k
 	if d.party.Role != wire.RoleNode {
 		return nil
 	}
-	rules, err := rulesOf(ctx, q, d.tenant)
+	rules, err := e.rulesOf(ctx, q, d.tenant)
 	if err != nil || len(rules) == 0 {
 		return err
 	}
-	c := &contender{key: key, id: d.party.ID, name: d.name, source: from.address, rcp: from.rcp, tags: requestTags(req.Tags, d.join)}
+	c := &contender{key: key, id: d.party.ID, name: d.name, source: from.address, rcp: from.rcp, tags: requestTags(req.Tags, d.join), device: from.device}
 	if d.join != nil && !d.join.Manual {
 		c.join = d.join.ID
 	}
 	d.rules = askRules(rules, c)
+	if d.rules.rule == nil || d.rules.rule.vouching == nil || d.protected() != nil {
+		return nil
+	}
+	why, err := taken(q.NodeOfDevice(ctx, from.device.key(), d.party.ID))
+	if err != nil || why == "" {
+		return err
+	}
+	bound := c.join != "" && slices.Contains(d.rules.rule.Joins, c.join)
+	d.rules = ruleVerdict{}
+	if bound || c.join == "" { // a token that no rule narrows grants by itself
+		d.is(wire.EnrollPending, wire.EnrollDeviceInUse, "%s", why)
+	}
 	return nil
 }
 
@@ -239,7 +280,7 @@ func (e *enrolment) checkRule(ctx context.Context, q store.Queries, d manifest.R
 // of changed in the place of what the database has: a dry run finds the old
 // ones there. It takes no lock: ten thousand may wait.
 func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []manifest.Rule) (grants []api.RuleGrant, keys []wire.KeyHash, err error) {
-	rules, err := rulesOf(ctx, q, store.DefaultTenant)
+	rules, err := e.rulesOf(ctx, q, store.DefaultTenant)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -265,7 +306,7 @@ func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []man
 		if r.Role != wire.RoleNode || r.Tenant != store.DefaultTenant {
 			continue
 		}
-		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, source: r.Source, rcp: r.RCP, tags: r.Tags}
+		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, source: r.Source, rcp: r.RCP, tags: r.Tags, device: attestedBefore(r)}
 		if r.JoinID != "" { // its token was shown, or the request would not wait
 			has, known := tokens[r.JoinID]
 			if !known {
@@ -283,16 +324,24 @@ func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []man
 		v := askRules(rules, c)
 		g := api.RuleGrant{Request: requestView(r), Why: v.why}
 		if v.rule != nil {
-			g.Rule = v.rule.name
+			g.Rule, g.Proof = v.rule.name, v.rule.proof(c)
+			inUse := ""
+			if v.rule.vouching != nil {
+				if inUse, err = taken(q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil {
+					return nil, nil, err
+				}
+			}
 			// A name or UUID that is taken waits for an operator, whatever a
 			// rule says.
 			if d, err := e.judge(ctx, q, r, false); err != nil {
 				g.Why = err.Error()
+			} else if inUse != "" {
+				g.Why = inUse
 			} else if d != nil {
 				keys = append(keys, r.KeyHash)
 			}
 		}
-		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && v.bound {
+		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && (v.bound || v.shown) {
 			grants = append(grants, g)
 		}
 	}

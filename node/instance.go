@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/config"
+	"sallyport/internal/attest"
 	"sallyport/internal/channel"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
@@ -114,7 +115,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 		return nil, err
 	}
 	in.applicant = enroll.New(enroll.Config{
-		Identity: in.id, Join: join, TrustDomain: td, Name: string(cfg.Name), Tags: cfg.Tags, Program: cfg.Version, OnGrant: in.granted, Log: in.log,
+		Identity: in.id, Join: join, TrustDomain: td, Name: string(cfg.Name), Tags: cfg.Tags, Program: cfg.Version, OnGrant: in.granted, Attest: device(cfg), Log: in.log,
 	})
 	in.targets = newTargets(in.engine, reach, newBuiltin(in.about, in.log), in.closedToTargets, in.log)
 	in.challenges = newChallenges(cfg.Challenges, in.closedToTargets, in.log)
@@ -125,6 +126,22 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 		return nil, err
 	}
 	return in, nil
+}
+
+// device is the device that vouches for the node; nil: none does. Its files are
+// read anew each time: a certificate may be replaced, and the key need not stay
+// in memory.
+func device(cfg Config) func(wire.AttestationStatement) (*wire.Envelope, error) {
+	if cfg.AttestationCert == "" {
+		return nil
+	}
+	return func(s wire.AttestationStatement) (*wire.Envelope, error) {
+		d, err := attest.Load(cfg.AttestationCert, cfg.AttestationKey)
+		if err != nil {
+			return nil, fmt.Errorf("%w (SALLYPORT_NODE_ATTESTATION_CERT, SALLYPORT_NODE_ATTESTATION_KEY)", err)
+		}
+		return d.Sign(s)
+	}
 }
 
 // forbidden is SALLYPORT_DATA, by every name that leads to it.

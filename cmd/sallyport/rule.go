@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 
 	"github.com/spf13/cobra"
@@ -19,7 +20,7 @@ func (a *app) ruleCommand() *cobra.Command {
 			}
 			t := cli.Table{Columns: []string{"name", "granted", "last", "updated", "updated_by", "spec"}}
 			for _, r := range all {
-				t.Add(r.Name, fmt.Sprint(r.Granted), cli.Time(deref(r.GrantedAt)), cli.Time(r.Updated), r.UpdatedBy, string(r.Spec))
+				t.Add(r.Name, fmt.Sprint(r.Granted), cli.Time(deref(r.GrantedAt)), cli.Time(r.Updated), r.UpdatedBy, shortSpec(r.Spec))
 			}
 			return a.out.Print(all, t)
 		}}
@@ -34,6 +35,28 @@ func (a *app) ruleCommand() *cobra.Command {
 			return c.DeleteRule(cmd.Context(), args[0])
 		}}
 	return cli.Group("rule", "Rules by which certificate requests are granted", a.ruleApplyCommand(), list, remove)
+}
+
+// shortSpec leaves out of a table what is long and not for reading.
+func shortSpec(spec json.RawMessage) string {
+	var all map[string]any
+	if err := json.Unmarshal(spec, &all); err != nil {
+		return string(spec)
+	}
+	device, ok := all["attestation"].(map[string]any)
+	if !ok {
+		return string(spec)
+	}
+	for _, key := range []string{"ca", "crl"} {
+		if text, ok := device[key].(string); ok {
+			device[key] = fmt.Sprintf("PEM, %d bytes", len(text))
+		}
+	}
+	b, err := json.Marshal(all)
+	if err != nil {
+		return string(spec)
+	}
+	return string(b)
 }
 
 func (a *app) ruleApplyCommand() *cobra.Command {
@@ -79,7 +102,7 @@ func (a *app) printRules(out api.AppliedRules) error {
 		verdict := "waits on: " + g.Why
 		if g.Rule != "" && g.Why == "" {
 			granted++
-			verdict = "granted by rule " + g.Rule
+			verdict = "granted by rule " + g.Rule + prefixed(", which asks for and has seen ", g.Proof)
 		}
 		a.out.Say("%s", cli.Clean(fmt.Sprintf("request %s %s %s: %s", g.Request.ID, g.Request.Name, g.Request.Fingerprint, verdict)))
 	}

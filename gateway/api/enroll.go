@@ -64,6 +64,17 @@ type Request struct {
 	DecidedBy   string            `json:"decided_by"`
 	Rule        string            `json:"rule"` // that granted it; empty: an operator, or its token
 	Version     string            `json:"version"`
+	Device      *RequestDevice    `json:"device,omitempty"` // that vouches for the party
+}
+
+// RequestDevice is the certificate of a device that vouches for a party. The
+// device holds its key; only rules check who issued it.
+type RequestDevice struct {
+	Subject     string    `json:"subject"`
+	Issuer      string    `json:"issuer"`
+	Serial      string    `json:"serial"` // hex
+	Fingerprint string    `json:"fingerprint"`
+	NotAfter    time.Time `json:"not_after"`
 }
 
 // States of a certificate request (PK-03).

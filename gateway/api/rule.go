@@ -34,10 +34,11 @@ type AppliedRules struct {
 	Grants  []RuleGrant     `json:"grants"`
 }
 
-// RuleGrant is one waiting request, and the rule that grants it; without a rule
-// Why says why none does.
+// RuleGrant is one waiting request, and the rule that fits it. Why says what
+// keeps it waiting although, or without a rule, why none fits.
 type RuleGrant struct {
 	Request Request `json:"request"`
 	Rule    string  `json:"rule"`
+	Proof   string  `json:"proof,omitempty"` // what the party has proven, of what the rule asks for
 	Why     string  `json:"why,omitempty"`
 }

@@ -13,8 +13,8 @@ import (
 // KindRule is a rule by which certificate requests are granted.
 const KindRule = "rule"
 
-// Rule is one document of kind rule. Joins and Keys are what a party has to
-// prove, and one of them is there; everything else only narrows.
+// Rule is one document of kind rule. Joins, Keys and Attestation are what a
+// party has to prove, and one of them is there; everything else only narrows.
 type Rule struct {
 	Name string
 	Spec RuleSpec
@@ -33,7 +33,27 @@ type RuleSpec struct {
 	Tags  string            `json:"tags,omitempty"`  // selector over the request's tags
 	Set   map[string]string `json:"set,omitempty"`   // tags that the node gets, as from a join code
 	Allow []string          `json:"allow,omitempty"` // globs over the tags that it may set itself
+
+	Attestation *AttestationSpec `json:"attestation,omitempty"` // what a device has to vouch with
 }
+
+// AttestationSpec says which devices vouch for a party.
+type AttestationSpec struct {
+	Type    string            `json:"type"`              // x509
+	CA      string            `json:"ca"`                // PEM: who issues the certificates of the devices
+	CRL     string            `json:"crl,omitempty"`     // PEM: if there is one, each issuer needs a current one
+	Revoked []string          `json:"revoked,omitempty"` // serial numbers in hex
+	Subject map[string]string `json:"subject,omitempty"` // globs by attribute, see SubjectAttributes; all must match
+	SANs    []string          `json:"sans,omitempty"`    // globs over dns:, uri:, ip: and email: names; one must match
+	Name    string            `json:"name,omitempty"`    // the node's name must be that of the device: CN, SERIALNUMBER or dns
+}
+
+// AttestationX509 is the type of attestation that there is.
+const AttestationX509 = "x509"
+
+// SubjectAttributes are the parts of a device's subject that a rule can name,
+// and their object identifiers (X.520).
+var SubjectAttributes = map[string]string{"CN": "2.5.4.3", "SERIALNUMBER": "2.5.4.5", "C": "2.5.4.6", "L": "2.5.4.7", "ST": "2.5.4.8", "O": "2.5.4.10", "OU": "2.5.4.11"}
 
 // maxRuleList bounds each list of a rule.
 const maxRuleList = 10_000
@@ -113,10 +133,11 @@ func (p *parser) rule(n *yaml.Node) {
 				s.Set[p.text(v.Content[i])] = p.text(v.Content[i+1])
 			}
 		},
-		"allow": func(v *yaml.Node) { s.Allow = each(v, "allow", glob("allow")) },
+		"allow":       func(v *yaml.Node) { s.Allow = each(v, "allow", glob("allow")) },
+		"attestation": func(v *yaml.Node) { s.Attestation = p.attestation(v) },
 	}, "name")
-	if len(s.Joins) == 0 && len(s.Keys) == 0 {
-		p.failf(n.Line, "rule %q proves nothing: name join codes (joins), registered keys (keys), or both; addresses, names, tags and UUIDs are only what a party or an RCP says", d.Name)
+	if len(s.Joins) == 0 && len(s.Keys) == 0 && s.Attestation == nil {
+		p.failf(n.Line, "rule %q proves nothing: name join codes (joins), registered keys (keys), an attestation, or several of them; addresses, names, tags and UUIDs are only what a party or an RCP says", d.Name)
 	}
 	p.claim(KindRule, d.Name, n.Line)
 	p.set.Rules = append(p.set.Rules, d)

@@ -82,6 +82,10 @@ type Request struct {
 	DecidedAt     time.Time `bun:",nullzero"`
 	DecidedBy     string
 	Rule          string // that granted it
+	// DeviceKey is that of the device which vouched for the party, DeviceChain
+	// its certificates as a JSON list of DER; empty without one.
+	DeviceKey   wire.KeyHash
+	DeviceChain []byte
 }
 
 // Joins lists join codes, newest first.

@@ -80,7 +80,9 @@ type Config struct {
 	// It is called before the certificate counts; an error refuses the grant
 	// and the gateway repeats it.
 	OnGrant func(wire.EnrollVerdict) error
-	Log     *slog.Logger
+	// Attest has a device vouch for this party; nil: none does.
+	Attest func(wire.AttestationStatement) (*wire.Envelope, error)
+	Log    *slog.Logger
 }
 
 // Applicant waits for a certificate, on behalf of one identity.

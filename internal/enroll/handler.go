@@ -1,6 +1,7 @@
 package enroll
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -21,7 +22,7 @@ func (a *Applicant) Handler() http.Handler {
 	return mux
 }
 
-func (a *Applicant) get(w http.ResponseWriter, _ *http.Request) {
+func (a *Applicant) get(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	pause, ok := a.pause()
 	reason, renewal := a.status.Reason, a.status.State == StateEnrolled
@@ -41,8 +42,30 @@ func (a *Applicant) get(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
+	req.Attestation = a.attest(r.Header.Get(wire.HeaderChallenge), req.ID)
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(req) // the session died: the gateway asks again
+}
+
+// attest has the device vouch for our key, in answer to the gateway's challenge.
+// Without it the request is like any other: the gateway decides.
+func (a *Applicant) attest(challenge string, id wire.ID) *wire.Envelope {
+	if a.cfg.Attest == nil || challenge == "" {
+		return nil
+	}
+	c, err := base64.RawURLEncoding.DecodeString(challenge)
+	if err == nil && len(c) != wire.ChallengeSize {
+		err = errors.New("the gateway's challenge has another size")
+	}
+	var env *wire.Envelope
+	if err == nil {
+		env, err = a.cfg.Attest(wire.AttestationStatement{Challenge: c, Key: a.id.KeyHash(), Role: a.id.Role(), ID: id, TrustDomain: a.id.TrustDomain()})
+	}
+	if err != nil {
+		a.cfg.Log.Warn("no device vouches for this request", "error", err)
+		return nil
+	}
+	return env
 }
 
 func (a *Applicant) put(w http.ResponseWriter, r *http.Request) {

@@ -368,7 +368,31 @@ type EnrollRequest struct {
 	Program  string            `json:"program"`
 	Versions VersionRange      `json:"versions"`
 	Time     time.Time         `json:"time"`
+	// Attestation is an [AttestationStatement] that a device key of another CA
+	// signed; its chain is the device's.
+	Attestation *Envelope `json:"attestation,omitempty"`
 }
+
+// AttestationStatement is what a device says of the party that asks from it: it
+// is good for this key, this UUID and this session only.
+type AttestationStatement struct {
+	Challenge   []byte  `json:"challenge"` // of the gateway, fresh in this session
+	Key         KeyHash `json:"key"`       // for which a certificate is asked, and which holds the session
+	Role        Role    `json:"role"`
+	ID          ID      `json:"id"`
+	TrustDomain string  `json:"trust_domain"`
+}
+
+// TypeAttestation is the type of its envelope.
+const TypeAttestation = "sallyport/attestation/1"
+
+// HeaderChallenge is the header of GET /v1/enroll in which a gateway gives the
+// challenge, base64 (RFC 4648, section 5, without padding) of ChallengeSize
+// random bytes.
+const (
+	HeaderChallenge = "Sallyport-Challenge"
+	ChallengeSize   = 32
+)
 
 // Verdicts on an enrolment request.
 const (
@@ -388,6 +412,7 @@ const (
 	EnrollNoRule       = "no-rule"       // likewise: the code is bound to rules, and none of them fits
 	EnrollNameInUse    = "name-in-use"   // likewise
 	EnrollUUIDInUse    = "uuid-in-use"   // likewise
+	EnrollDeviceInUse  = "device-in-use" // likewise: another live node came in with the same device certificate
 	EnrollByOperator   = "denied"        // an operator refused it
 	EnrollRevoked      = "revoked"       // the key is revoked
 	EnrollBadRequest   = "bad-request"   // key, role, name or version cannot be accepted
