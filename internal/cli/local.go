@@ -30,7 +30,7 @@ type localRole struct {
 func LocalCommand(out *Output, streams IO, roles ...wire.Role) *cobra.Command {
 	l := &localRole{streams: streams, out: out, roles: roles}
 	cmd := Group("local", "Speak to the role that runs on this host",
-		l.statusCommand(), l.doctorCommand(), l.eventCommand(), l.unlockCommand(), l.joinCommand(), l.instanceCommand(), l.csrCommand(), l.certificateCommand())
+		l.statusCommand(), l.doctorCommand(), l.eventCommand(), l.unlockCommand(), l.joinCommand(), l.instanceCommand(), l.csrCommand(), l.certificateCommand(), l.rejoinCommand())
 	if len(roles) > 1 {
 		names := make([]string, len(roles))
 		for i, r := range roles {

@@ -34,7 +34,7 @@ const (
 )
 
 const (
-	fixEnrol = "restore the directory from a backup, or stop the role, delete the directory, and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
+	fixEnrol = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
 	fixClock = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
 )
 
@@ -260,7 +260,7 @@ func (p *patient) clock() {
 	case p.now.Before(leaf.NotBefore):
 		p.bad("clock", fmt.Sprintf("it says %s, and the certificate is good from %s on: it is behind", p.now.UTC().Format(time.RFC3339), leaf.NotBefore.UTC().Format(time.RFC3339)), fixClock)
 	case p.now.After(leaf.NotAfter):
-		fix := "if the clock is right, let the gateway reach this " + string(p.role) + ": it renews an expired certificate with the same key, within its grace; if not: " + fixClock
+		fix := "if the clock is right, let the gateway reach this " + string(p.role) + ": it renews an expired certificate with the same key, within its grace (after that: `sallyport local rejoin` and a new join code); if the clock is wrong: " + fixClock
 		if p.role == wire.RoleGateway {
 			fix = "if the clock is right, start the gateway: it asks its certificate authority; if not: " + fixClock
 		}

@@ -247,7 +247,7 @@ func (a *Applicant) ours(joins []identity.Join) ([]identity.Join, error) {
 		case a.cfg.TrustDomain != "":
 			return j.Code.TrustDomain != a.cfg.TrustDomain // another instance's
 		case enrolled && j.Code.TrustDomain != a.id.TrustDomain():
-			errs = append(errs, fmt.Errorf("join code from %s: %w: it is for %s, this %s is enrolled in %s (stop it and delete %s to enrol elsewhere)",
+			errs = append(errs, fmt.Errorf("join code from %s: %w: it is for %s, this %s is enrolled in %s (to enrol elsewhere stop it and run `sallyport local rejoin`, which sets %s aside)",
 				j.Source, identity.ErrWrongTrustDomain, j.Code.TrustDomain, a.id.Role(), a.id.TrustDomain(), a.id.Dir()))
 		default:
 			return false

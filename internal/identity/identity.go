@@ -110,7 +110,7 @@ func damaged(file string, cause error, repair string) error {
 	return fmt.Errorf("%w: %s: %w; %s", ErrDamaged, file, cause, repair)
 }
 
-const repairEnrol = "restore the directory from a backup, or delete it and enrol again with a new join code (join create --replace)"
+const repairEnrol = "restore the directory from a backup, or set it aside (`sallyport local rejoin`) and enrol again with a new join code (join create --replace)"
 
 func (i *Identity) load() error {
 	files := map[string][]byte{}
@@ -513,10 +513,10 @@ func (i *Identity) Pin(root wire.KeyHash, trustDomain string) error {
 	if chain != nil {
 		switch {
 		case td != trustDomain:
-			return fmt.Errorf("join code: %w: it is for %s, this %s is enrolled in %s (a fresh SALLYPORT_DATA, or deleting %s, lets it enrol elsewhere)",
+			return fmt.Errorf("join code: %w: it is for %s, this %s is enrolled in %s (a fresh SALLYPORT_DATA, or `sallyport local rejoin`, which sets %s aside, lets it enrol elsewhere)",
 				ErrWrongTrustDomain, trustDomain, i.role, td, i.dir)
 		case !known:
-			return fmt.Errorf("join code: %w: it pins another root than those of %s that are trusted here (if this %s has missed the replacement of the root and is not renewed: stop it, delete %s, and start it with a code made with --replace)",
+			return fmt.Errorf("join code: %w: it pins another root than those of %s that are trusted here (if this %s has missed the replacement of the root and is not renewed: stop it, set %s aside by `sallyport local rejoin`, and start it with a code made with --replace)",
 				ErrWrongTrustDomain, td, i.role, i.dir)
 		}
 		return nil

@@ -114,20 +114,45 @@ func TestWipedDatabase(t *testing.T) {
 	if code := node.Stop(); code != 0 {
 		t.Fatalf("the node ended with %d", code)
 	}
-	for _, name := range []string{"identity", "uid"} {
-		found, err := filepath.Glob(filepath.Join(node.Data, "node", "*", name))
-		if err != nil || len(found) != 1 {
-			t.Fatalf("%s: %v, %v", name, found, err)
-		}
-		if err := os.RemoveAll(found[0]); err != nil {
-			t.Fatal(err)
-		}
+	before := mustIdentity(t, node.Data)
+	node.Local("rejoin").Exits(4) // nobody is there to ask
+	aside := node.Local("rejoin", "--yes", "-o", "json").Exits(0)
+	var moved struct {
+		SetAside string `json:"set_aside"`
 	}
+	aside.JSON(&moved)
+	if kept := mustIdentity(t, moved.SetAside); kept != before {
+		t.Errorf("the key that was set aside is another one")
+	}
+	if fi, err := os.Stat(moved.SetAside); err != nil || fi.Mode().Perm() != 0o700 {
+		t.Errorf("%s: %v, %v", moved.SetAside, fi, err)
+	}
+	node.Local("rejoin", "--yes").Exits(3)
 	site.File("web-1.join", gateway.Run("join", "create", "--name", "web-1").Exits(0).Stdout)
 	node.Start()
 	harness.Eventually(t, 30*time.Second, "the node is enrolled anew and obeys", func() error {
 		return gateway.Run("action", "run", "--node", "web-1", "--", "true").Err()
 	})
+}
+
+// mustIdentity reads the one key below a directory.
+func mustIdentity(t *testing.T, dir string) (key string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.Name() != "key.pem" {
+			return err
+		}
+		if key != "" {
+			t.Errorf("%s holds several keys", dir)
+		}
+		b, err := os.ReadFile(name)
+		key = string(b)
+		return err
+	})
+	if err != nil || key == "" {
+		t.Fatalf("no key in %s: %v", dir, err)
+	}
+	return key
 }
 
 func mustStatus(t *testing.T, r *harness.Role) localStatus {

@@ -1,0 +1,125 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/internal/wire"
+)
+
+// setAside is the name of the directory that an identity goes to; the time
+// follows.
+const setAside = "identity-set-aside-"
+
+func (l *localRole) rejoinCommand() *cobra.Command {
+	o := &offline{localRole: l}
+	var yes bool
+	cmd := &cobra.Command{
+		Use: "rejoin [--trust-domain NAME] [--yes]", Short: "Set this host's identity aside, so that it enrols anew", Args: Exactly(0),
+		Long: "Set the identity of the node or RCP on this host aside: key, certificate, UUID, trust, and which installation it\n" +
+			"obeys. Started with a new join code it enrols as a new party. That is for a gateway whose database was lost without\n" +
+			"a backup, for a certificate that expired longer ago than the grace, for corrupt files, and for another gateway.\n" +
+			"Policies, files and events that were not sent stay. Nothing is deleted: the old identity is moved to a directory\n" +
+			"beside it, which holds a private key. The role must not run.",
+		RunE: func(_ *cobra.Command, _ []string) error { return o.rejoin(yes) },
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.trustDomain, "trust-domain", "", "which gateway's identity, of a node that serves several (`local instance list`)")
+	f.BoolVar(&yes, "yes", false, "do not ask")
+	return cmd
+}
+
+// rejoin is `local rejoin`. It opens nothing: the files may be corrupt.
+func (o *offline) rejoin(yes bool) (err error) {
+	role, err := o.role("")
+	if err != nil {
+		return err
+	}
+	dir, release, err := o.lock(role)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, release()) }()
+	base, err := o.oneIdentity(dir, role)
+	if err != nil {
+		return err
+	}
+	if err := Confirm(o.streams, yes, "set aside the identity in %s: this %s enrols anew, with a new join code", base, role); err != nil {
+		return err
+	}
+	to := filepath.Join(base, setAside+time.Now().UTC().Format("20060102T150405Z"))
+	if err := move(base, to); err != nil {
+		return fmt.Errorf("set the identity aside: %w", err)
+	}
+	t := Table{Columns: []string{"role", "set_aside"}}
+	t.Add(string(role), to)
+	if err := o.out.Print(map[string]any{"role": role, "set_aside": to}, t); err != nil {
+		return err
+	}
+	code := "sallyport join create --name NAME --replace"
+	if role == wire.RoleRCP {
+		code = "sallyport rcp join NAME"
+	}
+	o.out.Note("Put a new join code (`%s` on the gateway) where the %s looks for it, and start it.", code, role)
+	o.out.Note("%s holds the old private key: delete it when the %s is enrolled.", to, role)
+	return nil
+}
+
+// oneIdentity is the directory that holds the directory of the identity: of the
+// only one, or of the one that --trust-domain names.
+func (o *offline) oneIdentity(dir string, role wire.Role) (string, error) {
+	pattern := filepath.Join(dir, "identity")
+	switch {
+	case role == wire.RoleNode && o.trustDomain != "":
+		if !wire.ValidTrustDomain(o.trustDomain) {
+			return "", Usage("--trust-domain: %q is no name of a trust domain", wire.Quotable(o.trustDomain))
+		}
+		pattern = filepath.Join(dir, o.trustDomain, "identity")
+	case role == wire.RoleNode:
+		pattern = filepath.Join(dir, "*", "identity")
+	}
+	found, err := filepath.Glob(pattern)
+	switch {
+	case err != nil:
+		return "", err
+	case len(found) == 0:
+		return "", Fail(ExitNotFound, "there is no identity in %s: a join code is all that this %s needs", dir, role)
+	case len(found) > 1:
+		return "", Usage("this node serves %d gateways: say which with --trust-domain", len(found))
+	}
+	return filepath.Dir(found[0]), nil
+}
+
+// move moves what makes the party to a directory of its own that nobody else
+// reads: the identity last, so that a second run finishes what was interrupted.
+func move(base, to string) error {
+	if err := os.Mkdir(to, 0o700); err != nil {
+		return err
+	}
+	for _, name := range []string{"uid", "identity"} {
+		err := os.Rename(filepath.Join(base, name), filepath.Join(to, name))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	for _, name := range []string{to, base} {
+		if err := syncDir(name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func syncDir(name string) error {
+	d, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
