@@ -21,7 +21,7 @@ const (
 	// up to six file descriptors: its sockets, and two pipes for splice(2).
 	maxLanes        = 512
 	maxLanesPerNode = 8
-	// maxSealed of them may have sealed legs: such a lane holds up to 800 KiB
+	// maxSealed of them may have sealed legs: such a lane holds up to 600 KiB
 	// for a direction whose receiver is slow.
 	maxSealed = 128
 	// laneOrphan is how long a lane outlives the last channel of one of its
@@ -281,7 +281,9 @@ func move(to, from channel.LaneConn, n *atomic.Int64, total prometheus.Counter) 
 // bytes stay in the kernel. Nothing may wrap them.
 func pass(to, from channel.LaneConn) (int64, error) {
 	if leg, ok := from.(*channel.SealedLeg); ok {
-		return leg.Pass(to)
+		if to, ok := to.(*channel.SealedLeg); ok {
+			return leg.Pass(to)
+		}
 	}
 	return io.CopyN(to, from, laneChunk)
 }

@@ -20,14 +20,14 @@ type LaneConn interface {
 	CloseWrite() error // ends our direction alone
 }
 
-// sealedPiece is how much a SealedLeg moves at once, in bytes. Below TLS that
-// is one read and one write, above it 16 records.
+// sealedPiece is how much a SealedLeg writes at once, in bytes: 16 records.
 const sealedPiece = 256 << 10
 
 // maxPlaintext is what one TLS record carries at most (RFC 8446 section 5.1).
 const maxPlaintext = 16 << 10
 
-var sealedPieces = sync.Pool{New: func() any { b := make([]byte, sealedPiece); return &b }}
+// plaintexts are what Pass has between two legs.
+var plaintexts = sync.Pool{New: func() any { b := make([]byte, 4*maxPlaintext); return &b }}
 
 // SealedLeg is a leg of a lane inside mTLS of its own, for where a bare one may
 // not be, or cannot: it looks like a channel to whatever stands in the way, and
@@ -108,20 +108,40 @@ func (s *SealedLeg) CloseWrite() error {
 // NetConn is the connection below.
 func (s *SealedLeg) NetConn() net.Conn { return s.Conn }
 
-// Pass hands on to to what has arrived here, and waits if nothing has: without
-// a buffer, as lanes are many and most of them idle. It returns io.EOF at the end.
-func (s *SealedLeg) Pass(to io.Writer) (int64, error) {
+// Pass hands on to another leg what has arrived at this one, and waits if
+// nothing has: without a buffer, as lanes are many and most of them idle. It
+// goes a few records at a time, so that what is opened is sealed while it is in
+// the processor's cache, and writes once. It returns io.EOF at the end.
+func (s *SealedLeg) Pass(to *SealedLeg) (moved int64, err error) {
 	if err := s.Wait(); err != nil {
 		return 0, err
 	}
-	buf := sealedPieces.Get().(*[]byte)
-	defer sealedPieces.Put(buf)
-	n, err := s.Read(*buf)
-	if n > 0 {
-		n, werr := to.Write((*buf)[:n])
-		return int64(n), werr
+	buf := plaintexts.Get().(*[]byte)
+	defer plaintexts.Put(buf)
+	n, err := s.tls.Read(*buf)
+	if n == 0 {
+		return 0, endOfLeg(err)
 	}
-	return 0, err
+	to.mu.Lock()
+	defer to.mu.Unlock()
+	to.below.Hold()
+	s.below.Rest(true)
+	for n > 0 && to.broken == nil {
+		for err == nil && len(*buf)-n >= maxPlaintext {
+			var k int
+			k, err = s.tls.Read((*buf)[n:]) // an error other than tunnel.ErrResting comes again
+			n += k
+		}
+		_, to.broken = to.tls.Write((*buf)[:n])
+		moved += int64(n)
+		if n = 0; err == nil {
+			n, err = s.tls.Read(*buf)
+		}
+	}
+	s.below.Rest(false)
+	_, ferr := to.below.Flush(true)
+	to.broken = errors.Join(to.broken, ferr)
+	return moved, to.broken
 }
 
 // dialSealed makes a leg beside c inside TLS: to the very address of the

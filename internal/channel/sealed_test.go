@@ -196,11 +196,13 @@ func TestSlowSealedTicket(t *testing.T) {
 	works(t, p)
 }
 
-// Both directions at once, in pieces of all sizes, read by one who is slow to
-// begin: nothing is lost, and no end waits for the other.
-func TestSealedLegIsFullDuplex(t *testing.T) {
+// Two lanes that are joined as a relay joins them carry pieces of all sizes,
+// both directions at once: nothing is lost, and no end waits for the other.
+func TestSealedLegsAreJoined(t *testing.T) {
 	l := newLanes()
-	a, b := sealedPair(t, newPlant(t, variant{"h2", true}, l).connect(t), l)
+	up := newPlant(t, variant{"h2", true}, l).connect(t)
+	a, near := sealedPair(t, up, l)
+	far, b := sealedPair(t, up, l)
 	const size = 8 << 20
 	var wg sync.WaitGroup
 	for _, ends := range [][2]*channel.SealedLeg{{a, b}, {b, a}} {
@@ -218,14 +220,24 @@ func TestSealedLegIsFullDuplex(t *testing.T) {
 			_ = ends[0].CloseWrite()
 		})
 		wg.Go(func() {
-			var got bytes.Buffer
-			var err error
-			for err == nil { // as a relay does
-				_, err = ends[1].Pass(&got)
+			if got, err := io.ReadAll(ends[1]); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes of %d arrived, %v", len(got), size, err)
 			}
-			if !errors.Is(err, io.EOF) || !bytes.Equal(got.Bytes(), want) {
-				t.Errorf("%d bytes of %d arrived, %v", got.Len(), size, err)
+		})
+	}
+	for _, ends := range [][2]*channel.SealedLeg{{near, far}, {far, near}} {
+		wg.Go(func() {
+			var moved int64
+			for {
+				n, err := ends[0].Pass(ends[1])
+				if moved += n; err != nil {
+					if !errors.Is(err, io.EOF) || moved != size {
+						t.Errorf("%d bytes passed, %v", moved, err)
+					}
+					break
+				}
 			}
+			_ = ends[1].CloseWrite()
 		})
 	}
 	wg.Wait()
