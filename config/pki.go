@@ -1,6 +1,8 @@
 package config
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"net/url"
@@ -17,7 +19,8 @@ type PKI struct {
 	PassphraseFile string `env:"SALLYPORT_PKI_PASSPHRASE_FILE" doc:"file with the passphrase of the CA's keys: they are encrypted in their files, also those that lie open there already" form:"a path" why:"none: a passphrase beside the keys protects backups and copies, not the host itself"`
 	Signer         string `env:"SALLYPORT_PKI_SIGNER" doc:"unix socket of the signer (run signer, or one in front of a TPM or an HSM) that makes and keeps the CA's keys from now on" form:"an absolute path" why:"none: the keys are in files of the CA"`
 	CA             string `env:"SALLYPORT_PKI_CA" doc:"external step-ca that issues the certificates: root and intermediate are there, and the CA here is its registration authority" form:"https://host:port" why:"none: certificates are issued here"`
-	CARootFile     string `env:"SALLYPORT_PKI_CA_ROOT_FILE" doc:"PEM file with the root of the external CA, which join codes then pin" form:"a path" why:"none; needed with SALLYPORT_PKI_CA"`
+	CARootFile     string `env:"SALLYPORT_PKI_CA_ROOT_FILE" doc:"PEM file with the root of the external CA, which join codes then pin" form:"a path" why:"none; with SALLYPORT_PKI_CA this or SALLYPORT_PKI_CA_FINGERPRINT is needed"`
+	CAFingerprint  string `env:"SALLYPORT_PKI_CA_FINGERPRINT" doc:"SHA-256 of that root's certificate, as step certificate fingerprint prints it: the root is fetched from the external CA and compared with it" form:"64 hex digits" why:"none: the root comes from its file"`
 	CAProvisioner  string `env:"SALLYPORT_PKI_CA_PROVISIONER" doc:"name of the external CA's provisioner (type JWK) for this installation" form:"a name" why:"none; needed with SALLYPORT_PKI_CA"`
 	CAKeyFile      string `env:"SALLYPORT_PKI_CA_KEY_FILE" doc:"file with that provisioner's private key" form:"a path: JWK, encrypted JWK or PEM" why:"none; needed with SALLYPORT_PKI_CA"`
 	CAPasswordFile string `env:"SALLYPORT_PKI_CA_PASSWORD_FILE" doc:"file with the password of that key" form:"a path" why:"none: the key is not encrypted"`
@@ -50,18 +53,21 @@ func (c *PKI) validate() error {
 
 func (c *PKI) checkCA() error {
 	for _, v := range []struct{ name, value string }{
-		{"SALLYPORT_PKI_CA_ROOT_FILE", c.CARootFile}, {"SALLYPORT_PKI_CA_PROVISIONER", c.CAProvisioner},
+		{"SALLYPORT_PKI_CA_ROOT_FILE", c.CARootFile}, {"SALLYPORT_PKI_CA_FINGERPRINT", c.CAFingerprint}, {"SALLYPORT_PKI_CA_PROVISIONER", c.CAProvisioner},
 		{"SALLYPORT_PKI_CA_KEY_FILE", c.CAKeyFile}, {"SALLYPORT_PKI_CA_PASSWORD_FILE", c.CAPasswordFile},
 	} {
 		switch {
 		case c.CA == "" && v.value != "":
 			return wrong(v.name, "is set, but SALLYPORT_PKI_CA is not")
-		case c.CA != "" && v.value == "" && v.name != "SALLYPORT_PKI_CA_PASSWORD_FILE":
+		case c.CA != "" && v.value == "" && (v.name == "SALLYPORT_PKI_CA_PROVISIONER" || v.name == "SALLYPORT_PKI_CA_KEY_FILE" || v.name == "SALLYPORT_PKI_CA_ROOT_FILE" && c.CAFingerprint == ""):
 			return wrong(v.name, "not set, and SALLYPORT_PKI_CA needs it")
 		}
 	}
 	if c.CA == "" {
 		return nil
+	}
+	if _, err := c.CAFingerprintSum(); err != nil {
+		return err
 	}
 	u, err := url.Parse(c.CA)
 	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
@@ -69,6 +75,19 @@ func (c *PKI) checkCA() error {
 	}
 	c.CA = "https://" + u.Host
 	return nil
+}
+
+// CAFingerprintSum is the SHA-256 of the external CA's root; nil if it is not
+// given.
+func (c PKI) CAFingerprintSum() ([]byte, error) {
+	if c.CAFingerprint == "" {
+		return nil, nil
+	}
+	sum, err := hex.DecodeString(strings.NewReplacer(":", "", "-", "").Replace(c.CAFingerprint))
+	if err != nil || len(sum) != sha256.Size {
+		return nil, wrong("SALLYPORT_PKI_CA_FINGERPRINT", "%s is not accepted; want %d hex digits, the SHA-256 of the root's certificate", quote(c.CAFingerprint), 2*sha256.Size)
+	}
+	return sum, nil
 }
 
 // CAPassword reads the password of the provisioner's key. It is empty without

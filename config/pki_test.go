@@ -57,6 +57,17 @@ func TestExternalCA(t *testing.T) {
 			t.Errorf("without %s: %v", all[i], err)
 		}
 	}
+	sum := strings.Repeat("ab", 32)
+	for fingerprint, want := range map[string]bool{sum: true, strings.ToUpper(sum): true, strings.TrimSuffix(strings.Repeat("ab:", 32), ":"): true, sum[2:]: false, "SHA256:abc": false, strings.Repeat("xy", 32): false} {
+		some := append([]string{"SALLYPORT_PKI_CA_FINGERPRINT=" + fingerprint}, all[:2]...)
+		some = append(some, all[3:]...) // in the place of the file
+		if c, err := config.LoadPKI(some); (err == nil) != want {
+			t.Errorf("fingerprint %q: %v, %v", fingerprint, c.CAFingerprint, err)
+		}
+	}
+	if _, err := config.LoadPKI([]string{"SALLYPORT_DATA=/d", "SALLYPORT_PKI_CA_FINGERPRINT=" + sum}); !errors.Is(err, config.ErrConfig) {
+		t.Errorf("a fingerprint without a CA: %v", err)
+	}
 	for _, bad := range []string{"http://ca:9000", "ca:9000", "https://", "https://u:p@ca", "https://ca/x", "https://ca?x=1"} {
 		some := append(append([]string{}, all...), "SALLYPORT_PKI_CA="+bad)
 		if _, err := config.LoadPKI(some); !errors.Is(err, config.ErrConfig) {

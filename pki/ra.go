@@ -39,11 +39,12 @@ var ErrExternal = errors.New("external CA")
 // External is a step-ca for which the authority is a registration authority:
 // the keys of root and intermediate are there.
 type External struct {
-	URL         string // https://host:port
-	Root        *x509.Certificate
-	Provisioner string // of type JWK
-	KeyFile     string // the provisioner's private key: JWK, encrypted JWK or PEM
-	Password    []byte // of the key file; nil: none
+	URL         string            // https://host:port
+	Root        *x509.Certificate // nil: it is fetched by its fingerprint
+	Fingerprint []byte            // SHA-256 of the root's certificate; nil: not given
+	Provisioner string            // of type JWK
+	KeyFile     string            // the provisioner's private key: JWK, encrypted JWK or PEM
+	Password    []byte            // of the key file; nil: none
 }
 
 // WithExternal has leaves issued by an external step-ca.

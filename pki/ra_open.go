@@ -43,6 +43,9 @@ func (a *Authority) material(ctx context.Context) (m *material, made bool, err e
 	if _, err := os.Stat(filepath.Join(a.dir, fileInterKey)); err == nil {
 		return nil, false, fmt.Errorf("%w: the directory holds a CA of its own, and SALLYPORT_PKI_CA names another: an installation keeps its CA (a fresh SALLYPORT_DATA starts with the other)", ErrExternal)
 	}
+	if err := a.ra.pin(ctx, a.dir); err != nil {
+		return nil, false, err
+	}
 	if err := a.ra.start(); err != nil {
 		return nil, false, err
 	}
@@ -93,7 +96,7 @@ func (r *registrar) trustDomain(ctx context.Context) (string, error) {
 			return c.URIs[0].Host, nil
 		}
 	}
-	return "", fmt.Errorf("%w at %s: its intermediate is no SPIFFE intermediate below the root in SALLYPORT_PKI_CA_ROOT_FILE: want exactly one URI name, spiffe:// and the trust domain (`sallyport ca csr` prints a request that asks for it)", ErrExternal, r.URL)
+	return "", fmt.Errorf("%w at %s: its intermediate is no SPIFFE intermediate below the root that is pinned (SALLYPORT_PKI_CA_ROOT_FILE, SALLYPORT_PKI_CA_FINGERPRINT): want exactly one URI name, spiffe:// and the trust domain (`sallyport ca csr` prints a request that asks for it)", ErrExternal, r.URL)
 }
 
 // register has a new leaf for documents issued, and writes down what the
@@ -140,7 +143,7 @@ func (a *Authority) loadRegistered() (*material, error) {
 		}
 	}
 	if !m.root.Equal(a.ra.Root) {
-		return nil, fmt.Errorf("%w: SALLYPORT_PKI_CA_ROOT_FILE holds another root than %s", ErrExternal, fileRoot)
+		return nil, fmt.Errorf("%w: SALLYPORT_PKI_CA_ROOT_FILE or SALLYPORT_PKI_CA_FINGERPRINT names another root than %s", ErrExternal, fileRoot)
 	}
 	if m.interKey, err = a.keys.load(fileDocumentKey); err != nil {
 		return nil, err

@@ -4,9 +4,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -41,6 +43,7 @@ type stranger struct {
 	key      *ecdsa.PrivateKey // of the provisioner
 	keyFile  string
 	twist    atomic.Pointer[func(*x509.Certificate)]
+	lies     atomic.Pointer[x509.Certificate] // the root that it says it has
 }
 
 const strangerDomain = "corp.example"
@@ -90,6 +93,16 @@ func newStranger(t *testing.T) *stranger {
 		_, _ = w.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.inter.Raw}))
 	})
 	mux.HandleFunc("POST /1.0/sign", s.sign)
+	mux.HandleFunc("GET /root/{sum}", func(w http.ResponseWriter, r *http.Request) {
+		root := s.root
+		if other := s.lies.Load(); other != nil {
+			root = other
+		} else if sum := sha256.Sum256(root.Raw); r.PathValue("sum") != hex.EncodeToString(sum[:]) {
+			w.WriteHeader(http.StatusNotFound)
+			return
+		}
+		_ = json.NewEncoder(w).Encode(map[string]string{"ca": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))})
+	})
 	server := httptest.NewUnstartedServer(mux)
 	key := newKey(t)
 	web := signed(t, &x509.Certificate{
@@ -237,6 +250,45 @@ func TestRegistrationAuthority(t *testing.T) {
 }
 
 var strangerKey = wire.HashSPKI([]byte("somebody"))
+
+// The root may be pinned by its fingerprint: it is fetched, and compared.
+func TestExternalByFingerprint(t *testing.T) {
+	s, other := newStranger(t), newStranger(t)
+	sum := sha256.Sum256(s.root.Raw)
+	pinned := func(change func(*pki.External)) pki.Option {
+		e := pki.External{URL: s.url, Fingerprint: sum[:], Provisioner: "sallyport", KeyFile: s.keyFile}
+		if change != nil {
+			change(&e)
+		}
+		return pki.WithExternal(e)
+	}
+	dir := t.TempDir()
+	s.lies.Store(other.root) // somebody between, with a root of his own
+	if _, err := pki.Open(t.Context(), dir, quiet, pinned(nil)); !errors.Is(err, pki.ErrExternal) || !strings.Contains(err.Error(), "another one") {
+		t.Errorf("with another root: %v", err)
+	}
+	s.lies.Store(nil)
+	wrong := sha256.Sum256([]byte("x"))
+	if _, err := pki.Open(t.Context(), dir, quiet, pinned(func(e *pki.External) { e.Fingerprint = wrong[:] })); !errors.Is(err, pki.ErrExternal) {
+		t.Errorf("a fingerprint that it does not know: %v", err)
+	}
+	if _, err := pki.Open(t.Context(), dir, quiet, pinned(func(e *pki.External) { e.Root = other.root })); !errors.Is(err, pki.ErrExternal) {
+		t.Errorf("a file with another root: %v", err)
+	}
+	a := open(t, dir, pinned(nil))
+	if !a.Root().Equal(s.root) {
+		t.Error("another root was taken")
+	}
+	certify(t, a, fresh(t, a, wire.RoleNode))
+	closeIt(t, a)
+	// Once it is known nobody is asked for it any more.
+	s.lies.Store(other.root)
+	a = open(t, dir, pinned(nil))
+	if !a.Root().Equal(s.root) {
+		t.Error("another root after the restart")
+	}
+	closeIt(t, a)
+}
 
 // What comes back must be what was asked for.
 func TestExternalMisbehaves(t *testing.T) {

@@ -38,15 +38,21 @@ func caOptions(c config.PKI) ([]pki.Option, error) {
 }
 
 func externalCA(c config.PKI) (e pki.External, err error) {
-	chain, err := readChain(c.CARootFile)
-	if err != nil {
-		return e, fmt.Errorf("SALLYPORT_PKI_CA_ROOT_FILE: %w", err)
+	e = pki.External{URL: c.CA, Provisioner: c.CAProvisioner, KeyFile: c.CAKeyFile}
+	if c.CARootFile != "" {
+		chain, err := readChain(c.CARootFile)
+		if err != nil {
+			return e, fmt.Errorf("SALLYPORT_PKI_CA_ROOT_FILE: %w", err)
+		}
+		e.Root = chain[len(chain)-1]
+	}
+	if e.Fingerprint, err = c.CAFingerprintSum(); err != nil {
+		return e, err
 	}
 	password, err := c.CAPassword()
 	if err != nil {
 		return e, err
 	}
-	e = pki.External{URL: c.CA, Root: chain[len(chain)-1], Provisioner: c.CAProvisioner, KeyFile: c.CAKeyFile}
 	if password != "" {
 		e.Password = []byte(password.Reveal())
 	}

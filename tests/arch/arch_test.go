@@ -111,7 +111,8 @@ func skipVerify(files []source) (bad []string) {
 			continue
 		}
 		enrolment := f.in("internal/identity", "internal/channel", "internal/session") && strings.Contains(path.Base(f.name), "enroll")
-		if enrolment {
+		rootByHash := f.in("pki") && path.Base(f.name) == "ra_root.go" // what is fetched there is compared with its SHA-256
+		if enrolment || rootByHash {
 			continue
 		}
 		for _, place := range f.identifiers("InsecureSkipVerify") {

@@ -26,7 +26,7 @@ import (
 type stepCA struct {
 	*harness.Process
 
-	url, root, key string // the files are those that a registration authority gets
+	url, root, key string // the files: of the root, and that a registration authority gets
 }
 
 func pemFile(t *testing.T, site *harness.Site, name, typ string, der []byte) string {
@@ -125,7 +125,7 @@ func TestStepCA(t *testing.T) {
 	site := harness.New(t)
 	ca := startStepCA(t, site, "corp.example")
 	gateway := site.Gateway(
-		harness.Env("SALLYPORT_PKI_CA", ca.url), harness.Env("SALLYPORT_PKI_CA_ROOT_FILE", ca.root),
+		harness.Env("SALLYPORT_PKI_CA", ca.url), harness.Env("SALLYPORT_PKI_CA_FINGERPRINT", fingerprint(t, ca.root)),
 		harness.Env("SALLYPORT_PKI_CA_PROVISIONER", "sallyport"), harness.Env("SALLYPORT_PKI_CA_KEY_FILE", ca.key))
 	site.RCP(gateway, "dmz-1")
 	first, second := site.Node(gateway, "web-1"), site.Node(gateway, "web-2")

@@ -1,0 +1,88 @@
+package pki
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"encoding/pem"
+	"fmt"
+	"net/http"
+	"time"
+
+	"sallyport/internal/wire"
+)
+
+// rootTime bounds the request for a root, maxRoot its answer.
+const (
+	rootTime = 20 * time.Second
+	maxRoot  = 64 << 10
+)
+
+// pin finds the root of the external CA where only its fingerprint is known: the
+// one of the last start, or what the CA itself says. An installation keeps the
+// root that it began with.
+func (r *registrar) pin(ctx context.Context, dir string) error {
+	if r.Root != nil {
+		if sum := sha256.Sum256(r.Root.Raw); r.Fingerprint != nil && !bytes.Equal(sum[:], r.Fingerprint) {
+			return fmt.Errorf("%w: the root in SALLYPORT_PKI_CA_ROOT_FILE has the fingerprint %x, SALLYPORT_PKI_CA_FINGERPRINT is another", ErrExternal, sum)
+		}
+		return nil
+	}
+	if held, err := readCert(dir, fileRoot); err == nil {
+		if sum := sha256.Sum256(held.Raw); bytes.Equal(sum[:], r.Fingerprint) {
+			r.Root = held
+			return nil
+		}
+	}
+	root, err := r.fetchRoot(ctx)
+	if err != nil {
+		return fmt.Errorf("%w at %s: its root: %w", ErrExternal, r.URL, err)
+	}
+	r.Root = root
+	return nil
+}
+
+// fetchRoot asks for the certificate with the fingerprint, as `step ca root`
+// does. Whoever answers cannot choose it: it is the SHA-256 of the answer.
+func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
+	client := &http.Client{
+		Timeout: rootTime,
+		Transport: &http.Transport{
+			// No root is known yet that could verify the server. What it says
+			// is compared with the fingerprint, and nothing is told to it.
+			TLSClientConfig:   &tls.Config{MinVersion: tls.VersionTLS12, InsecureSkipVerify: true}, //nolint:gosec // see above
+			Proxy:             http.ProxyFromEnvironment,
+			DisableKeepAlives: true, MaxResponseHeaderBytes: wire.MaxHeader,
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/root/"+hex.EncodeToString(r.Fingerprint), http.NoBody)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("it knows none with the fingerprint in SALLYPORT_PKI_CA_FINGERPRINT (%s)", resp.Status)
+	}
+	var answer struct {
+		CA string `json:"ca"`
+	}
+	if err := wire.DecodeJSON(resp.Body, maxRoot, &answer); err != nil {
+		return nil, err
+	}
+	block, _ := pem.Decode([]byte(answer.CA))
+	if block == nil {
+		return nil, fmt.Errorf("%w: it answers without a certificate", wire.ErrMalformed)
+	}
+	if sum := sha256.Sum256(block.Bytes); !bytes.Equal(sum[:], r.Fingerprint) {
+		return nil, fmt.Errorf("it answers with another one, %x: is this the CA, or somebody between?", sum)
+	}
+	return x509.ParseCertificate(block.Bytes)
+}
