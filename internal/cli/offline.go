@@ -182,7 +182,7 @@ func (o *offline) role(said wire.Role) (wire.Role, error) {
 	choice := wire.Role(o.choice)
 	switch {
 	case said != "" && choice != "" && said != choice:
-		return "", Usage("--role %s: the file is for a %s", choice, said)
+		return "", Usage("--role %s: the file is for role %s", choice, said)
 	case said != "":
 		choice = said
 	}
