@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"sallyport/internal/channel"
+	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -188,6 +189,14 @@ func (u *upstreams) serve(ctx context.Context, c *channel.Conn, addr string) {
 	}
 	log.Info("upstream channel up", "dialled", c.Dialled(), "enrolling", c.Enrolling())
 	in.changed()
+	if c.Enrolling() && in.applicant.Ready() == nil {
+		decided, left := in.applicant.Decided(), make(chan struct{})
+		go func() {
+			defer close(left)
+			enroll.Leave(c.Done(), decided, c.Close)
+		}()
+		defer func() { <-left }()
+	}
 	err := c.Serve(ctx, in.channelHandler(c))
 	log.Info("upstream channel down", "reason", err)
 }

@@ -9,12 +9,12 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/time/rate"
 
 	"sallyport/config"
 	"sallyport/internal/channel"
+	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -118,35 +118,13 @@ func (r *Relay) serveUpstream(ctx context.Context, c *channel.Conn) {
 		decided, left := r.applicant.Decided(), make(chan struct{})
 		go func() {
 			defer close(left)
-			leaveDecided(c, decided)
+			enroll.Leave(c.Done(), decided, c.Close)
 		}()
 		defer func() { <-left }()
 	}
 	err := c.Serve(ctx, r.upstreamHandler(c))
 	log.Info("upstream channel down", "reason", err)
 }
-
-// errDecided ends an enrolment channel of an RCP that has a certificate.
-var errDecided = errors.New("the gateway has said whether it renews the certificate: it is expected back as to any other RCP")
-
-// leaveDecided ends the enrolment channel of an RCP that has a certificate as
-// soon as a gateway has said whether it renews it. One that lost its database
-// knows no RCP, tries both protocols in turn, and must not be kept by this one.
-func leaveDecided(c *channel.Conn, decided <-chan struct{}) {
-	select {
-	case <-c.Done():
-		return
-	case <-decided:
-	}
-	select {
-	case <-c.Done():
-	case <-time.After(decidedGrace):
-		c.Close(errDecided)
-	}
-}
-
-// decidedGrace is how long the answer to a verdict may take to be on its way.
-const decidedGrace = time.Second
 
 // upstreamHandler is everything that an upstream peer can ask. While either
 // side enrols, that is our own key and nothing else.
