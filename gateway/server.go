@@ -132,17 +132,13 @@ func (s *Server) Run(ctx context.Context) error {
 	if err := s.twin.stopped(); err != nil {
 		return err
 	}
-	if err := s.ensureCertificate(ctx); err != nil {
-		return err
-	}
-	if err := s.enrolment.start(ctx); err != nil {
-		return err
-	}
-	if err := s.loadFleet(ctx); err != nil {
-		if ctx.Err() != nil {
+	for _, start := range []func(context.Context) error{s.ensureCertificate, s.enrolment.start, s.loadFleet} {
+		switch err := start(ctx); {
+		case err != nil && ctx.Err() != nil: // we are stopped before we have begun
 			return nil
+		case err != nil:
+			return err
 		}
-		return err
 	}
 	// Two lives: intake ends at once when we stop, work somewhat later.
 	work, endWork := context.WithCancelCause(context.WithoutCancel(ctx))

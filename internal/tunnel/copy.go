@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -136,15 +137,16 @@ func (from *source) read(room int) (b *block, n int, err error) {
 // first, nil if both ended well.
 func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, err error) {
 	var failed atomic.Pointer[error]
+	var once sync.Once // whose second caller waits: nobody closes the connection before it is set to RST
 	give := func(err error) {
-		if !failed.CompareAndSwap(nil, &err) {
-			return
-		}
-		s.Refuse(Reset, "") // nothing if it is the stream that failed
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0) // RST, not an end that looks complete
-		}
-		_ = conn.Close()
+		once.Do(func() {
+			failed.Store(&err)
+			s.Refuse(Reset, "") // nothing if it is the stream that failed
+			if tcp, ok := conn.(*net.TCPConn); ok {
+				_ = tcp.SetLinger(0) // RST, not an end that looks complete
+			}
+			_ = conn.Close()
+		})
 	}
 	stop := context.AfterFunc(ctx, func() { give(context.Cause(ctx)) })
 	defer stop()
