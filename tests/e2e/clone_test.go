@@ -37,7 +37,7 @@ func TestClone(t *testing.T) {
 	if err != nil || !strings.Contains(n.StateReason, "two live hosts") {
 		t.Errorf("%+v, %v", n, err)
 	}
-	if err := gateway.HasEvent("node web-1 is quarantined: " + n.StateReason + "; give one of them another identity (node reidentify), or stop it, then node resume"); err != nil {
+	if err := gateway.HasEvent("node web-1 is quarantined: " + n.StateReason + "; give one of them another identity (node reidentify --boot), or stop it (local status shows the boot on each host), then node resume"); err != nil {
 		t.Error(err)
 	}
 	gateway.Run("action", "run", "--node", "web-1", "--ttl", "20s", "--", "true").Exits(126)
