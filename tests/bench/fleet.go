@@ -98,13 +98,18 @@ func (b *bench) newCrowd(ctx context.Context, name string, plan scalePlan) (*cro
 // sim prepares a simulation of the crowd's nodes, which keep their identities
 // from one to the next.
 func (c *crowd) sim(ctx context.Context, args ...string) *exec.Cmd {
-	args = append([]string{"sim", "--nodes", strconv.Itoa(c.nodes), "--join", c.join, "--data", filepath.Join(c.dir, "sim"), "-o", "json"}, args...)
+	args = append([]string{"sim", "--nodes", strconv.Itoa(c.nodes), "--join", c.join, "--data", filepath.Join(c.dir, "sim"), "--timeout", c.patience().String(), "-o", "json"}, args...)
 	cmd := exec.CommandContext(ctx, filepath.Join(c.bin, "sallyport"), args...)
 	cmd.Env = c.env("gateway")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = time.Minute
 	return cmd
+}
+
+// patience is how long the nodes may take for anything: many times what they need.
+func (c *crowd) patience() time.Duration {
+	return 5*time.Minute + time.Duration(c.nodes)*50*time.Millisecond
 }
 
 // run runs a simulation to its end.
@@ -142,6 +147,10 @@ func (c *crowd) pids() []string {
 
 // settled is when sessions that nobody uses are closed and their memory is free.
 const settled = 75 * time.Second
+
+// proving is how long the gateway takes to prove, in sessions, all nodes that
+// have come back.
+const proving = time.Minute
 
 // crowdFigures is what one number of nodes gave.
 type crowdFigures struct {
@@ -208,7 +217,6 @@ func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r re
 		simErr = sim.Wait()
 	}()
 	defer func() { cancel(); <-ended }()
-	const patience = 5 * time.Minute
 	over := false
 	all := func() error {
 		select {
@@ -224,7 +232,7 @@ func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r re
 		}
 		return err
 	}
-	if err := eventually(ctx, patience, "all nodes are connected", all); err != nil {
+	if err := eventually(ctx, c.patience(), "all nodes are connected", all); err != nil {
 		return r, err
 	}
 	for _, p := range c.rcps {
@@ -241,7 +249,7 @@ func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r re
 	asking, enough := context.WithCancel(ctx)
 	var answers sync.WaitGroup
 	answers.Go(func() { r.slowest = c.slowestAnswer(asking) })
-	err = eventually(ctx, patience, "all nodes are back", all)
+	err = eventually(ctx, c.patience(), "all nodes are back", all)
 	r.took = time.Since(began)
 	enough()
 	answers.Wait()
@@ -249,6 +257,9 @@ func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r re
 		n, cerr := c.connected(ctx)
 		r.missing = c.nodes - n
 		err = cerr
+	}
+	if err == nil && !b.quick {
+		rest += proving
 	}
 	if err == nil {
 		err = pause(ctx, rest)
