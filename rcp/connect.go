@@ -80,7 +80,7 @@ func (r *Relay) parseJourney(req *http.Request) (journey, *refused) {
 // connect serves one CONNECT of an upstream peer, to its end.
 func (r *Relay) connect(w http.ResponseWriter, req *http.Request, up *channel.Conn) {
 	began := time.Now()
-	r.opened.Add(1)
+	defer r.ended.Add(1)
 	r.metrics.streams.Inc()
 	defer r.metrics.streams.Dec()
 	bytes, err := r.route(w, req, up)

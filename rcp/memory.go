@@ -21,10 +21,14 @@ const (
 	// A collection halves a stack that grew and is little used now; those of a
 	// handshake and a first request grew two or three times.
 	trimRounds = 3
-	// Streams leave buffers behind too, of which a plant at rest opens some for
-	// each node now and then: as many as there are channels are trimmed after
-	// at least trimStreams, calm or not.
+	// Streams leave buffers and grown stacks behind too: a gateway that proves
+	// every node after a storm opens one for each of them, and keeps it for a
+	// while. They are trimmed after at least trimStreams: when as many as half
+	// of the channels have ended and the storm is over, or as many as there are.
 	trimStreams = time.Minute
+	// calmShare: less than one end for so many channels in trimCalm is no
+	// storm.
+	calmShare = 100
 )
 
 // tuneMemory keeps the process small between storms of channels. GOGC in the
@@ -35,7 +39,7 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 	}
 	tick := time.NewTicker(trimCalm)
 	defer tick.Stop()
-	var trimmed, last, streams uint64
+	var trimmed, streams, lastMoved, lastEnded uint64
 	at := time.Now()
 	for {
 		select {
@@ -43,18 +47,19 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 		case <-ctx.Done():
 			return nil
 		}
-		moved, opened := r.roster.moved(), r.opened.Load()
-		due := moved == last && moved-trimmed >= trimAfter
-		if !due && opened-streams >= trimAfter && time.Since(at) >= trimStreams {
+		moved, ended := r.roster.moved(), r.ended.Load()
+		due := moved == lastMoved && moved-trimmed >= trimAfter
+		if n := ended - streams; !due && n >= trimAfter && time.Since(at) >= trimStreams {
 			nodes, _ := r.roster.count()
-			due = opened-streams >= uint64(nodes[wire.RoleNode])
+			channels := uint64(nodes[wire.RoleNode])
+			due = n >= channels || n >= channels/2 && ended-lastEnded <= channels/calmShare
 		}
 		if due {
 			for range trimRounds {
 				debug.FreeOSMemory()
 			}
-			trimmed, streams, at = moved, opened, time.Now()
+			trimmed, streams, at = moved, ended, time.Now()
 		}
-		last = moved
+		lastMoved, lastEnded = moved, ended
 	}
 }

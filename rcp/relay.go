@@ -58,7 +58,7 @@ type Relay struct {
 	metrics    *metrics
 	table      *table
 	roster     *roster
-	opened     atomic.Uint64 // streams, since the start
+	ended      atomic.Uint64 // streams, since the start
 	mirrors    *mirrors
 	lanes      *lanes
 	upstreams  *upstreams
