@@ -134,7 +134,7 @@ func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error)
 	if own < 0 {
 		return s.store.Desired(ctx, id)
 	}
-	s.pushPlans(slices.Delete(slices.Clone(plans), own, own+1)) // the caller pushes its own
+	s.pushPlans(slices.Concat(plans[:own], plans[own+1:])) // the caller pushes its own
 	return plans[own].desired, nil
 }
 

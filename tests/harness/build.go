@@ -34,17 +34,11 @@ func build(ctx context.Context) (string, error) {
 		return "", err
 	}
 	dir := filepath.Join(cache, "sallyport-tests", kind)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
-	}
-	lock, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	unlock, err := lockDirectory(dir)
 	if err != nil {
 		return "", err
 	}
-	defer func() { _ = lock.Close() }() // which unlocks
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
-		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
-	}
+	defer unlock()
 	args := append([]string{"build", "-o", dir + string(filepath.Separator)}, append(flags, "./cmd/...")...)
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir, cmd.Env = root, env
@@ -97,4 +91,21 @@ func Repository() (string, error) {
 		}
 		dir = parent
 	}
+}
+
+// lockDirectory makes a directory for what is built, and keeps other test
+// processes out of it until unlock.
+func lockDirectory(dir string) (unlock func(), err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		_ = lock.Close()
+		return nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
+	}
+	return func() { _ = lock.Close() }, nil // which unlocks
 }

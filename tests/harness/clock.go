@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -156,17 +155,11 @@ func buildClock(ctx context.Context) (string, error) {
 	made := hex.EncodeToString(hash.Sum(nil)[:6])
 	added := "// Made by " + made + ".\n" + clockSource
 	dir := filepath.Join(cache, "sallyport-tests", kind+"-clock-"+made)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
-	}
-	lock, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	unlock, err := lockDirectory(dir)
 	if err != nil {
 		return "", err
 	}
-	defer func() { _ = lock.Close() }() // which unlocks
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
-		return "", fmt.Errorf("lock %s: %w", lock.Name(), err)
-	}
+	defer unlock()
 
 	file := func(name string) string { return filepath.Join(dir, name) }
 	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{
