@@ -182,16 +182,21 @@ func (a *Applicant) remember(m joinMemory) error {
 		a.memory = m
 		return nil
 	}
-	b, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	// A lost memory costs one superfluous attempt, so the directory is not synced.
-	if err := renameio.WriteFile(filepath.Join(a.id.Dir(), fileJoin), b, 0o644); err != nil {
+	if err := m.write(a.id.Dir()); err != nil {
 		return fmt.Errorf("enrolment: remember the join code: %w", err)
 	}
 	a.memory = m
 	return nil
+}
+
+// write keeps the memory in the directory of an identity. A lost one costs a
+// superfluous attempt, so the directory is not synced.
+func (m joinMemory) write(dir string) error {
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	return renameio.WriteFile(filepath.Join(dir, fileJoin), b, 0o644)
 }
 
 // refresh reads the codes and settles the state.

@@ -99,9 +99,8 @@ func rememberAddresses(dir string, rcps []wire.RCPAddresses) error {
 		return nil
 	}
 	slices.Sort(addrs)
-	file := filepath.Join(dir, fileJoin)
 	var m joinMemory
-	b, err := os.ReadFile(file)
+	b, err := os.ReadFile(filepath.Join(dir, fileJoin))
 	if err == nil {
 		err = json.Unmarshal(b, &m)
 	}
@@ -109,10 +108,7 @@ func rememberAddresses(dir string, rcps []wire.RCPAddresses) error {
 		m = joinMemory{} // damaged: it costs a superfluous attempt
 	}
 	m.Addresses = slices.Compact(addrs)
-	if b, err = json.Marshal(m); err != nil {
-		return err
-	}
-	if err := renameio.WriteFile(file, b, 0o644); err != nil {
+	if err := m.write(dir); err != nil {
 		return fmt.Errorf("keep the addresses: %w", err)
 	}
 	return nil
