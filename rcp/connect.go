@@ -80,9 +80,13 @@ func (r *Relay) parseJourney(req *http.Request) (journey, *refused) {
 // connect serves one CONNECT of an upstream peer, to its end.
 func (r *Relay) connect(w http.ResponseWriter, req *http.Request, up *channel.Conn) {
 	began := time.Now()
-	defer r.ended.Add(1)
+	r.running.Add(1)
 	r.metrics.streams.Inc()
-	defer r.metrics.streams.Dec()
+	defer func() {
+		r.metrics.streams.Dec()
+		r.running.Add(-1)
+		r.ended.Add(1)
+	}()
 	bytes, err := r.route(w, req, up)
 	log := r.log.With("target", wire.Quotable(req.Host), "upstream", up.Peer().String())
 	var no *refused

@@ -4,62 +4,104 @@ import (
 	"context"
 	"runtime/debug"
 	"time"
-
-	"sallyport/internal/wire"
 )
 
 const (
-	// gcPercent is the heap's growth between two collections. Channels at rest
-	// are most of an RCP's heap and allocate next to nothing, so that the usual
-	// 100 would keep as much memory again for nothing. Measured with 10,000
-	// nodes at rest: it costs no CPU time that could be seen.
-	gcPercent = 50
-	// After this many channels came or went, and nothing more happened for a
-	// moment, what they needed meanwhile (handshakes above all) is given back.
+	// gcResting is the heap's growth between two collections, in percent, while
+	// channels rest: they are most of an RCP's heap and allocate next to nothing,
+	// so that the usual 100 would keep as much memory again for nothing. While
+	// channels come and go by the hundred, gcBusy spares half of the collector's
+	// work, and what it leaves is trimmed afterwards.
+	gcResting = 50
+	gcBusy    = 100
+	// busyMoves is how many channels came or went in one look of a busy time.
+	busyMoves = 64
+	look      = time.Second
+	// After this many channels came or went, and nothing more happened for
+	// trimCalm looks, what they needed meanwhile (handshakes above all) is given
+	// back.
 	trimAfter = 256
-	trimCalm  = 3 * time.Second
+	trimCalm  = 3
 	// A collection halves a stack that grew and is little used now; those of a
 	// handshake and a first request grew two or three times.
 	trimRounds = 3
 	// Streams leave buffers and grown stacks behind too: a gateway that proves
 	// every node after a storm opens one for each of them, and keeps it for a
-	// while. They are trimmed after at least trimStreams: when as many as half
-	// of the channels have ended and the storm is over, or as many as there are.
+	// while. They are trimmed, at most every trimStreams, when a wave of them is
+	// over: fewer than a quarter of those are open that once were; or when as
+	// many have ended as there are channels.
 	trimStreams = time.Minute
-	// calmShare: less than one end for so many channels in trimCalm is no
-	// storm.
-	calmShare = 100
+	trimWave    = 256
 )
 
-// tuneMemory keeps the process small between storms of channels. GOGC in the
-// environment wins over gcPercent: the runtime has read it already.
-func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
-	if !gogc {
-		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent))
+// tide is what trimming depends on, looked at again and again.
+type tide struct {
+	moved, ended uint64 // channels that came or went, streams that ended: since the start
+	open         int64  // streams
+	channels     uint64
+}
+
+// trimmer decides when memory is worth giving back.
+type trimmer struct {
+	last  tide // of the look before
+	done  tide // when it was last trimmed
+	at    time.Time
+	calm  int   // looks without a channel that came or went
+	crest int64 // most streams that were open at a look since
+}
+
+// see looks at the tide: due says that now is the time to trim, busy that the
+// collector is better left alone.
+func (t *trimmer) see(now time.Time, is tide) (due, busy bool) {
+	busy = is.moved-t.last.moved >= busyMoves
+	if is.moved == t.last.moved {
+		t.calm++
+	} else {
+		t.calm = 0
 	}
-	tick := time.NewTicker(trimCalm)
+	t.last = is
+	t.crest = max(t.crest, is.open)
+	due = t.calm >= trimCalm && is.moved-t.done.moved >= trimAfter
+	if !due && now.Sub(t.at) >= trimStreams && is.ended-t.done.ended >= trimAfter {
+		due = is.ended-t.done.ended >= is.channels || t.crest >= trimWave && is.open < t.crest/4
+	}
+	if due {
+		t.done, t.at, t.crest = is, now, is.open
+	}
+	return due, busy
+}
+
+// tuneMemory keeps the process small between storms of channels. GOGC in the
+// environment wins over both of ours: the runtime has read it already.
+func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
+	percent := gcResting
+	if !gogc {
+		defer debug.SetGCPercent(debug.SetGCPercent(percent))
+	}
+	tick := time.NewTicker(look)
 	defer tick.Stop()
-	var trimmed, streams, lastMoved, lastEnded uint64
-	at := time.Now()
+	t := trimmer{at: time.Now()}
 	for {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return nil
 		}
-		moved, ended := r.roster.moved(), r.ended.Load()
-		due := moved == lastMoved && moved-trimmed >= trimAfter
-		if n := ended - streams; !due && n >= trimAfter && time.Since(at) >= trimStreams {
-			nodes, _ := r.roster.count()
-			channels := uint64(nodes[wire.RoleNode])
-			due = n >= channels || n >= channels/2 && ended-lastEnded <= channels/calmShare
+		is := tide{ended: r.ended.Load(), open: r.running.Load()}
+		is.moved, is.channels = r.roster.moved()
+		due, busy := t.see(time.Now(), is)
+		want := gcResting
+		if busy {
+			want = gcBusy
+		}
+		if want != percent && !gogc {
+			percent = want
+			debug.SetGCPercent(percent)
 		}
 		if due {
 			for range trimRounds {
 				debug.FreeOSMemory()
 			}
-			trimmed, streams, at = moved, ended, time.Now()
 		}
-		lastMoved, lastEnded = moved, ended
 	}
 }

@@ -58,7 +58,8 @@ type Relay struct {
 	metrics    *metrics
 	table      *table
 	roster     *roster
-	ended      atomic.Uint64 // streams, since the start
+	running    atomic.Int64  // streams
+	ended      atomic.Uint64 // likewise, since the start
 	mirrors    *mirrors
 	lanes      *lanes
 	upstreams  *upstreams

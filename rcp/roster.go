@@ -381,11 +381,11 @@ func (r *roster) all(keep func(identity.Peer) bool) (out []*attached) {
 	return out
 }
 
-// moved counts the channels that have come and gone, each time.
-func (r *roster) moved() uint64 {
+// moved counts the channels that have come and gone, and the parties that are there.
+func (r *roster) moved() (channels, live uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.seq + r.left
+	return r.seq + r.left, uint64(len(r.live))
 }
 
 // count returns the connected parties by role, and the pending ones.
