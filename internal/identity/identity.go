@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sallyport/internal/wire"
@@ -52,6 +53,7 @@ type Identity struct {
 	trustNumber int64
 	trustEnv    *wire.Envelope
 	pin         pin
+	pinned      atomic.Pointer[pinnedChains]
 	revoked     map[wire.KeyHash]struct{}
 	revNumber   int64
 	revEnv      *wire.Envelope

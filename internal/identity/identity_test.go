@@ -460,6 +460,20 @@ func TestVerifyPinned(t *testing.T) {
 	if err != nil || !p.Pending || p.Key != wire.KeyOf(self.Leaf) {
 		t.Errorf("pending %+v %v", p, err)
 	}
+	renews := ca.Party(t, wire.RoleNode)
+	seen := state(t, gw, renews)
+	if _, err := renews.VerifyPinned(seen, wire.RoleGateway); err != nil {
+		t.Error(err)
+	}
+	if _, err := renews.VerifyPinned(seen, wire.RoleRCP); !errors.Is(err, identity.ErrWrongRole) {
+		t.Errorf("a chain that was seen before, in another role: %v", err)
+	}
+	if _, err := renews.ApplyRevocations(ca.Revoke(t, 1, gw.KeyHash())); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := renews.VerifyPinned(seen, wire.RoleGateway); !errors.Is(err, identity.ErrRevoked) {
+		t.Errorf("a chain that was seen before, revoked since: %v", err)
+	}
 }
 
 func TestJoinSource(t *testing.T) {

@@ -48,15 +48,7 @@ func (i *Identity) Verify(cs tls.ConnectionState) (Peer, error) {
 	}
 	i.mu.RLock()
 	defer i.mu.RUnlock()
-	var errs []error
-	for _, chain := range cs.VerifiedChains {
-		peer, err := i.checkChain(chain, time.Now())
-		if err == nil {
-			return peer, nil
-		}
-		errs = append(errs, err)
-	}
-	return Peer{}, errors.Join(errs...)
+	return i.checkChains(cs.VerifiedChains, time.Now())
 }
 
 // VerifyPinned is the check while enrolling, when no root certificate is held
@@ -69,15 +61,36 @@ func (i *Identity) VerifyPinned(cs tls.ConnectionState, roles ...wire.Role) (Pee
 	}
 	i.mu.RLock()
 	defer i.mu.RUnlock()
-	roots, err := i.pinnedRoots(cs.PeerCertificates)
-	if err != nil {
-		return Peer{}, err
+	known := i.pinned.Load()
+	if known == nil || !known.of(i, cs.PeerCertificates) {
+		roots, err := i.pinnedRoots(cs.PeerCertificates)
+		if err != nil {
+			return Peer{}, err
+		}
+		known = &pinnedChains{certs: cs.PeerCertificates, pin: i.pin.Root, roots: slices.Clone(i.roots)}
+		if known.chains, err = buildChains(cs.PeerCertificates, roots, time.Now()); err != nil {
+			return Peer{}, err
+		}
+		i.pinned.Store(known)
 	}
-	peer, err := i.verifyChain(cs.PeerCertificates, roots, time.Now())
+	peer, err := i.checkChains(known.chains, time.Now())
 	if err != nil {
 		return Peer{}, err
 	}
 	return peer, checkRole(peer, roles...)
+}
+
+// pinnedChains are chains to the pinned root whose signatures were verified
+// last: a handshake asks twice, in VerifyConnection and to learn who it was,
+// and a party that waits is asked again and again by the same few.
+type pinnedChains struct {
+	certs, roots []*x509.Certificate // what they were built of: as shown, and as trusted
+	pin          wire.KeyHash
+	chains       [][]*x509.Certificate
+}
+
+func (p *pinnedChains) of(i *Identity, certs []*x509.Certificate) bool {
+	return p.pin == i.pin.Root && slices.Equal(p.certs, certs) && slices.Equal(p.roots, i.roots)
 }
 
 // pinnedRoots returns the trusted roots and, from certs, the pinned one.
@@ -120,6 +133,15 @@ func (i *Identity) VerifyPending(cs tls.ConnectionState) (Peer, error) {
 // verifyChain verifies certs (leaf first, any order behind it) up to one of
 // roots at a time, and then everything that [Identity.Verify] asks for.
 func (i *Identity) verifyChain(certs, roots []*x509.Certificate, at time.Time) (Peer, error) {
+	chains, err := buildChains(certs, roots, at)
+	if err != nil {
+		return Peer{}, err
+	}
+	return i.checkChains(chains, at)
+}
+
+// buildChains finds the ways from certs[0] to one of roots.
+func buildChains(certs, roots []*x509.Certificate, at time.Time) ([][]*x509.Certificate, error) {
 	opts := x509.VerifyOptions{
 		Roots:         x509.NewCertPool(),
 		Intermediates: x509.NewCertPool(),
@@ -130,15 +152,23 @@ func (i *Identity) verifyChain(certs, roots []*x509.Certificate, at time.Time) (
 		opts.Roots.AddCert(r)
 	}
 	for _, c := range certs[1:] {
-		opts.Intermediates.AddCert(c)
+		if !slices.ContainsFunc(roots, c.Equal) { // a root among them would be verified as both
+			opts.Intermediates.AddCert(c)
+		}
 	}
 	chains, err := certs[0].Verify(opts)
 	if err != nil {
 		if inv := (x509.CertificateInvalidError{}); errors.As(err, &inv) && inv.Reason == x509.Expired {
-			return Peer{}, fmt.Errorf("%w (check the clocks of both sides): %w", ErrExpired, err)
+			return nil, fmt.Errorf("%w (check the clocks of both sides): %w", ErrExpired, err)
 		}
-		return Peer{}, fmt.Errorf("%w: %w", ErrUntrusted, err)
+		return nil, fmt.Errorf("%w: %w", ErrUntrusted, err)
 	}
+	return chains, nil
+}
+
+// checkChains returns what the first chain says that checkChain accepts; mu is
+// held.
+func (i *Identity) checkChains(chains [][]*x509.Certificate, at time.Time) (Peer, error) {
 	var errs []error
 	for _, chain := range chains {
 		peer, err := i.checkChain(chain, at)
