@@ -32,6 +32,7 @@ type joining struct {
 	back   atomic.Int64 // bytes that it got
 
 	answered atomic.Bool // the target sent something, or ended its direction
+	sent     atomic.Bool // the client ended its direction, and the target was told
 	early    []byte      // all that the client sent
 	lost     bool        // it was more than maxEarly
 	ended    bool        // the client ended its direction
@@ -119,7 +120,9 @@ func (j *joining) up(stream targetStream) error {
 			return err
 		}
 	}
-	return stream.CloseWrite()
+	err := stream.CloseWrite()
+	j.sent.Store(err == nil)
+	return err
 }
 
 // side tells errors of the client's connection from those of the stream.
@@ -235,9 +238,13 @@ func (j *joining) downOnce(stream targetStream) (end bool, err error) {
 	return false, err
 }
 
-// endDown passes the end of the target's direction on.
+// endDown passes the end of the target's direction on. Where the client's has
+// ended too, closing the connection does that with one call less.
 func (j *joining) endDown() error {
 	j.answered.Store(true)
+	if j.sent.Load() {
+		return nil
+	}
 	if err := j.client.CloseWrite(); err != nil {
 		return clientError{err}
 	}

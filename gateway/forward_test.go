@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/tunnel"
@@ -396,5 +398,47 @@ func TestListenerInode(t *testing.T) {
 	}
 	if listenerInode(line, 80) != "" || listenerInode(strings.Replace(line, " 0A ", " 01 ", 1), 8080) != "" || listenerInode("junk", 1) != "" {
 		t.Error("another port, or no listener")
+	}
+}
+
+// TestForwardKeepsAlive looks at what the kernel gives to an accepted
+// connection: the listener's options.
+func TestForwardKeepsAlive(t *testing.T) {
+	ln, err := listenForward(t.Context(), "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = client.Close() }()
+	c, err := ln.AcceptTCP()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	raw, err := c.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = raw.Control(func(fd uintptr) {
+		for _, o := range []struct {
+			name                string
+			level, option, want int
+		}{
+			{"SO_KEEPALIVE", unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
+			{"TCP_KEEPIDLE", unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15},
+			{"TCP_KEEPINTVL", unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, 15},
+			{"TCP_KEEPCNT", unix.IPPROTO_TCP, unix.TCP_KEEPCNT, 9},
+		} {
+			if got, err := unix.GetsockoptInt(int(fd), o.level, o.option); err != nil || got != o.want {
+				t.Errorf("%s is %d, want %d (%v)", o.name, got, o.want, err)
+			}
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -153,6 +153,7 @@ func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, 
 	// A stream can be over while we wait for the connection's next bytes.
 	s.onStop(func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })
 	back := make(chan struct{})
+	var ended atomic.Bool // the connection's direction, in order
 	s.t.spawn(func() {
 		defer close(back)
 		var err error
@@ -161,6 +162,7 @@ func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, 
 		}
 		s.onStop(nil)
 		if err == nil {
+			ended.Store(true)
 			return
 		}
 		if over := s.stopped(); over != nil {
@@ -172,7 +174,7 @@ func Join(ctx context.Context, s *Stream, conn net.Conn) (sent, received int64, 
 		}
 	})
 	received, err = s.WriteTo(conn)
-	if err == nil {
+	if err == nil && !ended.Load() { // where both have ended, closing it says so at once
 		err = closeWrite(conn)
 	}
 	if err != nil {
