@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net/http"
 	"slices"
+	"sync"
 	"time"
 
 	"sallyport/gateway/store"
@@ -138,6 +139,51 @@ func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error)
 	return plans[own].desired, nil
 }
 
+// maxSpecs bounds the specs that are kept in memory, in bytes.
+const maxSpecs = 8 << 20
+
+// specs keeps those that were sent last. A spec is known by its digest and never
+// changes, and a change sends the same few to every node.
+type specs struct {
+	mu    sync.Mutex
+	known map[string]json.RawMessage
+	size  int
+}
+
+// get returns the specs with these digests; one that is nowhere is left out.
+func (c *specs) get(ctx context.Context, db *store.DB, digests []string) (map[string]json.RawMessage, error) {
+	out := make(map[string]json.RawMessage, len(digests))
+	var missing []string
+	c.mu.Lock()
+	for _, d := range digests {
+		if spec, ok := c.known[d]; ok {
+			out[d] = spec
+		} else {
+			missing = append(missing, d)
+		}
+	}
+	c.mu.Unlock()
+	if len(missing) == 0 {
+		return out, nil
+	}
+	found, err := db.Specs(ctx, missing)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for d, spec := range found {
+		out[d] = spec
+		if c.known == nil || c.size+len(spec) > maxSpecs {
+			c.known, c.size = map[string]json.RawMessage{}, 0
+		}
+		if _, ok := c.known[d]; !ok {
+			c.known[d], c.size = spec, c.size+len(spec)
+		}
+	}
+	return out, nil
+}
+
 // document makes the signed document of a desired state.
 func (s *Server) document(ctx context.Context, id wire.ID, d *store.Desired) (wire.Envelope, error) {
 	doc := wire.Desired{
@@ -149,7 +195,7 @@ func (s *Server) document(ctx context.Context, id wire.ID, d *store.Desired) (wi
 		doc.Policies[i], digests[i] = p.Policy, p.Digest
 	}
 	var err error
-	if doc.Specs, err = s.store.Specs(ctx, digests); err != nil {
+	if doc.Specs, err = s.specs.get(ctx, s.store, digests); err != nil {
 		return wire.Envelope{}, fmt.Errorf("read specs: %w", err)
 	}
 	for _, p := range doc.Policies {

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -482,4 +483,42 @@ func BenchmarkPlan(b *testing.B) {
 			plan(all[0].ID)
 		}
 	})
+}
+
+// TestSpecsInMemory: what was sent a moment ago is not read again, what is
+// nowhere is left out, and memory is bounded.
+func TestSpecsInMemory(t *testing.T) {
+	w := newWorld(t)
+	var c specs
+	large := json.RawMessage(`{"files":[{"path":"/etc/large","content":"` + strings.Repeat("x", maxSpecs/4) + `"}]}`)
+	digests := map[string]json.RawMessage{}
+	err := w.db.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		for i := range 5 {
+			spec := slices.Concat(large[:len(large)-3], []byte{byte('a' + i)}, large[len(large)-3:])
+			if _, err := tx.PutPolicy(ctx, &store.Policy{Tenant: store.DefaultTenant, Name: fmt.Sprintf("p%d", i), Type: wire.PolicyFiles, Spec: string(spec)}); err != nil {
+				return err
+			}
+			digests[wire.SpecDigest(spec)] = spec
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		for digest, want := range digests {
+			got, err := c.get(t.Context(), w.db, []string{digest, "nowhere"})
+			if err != nil || len(got) != 1 || !bytes.Equal(got[digest], want) {
+				t.Fatalf("%.12s: %d specs, %d bytes, want 1 of %d: %v", digest, len(got), len(got[digest]), len(want), err)
+			}
+			if c.size > maxSpecs {
+				t.Fatalf("%d bytes are kept, the limit is %d", c.size, maxSpecs)
+			}
+			over, cancel := context.WithCancel(t.Context())
+			cancel()
+			if _, err := c.get(over, w.db, []string{digest}); err != nil {
+				t.Errorf("%.12s was not in memory: %v", digest, err)
+			}
+		}
+	}
 }

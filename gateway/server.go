@@ -85,6 +85,7 @@ type Server struct {
 	forwards  *forwards
 	twin      *twin
 	clones    *clones
+	specs     specs
 	acceptor  *acceptor
 	doors     *doorway // nil: closed
 	hooks     hooks

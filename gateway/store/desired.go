@@ -76,9 +76,7 @@ func (tx *Tx) PutDesired(ctx context.Context, d *Desired) error {
 		return err
 	}
 	d.Generation, d.N, d.ChangedAt = tx.db.inst.Generation, n, tx.now
-	_, err = tx.q.NewInsert().Model(d).On("CONFLICT (node_id) DO UPDATE").
-		Set("generation = EXCLUDED.generation, n = EXCLUDED.n, digest = EXCLUDED.digest, content = EXCLUDED.content").
-		Set("changed_at = EXCLUDED.changed_at, refused = EXCLUDED.refused, reason = EXCLUDED.reason").Exec(ctx)
+	_, err = tx.prepared.putDesired.Exec(ctx, tx.q, d)
 	tx.Wake(bus.Targets)
 	return err
 }
@@ -115,7 +113,7 @@ func (tx *Tx) SetRefused(ctx context.Context, id wire.ID, refused, reason string
 
 // SetApplied writes the revision that a node said it has applied.
 func (tx *Tx) SetApplied(ctx context.Context, id wire.ID, rev wire.Revision) error {
-	return one(tx.q.NewRaw("UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?", rev.Generation, rev.N, id).Exec(ctx))
+	return one(tx.prepared.setApplied.Exec(ctx, tx.q, rev.Generation, rev.N, id))
 }
 
 // PolicyStatus is what a node said became of one policy.
@@ -184,9 +182,7 @@ func (tx *Tx) SetPolicyStatus(ctx context.Context, id wire.ID, statuses []wire.P
 		if row.Type == wire.PolicyTarget || was.Type == wire.PolicyTarget {
 			tx.Wake(bus.Targets)
 		}
-		_, err := tx.q.NewInsert().Model(&row).On("CONFLICT (node_id, policy) DO UPDATE").
-			Set("type = EXCLUDED.type, digest = EXCLUDED.digest, state = EXCLUDED.state, error = EXCLUDED.error, since = EXCLUDED.since").Exec(ctx)
-		if err != nil {
+		if _, err := tx.prepared.putStatus.Exec(ctx, tx.q, &row); err != nil {
 			return err
 		}
 	}

@@ -32,7 +32,7 @@ func (tx *Tx) AddCertificate(ctx context.Context, c *Certificate) error {
 	if c.Names == nil {
 		c.Names = []string{}
 	}
-	_, err := tx.q.NewInsert().Model(c).On("CONFLICT (issuer, serial) DO NOTHING").Exec(ctx)
+	_, err := tx.prepared.addCertificate.Exec(ctx, tx.q, c)
 	return err
 }
 

@@ -85,7 +85,7 @@ func (tx *Tx) AddRequest(ctx context.Context, q *Request) error {
 	if q.Tenant == "" {
 		q.Tenant = DefaultTenant
 	}
-	_, err := tx.q.NewInsert().Model(q).Exec(ctx)
+	_, err := tx.prepared.addRequest.Exec(ctx, tx.q, q)
 	return err
 }
 
@@ -154,7 +154,7 @@ func (tx *Tx) UseJoin(ctx context.Context, join string, key wire.KeyHash, party 
 	if n, err := res.RowsAffected(); err != nil || n == 0 {
 		return fmt.Errorf("join code %s: %w: all uses are taken", join, ErrExists)
 	}
-	_, err = tx.q.NewInsert().Model(&JoinUse{JoinID: join, KeyHash: key, PartyID: party, UsedAt: tx.now}).Exec(ctx)
+	_, err = tx.prepared.addJoinUse.Exec(ctx, tx.q, &JoinUse{JoinID: join, KeyHash: key, PartyID: party, UsedAt: tx.now})
 	return err
 }
 
@@ -187,12 +187,7 @@ func (tx *Tx) PutKey(ctx context.Context, k *Key) error {
 		k.Tenant = DefaultTenant
 	}
 	k.IssuedAt, k.NotAfter, k.RevokedAt = k.IssuedAt.UTC(), k.NotAfter.UTC(), k.RevokedAt.UTC()
-	_, err := tx.q.NewInsert().Model(k).On("CONFLICT (key_hash) DO UPDATE").
-		Set("role = EXCLUDED.role, party_id = EXCLUDED.party_id, name = EXCLUDED.name, tenant = EXCLUDED.tenant").
-		Set("issued_at = EXCLUDED.issued_at, not_after = EXCLUDED.not_after").
-		Set("revoked_at = coalesce(?TableAlias.revoked_at, EXCLUDED.revoked_at)").
-		Set("reason = CASE WHEN ?TableAlias.revoked_at IS NULL THEN EXCLUDED.reason ELSE ?TableAlias.reason END").
-		Exec(ctx)
+	_, err := tx.prepared.putKey.Exec(ctx, tx.q, k)
 	return err
 }
 

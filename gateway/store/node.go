@@ -104,12 +104,7 @@ func (tx *Tx) AddNode(ctx context.Context, n *Node) error {
 		n.CreatedAt, n.Version = old.CreatedAt, old.Version+1
 		n.AppliedGen, n.AppliedN = old.AppliedGen, old.AppliedN
 	}
-	_, err := tx.q.NewInsert().Model(n).On("CONFLICT (id) DO UPDATE").
-		Set("tenant = EXCLUDED.tenant, name = EXCLUDED.name, state = EXCLUDED.state, state_reason = EXCLUDED.state_reason").
-		Set("state_since = EXCLUDED.state_since, key_hash = EXCLUDED.key_hash, join_id = EXCLUDED.join_id").
-		Set("allow_tags = EXCLUDED.allow_tags, installation = EXCLUDED.installation, boot = EXCLUDED.boot, program = EXCLUDED.program").
-		Set("not_after = EXCLUDED.not_after, renew_after = EXCLUDED.renew_after, removed_at = NULL, version = EXCLUDED.version").
-		Exec(ctx)
+	_, err := tx.prepared.putNode.Exec(ctx, tx.q, n)
 	tx.Wake(bus.Nodes)
 	return err
 }

@@ -16,7 +16,10 @@ type prepared struct {
 	desired, tags, statuses            *sqldb.Prepared
 	rcps, rcpByID                      *sqldb.Prepared
 	policies, deployments, rules       *sqldb.Prepared
-	next                               *sqldb.Prepared
+	next, setApplied                   *sqldb.Prepared
+
+	putKey, putNode, putTag, putDesired, putStatus *sqldb.Insert
+	addRequest, addJoinUse, addCertificate         *sqldb.Insert
 }
 
 const nextQuery = "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value"
@@ -52,8 +55,44 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 			return nil, err
 		}
 	}
-	p.next, err = db.Prepare(ctx, nextQuery)
-	return p, err
+	for _, q := range []struct {
+		to   **sqldb.Prepared
+		text string
+	}{
+		{&p.next, nextQuery},
+		{&p.setApplied, "UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?"},
+	} {
+		if *q.to, err = db.Prepare(ctx, q.text); err != nil {
+			return nil, err
+		}
+	}
+	for _, q := range []struct {
+		to         **sqldb.Insert
+		model      any
+		onConflict string
+	}{
+		{&p.putKey, (*Key)(nil), `ON CONFLICT (key_hash) DO UPDATE SET role = EXCLUDED.role, party_id = EXCLUDED.party_id, name = EXCLUDED.name,
+			tenant = EXCLUDED.tenant, issued_at = EXCLUDED.issued_at, not_after = EXCLUDED.not_after,
+			revoked_at = coalesce("key".revoked_at, EXCLUDED.revoked_at),
+			reason = CASE WHEN "key".revoked_at IS NULL THEN EXCLUDED.reason ELSE "key".reason END`},
+		{&p.putNode, (*Node)(nil), `ON CONFLICT (id) DO UPDATE SET tenant = EXCLUDED.tenant, name = EXCLUDED.name, state = EXCLUDED.state,
+			state_reason = EXCLUDED.state_reason, state_since = EXCLUDED.state_since, key_hash = EXCLUDED.key_hash, join_id = EXCLUDED.join_id,
+			allow_tags = EXCLUDED.allow_tags, installation = EXCLUDED.installation, boot = EXCLUDED.boot, program = EXCLUDED.program,
+			not_after = EXCLUDED.not_after, renew_after = EXCLUDED.renew_after, removed_at = NULL, version = EXCLUDED.version`},
+		{&p.putTag, (*NodeTag)(nil), `ON CONFLICT (node_id, key, source) DO UPDATE SET value = EXCLUDED.value, hidden = EXCLUDED.hidden`},
+		{&p.putDesired, (*Desired)(nil), `ON CONFLICT (node_id) DO UPDATE SET generation = EXCLUDED.generation, n = EXCLUDED.n, digest = EXCLUDED.digest,
+			content = EXCLUDED.content, changed_at = EXCLUDED.changed_at, refused = EXCLUDED.refused, reason = EXCLUDED.reason`},
+		{&p.putStatus, (*PolicyStatus)(nil), `ON CONFLICT (node_id, policy) DO UPDATE SET type = EXCLUDED.type, digest = EXCLUDED.digest,
+			state = EXCLUDED.state, error = EXCLUDED.error, since = EXCLUDED.since`},
+		{&p.addRequest, (*Request)(nil), ""},
+		{&p.addJoinUse, (*JoinUse)(nil), ""},
+		{&p.addCertificate, (*Certificate)(nil), "ON CONFLICT (issuer, serial) DO NOTHING"},
+	} {
+		if *q.to, err = db.PrepareInsert(ctx, q.model, q.onConflict); err != nil {
+			return nil, err
+		}
+	}
+	return p, nil
 }
 
 // row returns the only row of a prepared query; an empty one with

@@ -128,8 +128,7 @@ func (tx *Tx) replaceTags(ctx context.Context, id wire.ID, source string, tags m
 }
 
 func (tx *Tx) putTag(ctx context.Context, t NodeTag) error {
-	_, err := tx.q.NewInsert().Model(&t).On("CONFLICT (node_id, key, source) DO UPDATE").
-		Set("value = EXCLUDED.value, hidden = EXCLUDED.hidden").Exec(ctx)
+	_, err := tx.prepared.putTag.Exec(ctx, tx.q, &t)
 	return err
 }
 

@@ -17,6 +17,15 @@ type Prepared struct {
 	db          *DB
 }
 
+// Exec changes rows in a transaction, the one that by is.
+func (p *Prepared) Exec(ctx context.Context, by bun.IDB, args ...any) (sql.Result, error) {
+	tx, ok := by.(bun.Tx)
+	if !ok {
+		return nil, fmt.Errorf("rows are changed in a transaction, not in %T", by)
+	}
+	return tx.StmtContext(ctx, p.write).ExecContext(ctx, args...)
+}
+
 // Prepare parses a query whose values are bound in place of "?". No transaction
 // may be open: it needs the writing connection.
 func (db *DB) Prepare(ctx context.Context, text string) (*Prepared, error) {

@@ -1,0 +1,93 @@
+package sqldb
+
+import (
+	"context"
+	"database/sql"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"reflect"
+	"strconv"
+	"strings"
+
+	"github.com/uptrace/bun"
+	"github.com/uptrace/bun/schema"
+)
+
+// Insert writes whole rows of one model by a statement that SQLite parses once.
+type Insert struct {
+	stmt   *sql.Stmt
+	model  reflect.Type
+	fields []*schema.Field
+	gen    schema.QueryGen
+}
+
+// PrepareInsert parses the insert of a row of a model, nil or not. What
+// onConflict says follows the values, and names the model's own row by its bun
+// alias. No transaction may be open: it needs the writing connection.
+func (db *DB) PrepareInsert(ctx context.Context, model any, onConflict string) (*Insert, error) {
+	typ := reflect.TypeOf(model).Elem()
+	table := db.write.Table(typ)
+	names, marks := make([]string, len(table.Fields)), make([]string, len(table.Fields))
+	for i, f := range table.Fields {
+		if f.SQLDefault != "" || f.AutoIncrement {
+			return nil, fmt.Errorf("prepare insert of %s: column %s has a value of its own", typ, f.Name)
+		}
+		names[i], marks[i] = string(f.SQLName), "?"
+	}
+	text := fmt.Sprintf("INSERT INTO %s AS %s (%s) VALUES (%s) %s", table.SQLName, table.SQLAlias, strings.Join(names, ", "), strings.Join(marks, ", "), onConflict)
+	stmt, err := db.write.DB.PrepareContext(ctx, text)
+	if err != nil {
+		return nil, fmt.Errorf("prepare %q: %w", text, err)
+	}
+	return &Insert{stmt: stmt, model: typ, fields: table.Fields, gen: db.write.QueryGen()}, nil
+}
+
+// Exec writes a row, a pointer to the model, in a transaction.
+func (i *Insert) Exec(ctx context.Context, tx bun.IDB, row any) (sql.Result, error) {
+	t, ok := tx.(bun.Tx)
+	if !ok {
+		return nil, fmt.Errorf("insert of %s: rows are written in a transaction, not in %T", i.model, tx)
+	}
+	v := reflect.ValueOf(row).Elem()
+	if v.Type() != i.model {
+		return nil, fmt.Errorf("insert of %s: the row is a %s", i.model, v.Type())
+	}
+	args := make([]any, len(i.fields))
+	var text []byte
+	for n, f := range i.fields {
+		var err error
+		text = f.AppendValue(i.gen, text[:0], v)
+		if args[n], err = bindable(text); err != nil {
+			return nil, fmt.Errorf("insert of %s: column %s: %w", i.model, f.Name, err)
+		}
+	}
+	return t.StmtContext(ctx, i.stmt).ExecContext(ctx, args...)
+}
+
+var errNoLiteral = errors.New("not a literal that can be bound")
+
+// bindable turns a literal, as bun writes it into a query, into the value that
+// it stands for, so that a bound column holds what a written one would.
+func bindable(lit []byte) (any, error) {
+	switch s := string(lit); {
+	case s == "NULL":
+		return nil, nil
+	case strings.EqualFold(s, "TRUE"):
+		return int64(1), nil
+	case strings.EqualFold(s, "FALSE"):
+		return int64(0), nil
+	case len(s) >= 2 && s[0] == '\'' && s[len(s)-1] == '\'':
+		return strings.ReplaceAll(s[1:len(s)-1], "''", "'"), nil
+	case len(s) >= 3 && (s[0] == 'X' || s[0] == 'x') && s[1] == '\'' && s[len(s)-1] == '\'':
+		return hex.DecodeString(s[2 : len(s)-1])
+	default:
+		if n, err := strconv.ParseInt(s, 10, 64); err == nil {
+			return n, nil
+		}
+		if f, err := strconv.ParseFloat(s, 64); err == nil {
+			return f, nil
+		}
+		return nil, fmt.Errorf("%w: %.40q", errNoLiteral, s)
+	}
+}
