@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync"
@@ -32,10 +33,20 @@ var (
 type transport interface {
 	// serve answers requests until the connection ends.
 	serve(ctx context.Context, h http.Handler) error
+	// RoundTrip waits for response headers for as long as the limits say.
 	RoundTrip(*http.Request) (*http.Response, error)
+	// connect sends a request without a body, whose context bounds the opening
+	// only. The response's body is a duplex.
+	connect(*http.Request) (*http.Response, error)
 	// close ends the connection at once; it may be called more than once.
 	close()
 	rtt() time.Duration
+}
+
+// duplex is the client's end of a CONNECT stream. Reads of no bytes wait.
+type duplex interface {
+	io.ReadWriteCloser // Close ends both directions at once
+	CloseWrite() error
 }
 
 // Conn is one live, verified connection. All methods are safe for concurrent use.

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"sync"
 	"time"
 
@@ -34,18 +33,8 @@ func (c *Conn) Connect(ctx context.Context, authority string, h http.Header) (ne
 	if c.Draining() {
 		return nil, fmt.Errorf("connect %s through %s: %w", authority, c.peer, ErrDraining)
 	}
-	life, cut := context.WithCancel(context.WithoutCancel(ctx))
-	opening := context.AfterFunc(ctx, cut)
-	pr, pw := io.Pipe()
-	res, err := c.connect(life, authority, h, recordBody{pr})
-	if err == nil && !opening() {
-		_ = res.Body.Close()
-		err = ctx.Err()
-	}
+	str, err := c.connect(ctx, authority, h)
 	if err != nil {
-		opening()
-		cut()
-		_ = pr.CloseWithError(net.ErrClosed)
 		if ctx.Err() != nil {
 			err = ctx.Err()
 		}
@@ -53,30 +42,27 @@ func (c *Conn) Connect(ctx context.Context, authority string, h http.Header) (ne
 	}
 	end := func(s *stream) {
 		c.tails.Go(func() {
-			defer cut()
-			soon, cancel := context.WithTimeout(life, linger)
+			soon, cancel := context.WithTimeout(context.Background(), linger)
 			defer cancel()
 			peerEnded := s.discard(soon)
-			if s.drainWrite(soon) && pw.Close() == nil { // the peer reads the end of the stream
+			if s.drainWrite(soon) && str.CloseWrite() == nil { // the peer reads the end of the stream
 				<-peerEnded
 			}
-			cut()
-			_ = pw.CloseWithError(net.ErrClosed)
-			_ = res.Body.Close()
+			_ = str.Close()
 			s.release()
 		})
 	}
-	return newStream(res.Body, pw, c.local, streamAddr(authority), end), nil
+	return newStream(str, str, c.local, streamAddr(authority), end), nil
 }
 
-// connect sends a CONNECT whose stream is (body, response body).
-func (c *Conn) connect(ctx context.Context, authority string, h http.Header, body io.ReadCloser) (*http.Response, error) {
-	if h = h.Clone(); h == nil {
+// connect sends a CONNECT. ctx bounds the opening only.
+func (c *Conn) connect(ctx context.Context, authority string, h http.Header) (*connectStream, error) {
+	if h == nil {
 		h = http.Header{}
 	}
 	req := &http.Request{Method: http.MethodConnect, URL: &url.URL{Scheme: "https", Host: authority}, Host: authority,
-		Header: h, Body: body, ContentLength: -1} // with a Proto, http3 would take it for an extended CONNECT
-	res, err := c.RoundTrip(req.WithContext(ctx))
+		Header: h} // with a Proto, http3 would take it for an extended CONNECT
+	res, err := c.exchange(req.WithContext(ctx), true)
 	if err != nil {
 		return nil, err
 	}
@@ -84,8 +70,27 @@ func (c *Conn) connect(ctx context.Context, authority string, h http.Header, bod
 		_ = res.Body.Close()
 		return nil, &RefusedError{Status: res.StatusCode, Reason: headerText(res.Header.Get(wire.HeaderError))}
 	}
-	return res, nil
+	body := res.Body.(*responseBody)
+	return &connectStream{body, body.ReadCloser.(duplex)}, nil
 }
+
+// connectStream is a duplex whose connection counts it.
+type connectStream struct {
+	*responseBody
+	d duplex
+}
+
+// Write makes DATA frames that fill one TLS record each.
+func (s *connectStream) Write(p []byte) (n int, err error) {
+	for err == nil && len(p) > 0 {
+		var k int
+		k, err = s.d.Write(p[:min(len(p), recordPayload)])
+		p, n = p[k:], n+k
+	}
+	return n, err
+}
+
+func (s *connectStream) CloseWrite() error { return s.d.CloseWrite() }
 
 // AcceptConnect answers a CONNECT with 200 and returns its stream. The handler
 // must close the stream before it returns; Close waits, at most a few seconds,
@@ -145,8 +150,8 @@ func (f flushWriter) Write(p []byte) (int, error) {
 
 // Forward joins the CONNECT request that a handler is serving with a new
 // stream to authority through next, and returns when both have ended. It is
-// what a relay does instead of copying between two streams: no goroutine of its
-// own, and a buffer only while bytes move. header goes with the request.
+// what a relay does instead of copying between two streams: one goroutine beside
+// the handler's, and a buffer only while bytes move. header goes with the request.
 //
 // An error with no byte sent to w was not answered yet: the caller refuses. A
 // refusal of the next hop is a *RefusedError. After 200 was sent, answered is
@@ -155,26 +160,27 @@ func Forward(w http.ResponseWriter, r *http.Request, next *Conn, authority strin
 	if next.Draining() {
 		return false, fmt.Errorf("connect %s through %s: %w", authority, next.peer, ErrDraining)
 	}
-	ctx, cut := context.WithCancel(r.Context())
-	defer cut()
-	rc := http.NewResponseController(w)
-	body := &lentBody{r: r.Body, unblock: func() { _ = rc.SetReadDeadline(time.Unix(1, 0)) }}
-	defer body.takeBack()
-	res, err := next.connect(ctx, authority, header, body)
+	str, err := next.connect(r.Context(), authority, header)
 	if err != nil {
 		return false, fmt.Errorf("connect %s: %w", authority, err)
 	}
-	defer func() { cut(); _ = res.Body.Close() }()
+	defer func() { _ = str.Close() }()
+	rc := http.NewResponseController(w)
 	w.WriteHeader(http.StatusOK)
 	if err := rc.Flush(); err != nil {
 		return true, err
 	}
+	body := &lentBody{r: r.Body, unblock: func() { _ = rc.SetReadDeadline(time.Unix(1, 0)) }, ended: make(chan struct{})}
+	defer body.takeBack()
+	if !next.tails.TryGo(func() { body.copyTo(str, r.Context()) }) {
+		return true, ErrClosed
+	}
 	for {
-		if _, err := res.Body.Read(nil); err != nil { // waits without a buffer
+		if _, err := str.Read(nil); err != nil { // waits without a buffer
 			return true, eofIsNil(err)
 		}
 		chunk := chunks.Get().(*[]byte)
-		n, err := res.Body.Read(*chunk)
+		n, err := str.Read(*chunk)
 		if n > 0 {
 			_, werr := w.Write((*chunk)[:n])
 			if werr == nil {
@@ -194,13 +200,6 @@ func Forward(w http.ResponseWriter, r *http.Request, next *Conn, authority strin
 // bytes, and each is sealed, written and read by itself.
 const recordPayload = 16<<10 - 9
 
-// recordBody is a request body that is read in pieces of one TLS record.
-type recordBody struct{ io.ReadCloser }
-
-func (b recordBody) Read(p []byte) (int, error) {
-	return b.ReadCloser.Read(p[:min(len(p), recordPayload)])
-}
-
 func eofIsNil(err error) error {
 	if errors.Is(err, io.EOF) {
 		return nil
@@ -208,37 +207,66 @@ func eofIsNil(err error) error {
 	return err
 }
 
-// lentBody is a handler's request body in the hands of a client transport,
-// whose goroutine may outlive the response. takeBack waits for it.
+// lentBody is a handler's request body in the hands of the goroutine that
+// copies it, which may wait for the next hop when the handler has returned.
+// takeBack waits for what it does with the body, not for that.
 type lentBody struct {
 	r       io.Reader
 	unblock func()
+	ended   chan struct{} // closed by takeBack
 
 	mu   sync.Mutex // held while reading
 	gone bool
-	once sync.Once
 }
 
-func (b *lentBody) Read(p []byte) (int, error) {
+// copyTo copies to the end of the body and hands that on. It cuts the stream
+// when the body fails, or the request ends otherwise.
+func (b *lentBody) copyTo(str *connectStream, request context.Context) {
+	for {
+		chunk, n, err := b.read()
+		if n > 0 {
+			if _, werr := str.Write((*chunk)[:n]); werr != nil {
+				err = werr
+			}
+		}
+		if chunk != nil {
+			chunks.Put(chunk)
+		}
+		switch {
+		case err == nil:
+		case errors.Is(err, io.EOF) && str.CloseWrite() == nil:
+			select {
+			case <-request.Done():
+				_ = str.Close()
+			case <-b.ended:
+			}
+			return
+		default:
+			_ = str.Close()
+			return
+		}
+	}
+}
+
+// read takes a buffer when there is something to read.
+func (b *lentBody) read() (chunk *[]byte, n int, err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.gone {
-		return 0, net.ErrClosed
+		return nil, 0, net.ErrClosed
 	}
-	n, err := b.r.Read(p[:min(len(p), recordPayload)])
-	if errors.Is(err, os.ErrDeadlineExceeded) { // our own doing
-		err = net.ErrClosed
+	if _, err = b.r.Read(nil); err != nil {
+		return nil, 0, err
 	}
-	return n, err
+	chunk = chunks.Get().(*[]byte)
+	n, err = b.r.Read(*chunk)
+	return chunk, n, err
 }
 
-func (b *lentBody) Close() error {
-	b.once.Do(b.unblock)
-	return nil
-}
-
+// takeBack returns when nobody uses the body any more.
 func (b *lentBody) takeBack() {
-	b.once.Do(b.unblock)
+	close(b.ended)
+	b.unblock()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gone = true

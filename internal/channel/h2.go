@@ -12,13 +12,15 @@ import (
 	"time"
 
 	"golang.org/x/net/http2"
+
+	"sallyport/internal/channel/h2client"
 )
 
-// h2 carries a channel over HTTP/2. As a client it holds the http2.ClientConn;
-// as a server only the connection, until serve is called.
+// h2 carries a channel over HTTP/2. As a client it holds the client of one
+// connection; as a server only the connection, until serve is called.
 type h2 struct {
 	conn   *watchedConn
-	client *http2.ClientConn // of a downstream peer
+	client *h2client.Conn // of a downstream peer
 	limits Limits
 	log    *slog.Logger
 }
@@ -38,52 +40,43 @@ func newH2(conn net.Conn, dir Direction, lim Limits, log *slog.Logger, ended fun
 }
 
 // newH2Client makes an HTTP/2 client of a connection. It writes the preface.
-func newH2Client(conn net.Conn, lim Limits) (*http2.ClientConn, error) {
-	t, err := h2Transport(lim)
-	if err != nil {
-		return nil, err
-	}
-	return t.NewClientConn(conn)
-}
-
-// h2Transports holds one http2.Transport for each set of limits: it is nothing
-// but their configuration, and some KiB large.
-var h2Transports sync.Map
-
-func h2Transport(lim Limits) (*http2.Transport, error) {
-	if t, ok := h2Transports.Load(lim); ok {
-		return t.(*http2.Transport), nil
-	}
-	t, err := http2.ConfigureTransports(&http.Transport{
-		DisableCompression: true,
-		HTTP2: &http.HTTP2Config{ // the windows cannot be set anywhere else
-			MaxReceiveBufferPerStream:     lim.StreamWindow,
-			MaxReceiveBufferPerConnection: lim.connWindow(),
-		},
+func newH2Client(conn *watchedConn, lim Limits) (*h2client.Conn, error) {
+	return h2client.New(conn, h2client.Config{
+		StreamWindow:  lim.StreamWindow,
+		ConnWindow:    lim.connWindow(),
+		MaxHeader:     lim.MaxHeader,
+		KeepAlive:     lim.KeepAlive,
+		HeaderTimeout: lim.HeaderTimeout,
+		Authority:     "peer",
+		Ended:         conn.note, // more than a Read or Write knows
 	})
-	if err != nil {
-		return nil, err
-	}
-	t.DisableCompression = true
-	t.StrictMaxConcurrentStreams = true // wait for a slot instead of failing
-	t.MaxHeaderListSize = uint32(lim.MaxHeader)
-	t.MaxReadFrameSize = h2FrameSize
-	if lim.KeepAlive > 0 {
-		t.ReadIdleTimeout, t.PingTimeout, t.WriteByteTimeout = lim.KeepAlive, lim.KeepAlive, 2*lim.KeepAlive
-	}
-	first, _ := h2Transports.LoadOrStore(lim, t)
-	return first.(*http2.Transport), nil
 }
 
 // h2FrameSize is the smallest that RFC 9113 section 6.5.2 allows: frames bound
-// the buffer that the other side's client holds for each open request body.
+// the buffer that a client holds for each request body.
 const h2FrameSize = 16 << 10
 
 func (t *h2) RoundTrip(req *http.Request) (*http.Response, error) {
 	if t.client == nil {
 		return nil, ErrWrongSide
 	}
-	return t.client.RoundTrip(req)
+	res, err := t.client.RoundTrip(req)
+	return res, h2Error(err)
+}
+
+func (t *h2) connect(req *http.Request) (*http.Response, error) {
+	if t.client == nil {
+		return nil, ErrWrongSide
+	}
+	_, res, err := t.client.Connect(req)
+	return res, h2Error(err)
+}
+
+func h2Error(err error) error {
+	if errors.Is(err, h2client.ErrNoAnswer) {
+		return ErrHeaderTimeout
+	}
+	return err
 }
 
 func (t *h2) serve(ctx context.Context, h http.Handler) error {
@@ -115,7 +108,12 @@ func serveH2(ctx context.Context, conn net.Conn, h http.Handler, lim Limits, log
 	_ = conn.Close()
 }
 
-func (t *h2) close() { _ = t.conn.Close() }
+func (t *h2) close() {
+	if t.client != nil {
+		_ = t.client.Close()
+	}
+	_ = t.conn.Close()
+}
 
 func (t *h2) rtt() time.Duration { return tcpRTT(t.conn.Conn) }
 
@@ -150,9 +148,12 @@ func (w *watchedConn) note(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.err == nil && !w.closed {
-		if errors.Is(err, io.EOF) {
+		switch {
+		case errors.Is(err, h2client.ErrClosed):
+			err = ErrClosed
+		case errors.Is(err, io.EOF):
 			err = ErrPeerGone
-		} else {
+		default:
 			err = fmt.Errorf("%w: %w", ErrPeerGone, err)
 		}
 		w.err = err

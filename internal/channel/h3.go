@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"sync"
@@ -107,7 +108,101 @@ func (t *h3) RoundTrip(req *http.Request) (*http.Response, error) {
 	if t.client == nil {
 		return nil, ErrWrongSide
 	}
-	return t.client.RoundTrip(req)
+	ctx, cancel := context.WithCancelCause(req.Context())
+	timer := time.AfterFunc(t.limits.HeaderTimeout, func() { cancel(ErrHeaderTimeout) })
+	out := req.Clone(ctx)
+	if req.Method != http.MethodConnect {
+		out.URL.Scheme, out.URL.Host, out.Host = "https", "peer", "peer"
+	}
+	res, err := t.client.RoundTrip(out)
+	if !timer.Stop() && err == nil {
+		_ = res.Body.Close()
+		err = ErrHeaderTimeout
+	}
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && req.Context().Err() == nil {
+			err = cause
+		}
+		cancel(nil)
+		return nil, err
+	}
+	res.Body = &endedBody{res.Body, cancel}
+	return res, nil
+}
+
+// endedBody ends the context of its request.
+type endedBody struct {
+	io.ReadCloser
+	cancel context.CancelCauseFunc
+}
+
+func (b *endedBody) Close() error {
+	defer b.cancel(nil)
+	return b.ReadCloser.Close()
+}
+
+// connect uses the request's stream itself: nothing copies to it or from it.
+func (t *h3) connect(req *http.Request) (*http.Response, error) {
+	if t.client == nil {
+		return nil, ErrWrongSide
+	}
+	ctx, cancel := context.WithTimeoutCause(req.Context(), t.limits.HeaderTimeout, ErrHeaderTimeout)
+	defer cancel()
+	str, err := t.client.OpenRequestStream(ctx)
+	if err != nil {
+		return nil, orCause(ctx, err)
+	}
+	tunnel := h3Tunnel{str}
+	opening := context.AfterFunc(ctx, tunnel.cut)
+	res, err := tunnel.open(req)
+	if !opening() && err == nil {
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		tunnel.cut()
+		return nil, orCause(ctx, err)
+	}
+	res.Body = tunnel
+	return res, nil
+}
+
+func orCause(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	return err
+}
+
+// h3Tunnel is the duplex of a CONNECT.
+type h3Tunnel struct{ *http3.RequestStream }
+
+// maxInformational is how many responses with status 1xx may precede the real one.
+const maxInformational = 5
+
+func (s h3Tunnel) open(req *http.Request) (*http.Response, error) {
+	if err := s.SendRequestHeader(req); err != nil {
+		return nil, err
+	}
+	for range maxInformational {
+		res, err := s.ReadResponse()
+		if err != nil || res.StatusCode/100 != 1 {
+			return res, err
+		}
+	}
+	return nil, errors.New("too many informational responses")
+}
+
+func (s h3Tunnel) cut() {
+	s.CancelRead(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+	s.CancelWrite(quic.StreamErrorCode(http3.ErrCodeRequestCanceled))
+}
+
+// CloseWrite ends the sending direction, which is what quic-go calls Close.
+func (s h3Tunnel) CloseWrite() error { return s.RequestStream.Close() }
+
+func (s h3Tunnel) Close() error {
+	s.cut()
+	return nil
 }
 
 // serve runs the accept loops itself: the dialler may hold the first stream,

@@ -9,25 +9,23 @@ import (
 	"net/http"
 	"time"
 
-	"golang.org/x/net/http2"
+	"sallyport/internal/channel/h2client"
 )
 
 // Nested HTTP/2 has few streams and no keep-alive of its own: the channels
 // below it have theirs, and an idle session must cost nothing.
-var nestedLimits = Limits{Streams: 64, StreamWindow: 256 << 10, KeepAlive: -1}.withDefaults()
+var nestedLimits = Limits{Streams: 64, StreamWindow: 256 << 10, KeepAlive: -1, HeaderTimeout: -1}.withDefaults()
 
 // ClientConn is an HTTP/2 client on one connection of any kind.
 type ClientConn struct {
-	cc   *http2.ClientConn
+	cc   *h2client.Conn
 	conn *watchedConn
-	done chan struct{}
 }
 
 // Client makes an HTTP/2 client of conn, which it owns from then on: for
 // [sallyport/internal/session]. Closing it, or the end of conn, closes Done.
 func Client(conn net.Conn) (*ClientConn, error) {
-	c := &ClientConn{done: make(chan struct{})}
-	c.conn = &watchedConn{Conn: conn, ended: func(error) { close(c.done) }}
+	c := &ClientConn{conn: &watchedConn{Conn: conn}}
 	cc, err := newH2Client(c.conn, nestedLimits)
 	if err != nil {
 		_ = c.conn.Close()
@@ -39,15 +37,10 @@ func Client(conn net.Conn) (*ClientConn, error) {
 
 // RoundTrip sends a request; host and scheme of its URL are ignored.
 func (c *ClientConn) RoundTrip(req *http.Request) (*http.Response, error) {
-	out := req.Clone(req.Context())
-	out.URL.Scheme = "https"
-	if req.Method != http.MethodConnect {
-		out.URL.Host, out.Host = "peer", "peer"
-	}
-	res, err := c.cc.RoundTrip(out)
+	res, err := c.cc.RoundTrip(req)
 	if err != nil {
 		select {
-		case <-c.done:
+		case <-c.Done():
 			return nil, c.conn.cause()
 		default:
 		}
@@ -63,10 +56,10 @@ func (c *ClientConn) Ping(ctx context.Context) (time.Duration, error) {
 }
 
 // Done is closed when the connection has ended.
-func (c *ClientConn) Done() <-chan struct{} { return c.done }
+func (c *ClientConn) Done() <-chan struct{} { return c.cc.Done() }
 
 // Close ends the connection and what runs on it.
-func (c *ClientConn) Close() error { return c.conn.Close() }
+func (c *ClientConn) Close() error { return c.cc.Close() }
 
 var _ interface {
 	http.RoundTripper

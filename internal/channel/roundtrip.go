@@ -9,8 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"sync"
-	"time"
+	"sync/atomic"
 
 	"sallyport/internal/wire"
 )
@@ -22,40 +21,39 @@ var ErrHeaderTimeout = errors.New("no answer within the time limit")
 // are ignored ("http://peer/v1/…"). The peer must send response headers within
 // Limits.HeaderTimeout; the body may last as long as it likes.
 func (c *Conn) RoundTrip(req *http.Request) (*http.Response, error) {
+	return c.exchange(req, false)
+}
+
+func (c *Conn) exchange(req *http.Request, connect bool) (*http.Response, error) {
 	if c.dir != PeerDownstream {
 		return nil, fmt.Errorf("request to %s: %w: it is upstream", c.peer, ErrWrongSide)
 	}
 	if err := c.live(); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancelCause(req.Context())
-	timer := time.AfterFunc(c.limits.HeaderTimeout, func() { cancel(ErrHeaderTimeout) })
-	out := req.Clone(ctx)
-	if req.Method != http.MethodConnect {
-		out.URL.Scheme, out.URL.Host, out.Host = "https", "peer", "peer"
-	}
 	if c.named.CompareAndSwap(false, true) {
-		out.Header.Set(wire.HeaderClass, c.Class())
+		named := *req
+		if named.Header = req.Header.Clone(); named.Header == nil {
+			named.Header = http.Header{}
+		}
+		named.Header.Set(wire.HeaderClass, c.Class())
+		req = &named
+	}
+	send := c.t.RoundTrip
+	if connect {
+		send = c.t.connect
 	}
 	c.streamBegins()
-	res, err := c.t.RoundTrip(out)
-	if !timer.Stop() && err == nil {
-		_ = res.Body.Close()
-		err = ErrHeaderTimeout
-	}
+	res, err := send(req)
 	if err != nil {
 		c.streamEnds()
-		if cause := context.Cause(ctx); cause != nil && req.Context().Err() == nil {
-			err = cause
-		}
-		cancel(nil)
 		if gone := c.live(); gone != nil {
 			return nil, gone
 		}
 		return nil, fmt.Errorf("%s: %w", c.peer, err)
 	}
-	body := &responseBody{ReadCloser: res.Body, end: func() { cancel(nil); c.streamEnds() }, left: -1}
-	if c.Enrolling() && req.Method != http.MethodConnect {
+	body := &responseBody{ReadCloser: res.Body, conn: c, left: -1}
+	if c.Enrolling() && !connect && req.Method != http.MethodConnect {
 		body.left = wire.MaxEnrollBody
 	}
 	res.Body = body
@@ -65,8 +63,8 @@ func (c *Conn) RoundTrip(req *http.Request) (*http.Response, error) {
 // responseBody ends its stream when closed, and holds a limit.
 type responseBody struct {
 	io.ReadCloser
-	once sync.Once
-	end  func()
+	conn *Conn
+	shut atomic.Bool
 	left int64 // bytes that may still come; below 0: no limit
 }
 
@@ -87,7 +85,9 @@ func (b *responseBody) Read(p []byte) (int, error) {
 
 func (b *responseBody) Close() error {
 	err := b.ReadCloser.Close()
-	b.once.Do(b.end)
+	if b.shut.CompareAndSwap(false, true) {
+		b.conn.streamEnds()
+	}
 	return err
 }
 

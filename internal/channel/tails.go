@@ -2,8 +2,8 @@ package channel
 
 import "sync"
 
-// tails are the goroutines in which closed streams hand over their last bytes.
-// They belong to the owner of the connection, which waits for them after it
+// tails are the goroutines in which streams are copied, and closed ones hand
+// over their last bytes. They belong to the owner of the connection, which waits for them after it
 // closed the connection; a stream that is closed later still, which has nothing
 // left to hand over, is finished by who closes it. (A WaitGroup cannot be: its
 // first Add must not meet its Wait.)
@@ -16,11 +16,17 @@ type tails struct {
 
 // Go runs f in a goroutine, or at once after Wait was called.
 func (t *tails) Go(f func()) {
+	if !t.TryGo(f) {
+		f()
+	}
+}
+
+// TryGo runs f in a goroutine; after Wait was called it does not, and says so.
+func (t *tails) TryGo(f func()) bool {
 	t.mu.Lock()
 	if t.waited {
 		t.mu.Unlock()
-		f()
-		return
+		return false
 	}
 	t.n++
 	t.mu.Unlock()
@@ -34,6 +40,7 @@ func (t *tails) Go(f func()) {
 		}()
 		f()
 	}()
+	return true
 }
 
 // Wait returns when no goroutine is left, and there will be none any more.
