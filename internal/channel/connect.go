@@ -52,7 +52,9 @@ func (c *Conn) Connect(ctx context.Context, authority string, h http.Header) (ne
 			s.release()
 		})
 	}
-	return newStream(str, str, c.local, streamAddr(authority), end), nil
+	s := newStream(str, str, c.local, streamAddr(authority), end)
+	s.poll, _ = str.d.(poller)
+	return s, nil
 }
 
 // connect sends a CONNECT. ctx bounds the opening only.

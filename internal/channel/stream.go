@@ -27,6 +27,7 @@ var chunks = sync.Pool{New: func() any { b := make([]byte, chunkSize); return &b
 // At most one Read of body and one Write of w run at a time.
 type stream struct {
 	body          io.Reader // zero-length reads wait for data
+	poll          poller    // body, if it is one: then no goroutine reads
 	w             io.Writer // writes and flushes
 	local, remote net.Addr
 	readBy        deadline
@@ -46,6 +47,11 @@ type stream struct {
 	readErr error
 	writing chan struct{} // likewise for the write in flight
 	wrote   error         // of the last write
+}
+
+// poller is a body that can tell what to wait for.
+type poller interface {
+	TryRead(p []byte) (n int, wait <-chan struct{}, err error)
 }
 
 func newStream(body io.Reader, w io.Writer, local, remote net.Addr, end func(*stream)) *stream {
@@ -90,6 +96,10 @@ func (s *stream) take(p []byte) (n int, wait <-chan struct{}, err error) {
 		return 0, nil, s.readErr
 	case len(p) == 0:
 		return 0, nil, nil
+	case s.poll != nil:
+		n, wait, err = s.poll.TryRead(p)
+		s.readErr = outerError(err)
+		return n, wait, s.readErr
 	}
 	return 0, s.fillLocked(), nil
 }
@@ -267,6 +277,10 @@ func (s *stream) discard(ctx context.Context) (ended <-chan struct{}) {
 
 // drainRead discards until the peer ends too.
 func (s *stream) drainRead(ctx context.Context) {
+	if s.poll != nil {
+		s.drainPoll(ctx)
+		return
+	}
 	for {
 		s.mu.Lock()
 		s.dropLocked()
@@ -278,6 +292,27 @@ func (s *stream) drainRead(ctx context.Context) {
 		s.mu.Unlock()
 		select {
 		case <-busy:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *stream) drainPoll(ctx context.Context) {
+	var wait <-chan struct{}
+	for err := error(nil); err == nil; {
+		chunk := chunks.Get().(*[]byte)
+		for wait = nil; err == nil && wait == nil; {
+			s.mu.Lock()
+			_, wait, err = s.poll.TryRead(*chunk)
+			s.mu.Unlock()
+		}
+		chunks.Put(chunk)
+		if err != nil {
+			return
+		}
+		select {
+		case <-wait:
 		case <-ctx.Done():
 			return
 		}
