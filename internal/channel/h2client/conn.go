@@ -152,20 +152,25 @@ func (c *Conn) fail(err error) {
 	_ = c.nc.Close()
 }
 
-// sayWhy tells a peer that broke the protocol (RFC 9113 section 5.4.1), if it
-// takes that at once.
+// farewell is how long a peer that broke the protocol may take to read why.
+const farewell = time.Second
+
+// sayWhy tells a peer that broke the protocol (RFC 9113 section 5.4.1). It is
+// called by the read loop, which has nothing else to do any more.
 func (c *Conn) sayWhy(err error) {
 	e, ok := err.(*ConnError) //nolint:errorlint // ours, made by broken
 	if !ok || e.Remote {
 		return
 	}
+	late := time.NewTimer(farewell)
+	defer late.Stop()
 	select {
 	case <-c.turn:
-		if c.nc.SetWriteDeadline(time.Now().Add(time.Second)) == nil {
+		if c.nc.SetWriteDeadline(time.Now().Add(farewell)) == nil {
 			_, _ = c.nc.Write(appendGoAway(nil, e.Code))
 		}
 		c.turn <- struct{}{}
-	default:
+	case <-late.C:
 	}
 }
 
