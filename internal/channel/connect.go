@@ -174,7 +174,7 @@ func Forward(w http.ResponseWriter, r *http.Request, next *Conn, authority strin
 	}
 	body := &lentBody{r: r.Body, unblock: func() { _ = rc.SetReadDeadline(time.Unix(1, 0)) }, ended: make(chan struct{})}
 	defer body.takeBack()
-	if !next.tails.TryGo(func() { body.copyTo(str, r.Context()) }) {
+	if !next.tails.TryGo(func() { body.copyTo(r.Context(), str) }) {
 		return true, ErrClosed
 	}
 	for {
@@ -223,7 +223,7 @@ type lentBody struct {
 
 // copyTo copies to the end of the body and hands that on. It cuts the stream
 // when the body fails, or the request ends otherwise.
-func (b *lentBody) copyTo(str *connectStream, request context.Context) {
+func (b *lentBody) copyTo(request context.Context, str *connectStream) {
 	for {
 		chunk, n, err := b.read()
 		if n > 0 {

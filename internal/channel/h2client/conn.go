@@ -98,8 +98,8 @@ func New(nc net.Conn, cfg Config) (*Conn, error) {
 func (c *Conn) hello() []byte {
 	settings := appendSetting(nil, settingHeaderTableSize, 0)
 	settings = appendSetting(settings, settingEnablePush, 0)
-	settings = appendSetting(settings, settingInitialWindowSize, uint32(c.cfg.StreamWindow)) //nolint:gosec // a limit of ours
-	settings = appendSetting(settings, settingMaxHeaderListSize, uint32(c.cfg.MaxHeader))    //nolint:gosec // a limit of ours
+	settings = appendSetting(settings, settingInitialWindowSize, uint32(c.cfg.StreamWindow))
+	settings = appendSetting(settings, settingMaxHeaderListSize, uint32(c.cfg.MaxHeader))
 	b := frameHeader{length: len(settings), typ: frameSettings}.append([]byte(preface))
 	b = append(b, settings...)
 	if more := c.recvWin - defaultWindow; more > 0 {

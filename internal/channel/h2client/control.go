@@ -157,7 +157,8 @@ func (c *Conn) readWindowUpdate(h frameHeader) error {
 	if s == nil {
 		return nil
 	}
-	code, why := CodeNo, ""
+	var code ErrCode
+	var why string
 	switch {
 	case n == 0:
 		code, why = CodeProtocol, "WINDOW_UPDATE by nothing"

@@ -85,7 +85,7 @@ func appendSetting(b []byte, id uint16, v uint32) []byte {
 
 func appendWindowUpdate(b []byte, id uint32, n int) []byte {
 	b = frameHeader{length: 4, typ: frameWindowUpdate, id: id}.append(b)
-	return binary.BigEndian.AppendUint32(b, uint32(n)) //nolint:gosec // a window is below 1<<31
+	return binary.BigEndian.AppendUint32(b, uint32(n))
 }
 
 func appendReset(b []byte, id uint32, code ErrCode) []byte {

@@ -336,7 +336,9 @@ func TestRequestBodies(t *testing.T) {
 		if r := <-got; r.err != nil || r.res.StatusCode != 200 {
 			t.Errorf("got %+v", r)
 		}
-		<-written
+		if err := <-written; err != nil && !errors.Is(err, io.ErrClosedPipe) {
+			t.Error(err)
+		}
 		if _, err := pw.Write([]byte("x")); !errors.Is(err, io.ErrClosedPipe) {
 			t.Errorf("the body was not closed: %v", err)
 		}
