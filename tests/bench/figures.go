@@ -65,6 +65,7 @@ const (
 	groupConn      = "conn"
 	groupMemory    = "memory"
 	groupHandshake = "handshake"
+	groupStepCA    = "stepca"
 	groupCrowd     = "nodes" // enrol, idle, warm, desired state, reconnect
 	groupEvents    = "events"
 	groupScale     = "scale"
@@ -166,6 +167,8 @@ var figures = []figure{
 
 	{id: "enrol.rate", group: groupCrowd, row: rowEnrol, name: "granted and on disk", unit: unitRate, must: 200, stretch: 400, higher: true},
 
+	{id: "enrol.stepca", group: groupStepCA, row: rowEnrol, name: "step-ca: one hop and one handshake each, nothing kept", unit: unitRate, higher: true},
+
 	{id: "memory.node.rss", group: groupMemory, row: rowMemory, name: "idle node agent, RSS", unit: unitMiB, must: 20, stretch: 12},
 	{id: "memory.node.anonymous", group: groupMemory, row: rowMemory, name: "idle node agent, anonymous", unit: unitMiB, must: 8, stretch: 4},
 	{id: "memory.rcp.rss", group: groupMemory, row: rowMemory, name: "RCP without nodes, RSS", unit: unitMiB, must: 20, stretch: 12},
@@ -182,7 +185,7 @@ var figures = []figure{
 }
 
 // groups in the order of measuring.
-var groups = []string{groupMemory, groupBulk, groupStream, groupHTTP, groupOne, groupConn, groupHandshake,
+var groups = []string{groupMemory, groupBulk, groupStream, groupHTTP, groupOne, groupConn, groupHandshake, groupStepCA,
 	groupEvents, groupCrowd, groupScale}
 
 func figureOf(id string) (figure, bool) {

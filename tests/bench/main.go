@@ -163,7 +163,7 @@ func (b *bench) build(ctx context.Context, root string) error {
 func (b *bench) measure(ctx context.Context) error {
 	what := map[string]func(context.Context) error{
 		groupMemory: b.memory, groupBulk: b.bulk, groupStream: b.stream, groupHTTP: b.http, groupOne: b.one,
-		groupConn: b.conn, groupHandshake: b.handshakes, groupCrowd: b.crowd, groupEvents: b.events, groupScale: b.scale,
+		groupConn: b.conn, groupHandshake: b.handshakes, groupStepCA: b.stepca, groupCrowd: b.crowd, groupEvents: b.events, groupScale: b.scale,
 	}
 	var errs []error
 	for _, g := range b.groups {
