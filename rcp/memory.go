@@ -10,16 +10,18 @@ const (
 	// gcResting is the heap's growth between two collections, in percent, while
 	// channels rest: they are most of an RCP's heap and allocate next to nothing,
 	// so that the usual 100 would keep as much memory again for nothing. While
-	// channels come and go by the hundred, gcBusy spares half of the collector's
-	// work, and what it leaves is trimmed afterwards.
-	gcResting = 50
+	// channels come and go by the hundred, and from the start until they do no
+	// more, gcBusy spares the collector's work, and what it leaves is trimmed
+	// afterwards.
+	gcResting = 25
 	gcBusy    = 100
-	// busyMoves is how many channels came or went in one look of a busy time.
+	// busyMoves is how many channels come or go in one look of a busy time; a
+	// calm one sees at most one in calmShare.
 	busyMoves = 64
+	calmShare = 256
 	look      = time.Second
-	// After this many channels came or went, and nothing more happened for
-	// trimCalm looks, what they needed meanwhile (handshakes above all) is given
-	// back.
+	// After this many channels came or went, and trimCalm calm looks, what they
+	// needed meanwhile (handshakes above all) is given back.
 	trimAfter = 256
 	trimCalm  = 3
 	// A collection halves a stack that grew and is little used now; those of a
@@ -46,18 +48,23 @@ type trimmer struct {
 	last  tide // of the look before
 	done  tide // when it was last trimmed
 	at    time.Time
-	calm  int   // looks without a channel that came or went
+	calm  int   // calm looks, one after the other
+	rest  bool  // since the last storm was over
 	crest int64 // most streams that were open at a look since
 }
 
-// see looks at the tide: due says that now is the time to trim, busy that the
-// collector is better left alone.
-func (t *trimmer) see(now time.Time, is tide) (due, busy bool) {
-	busy = is.moved-t.last.moved >= busyMoves
-	if is.moved == t.last.moved {
+// see looks at the tide: due says that now is the time to trim, percent how
+// much the heap may grow.
+func (t *trimmer) see(now time.Time, is tide) (due bool, percent int) {
+	moved := is.moved - t.last.moved
+	if moved <= is.channels/calmShare {
 		t.calm++
 	} else {
 		t.calm = 0
+	}
+	t.rest = t.calm >= trimCalm || t.rest && moved < busyMoves
+	if percent = gcBusy; t.rest {
+		percent = gcResting
 	}
 	t.last = is
 	t.crest = max(t.crest, is.open)
@@ -68,13 +75,13 @@ func (t *trimmer) see(now time.Time, is tide) (due, busy bool) {
 	if due {
 		t.done, t.at, t.crest = is, now, is.open
 	}
-	return due, busy
+	return due, percent
 }
 
 // tuneMemory keeps the process small between storms of channels. GOGC in the
 // environment wins over both of ours: the runtime has read it already.
 func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
-	percent := gcResting
+	percent := gcBusy
 	if !gogc {
 		defer debug.SetGCPercent(debug.SetGCPercent(percent))
 	}
@@ -89,11 +96,7 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 		}
 		is := tide{ended: r.ended.Load(), open: r.running.Load()}
 		is.moved, is.channels = r.roster.moved()
-		due, busy := t.see(time.Now(), is)
-		want := gcResting
-		if busy {
-			want = gcBusy
-		}
+		due, want := t.see(time.Now(), is)
 		if want != percent && !gogc {
 			percent = want
 			debug.SetGCPercent(percent)

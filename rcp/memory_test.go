@@ -12,35 +12,40 @@ func TestTrimmer(t *testing.T) {
 	now := time.Now()
 	trim := trimmer{at: now}
 	is := tide{}
-	step := func(what string, change func(), wantDue, wantBusy bool) {
+	step := func(what string, change func(), wantDue bool, want int) {
 		t.Helper()
 		if change != nil {
 			change()
 		}
 		now = now.Add(look)
-		if due, busy := trim.see(now, is); due != wantDue || busy != wantBusy {
-			t.Errorf("%s: due %v, busy %v; want %v, %v", what, due, busy, wantDue, wantBusy)
+		if due, percent := trim.see(now, is); due != wantDue || percent != want {
+			t.Errorf("%s: due %v, %d %%; want %v, %d %%", what, due, percent, wantDue, want)
 		}
 	}
 	for range 5 {
-		step("nodes come", func() { is.moved += 200; is.channels += 200 }, false, true)
+		step("nodes come", func() { is.moved += 200; is.channels += 200 }, false, gcBusy)
 	}
-	step("the last of them", func() { is.moved += 10; is.channels += 10 }, false, false)
-	step("calm", nil, false, false)
-	step("calm", nil, false, false)
-	step("calm for long enough", nil, true, false)
+	step("the last of them", func() { is.moved += 10; is.channels += 10 }, false, gcBusy)
+	step("calm", nil, false, gcBusy)
+	step("calm", nil, false, gcBusy)
+	step("calm for long enough", nil, true, gcResting)
 	for range 120 {
-		step("rest", nil, false, false)
+		step("rest, with a node now and then", func() { is.moved++ }, false, gcResting)
 	}
-	step("the gateway looks at every node", func() { is.open += 512 }, false, false)
-	step("half of the sessions have ended", func() { is.open -= 256; is.ended += 256 }, false, false)
-	step("all but a few", func() { is.open -= 200; is.ended += 200 }, true, false)
-	step("the rest", func() { is.open -= 56; is.ended += 56 }, false, false)
+	step("the gateway looks at every node", func() { is.open += 512 }, false, gcResting)
+	step("half of the sessions have ended", func() { is.open -= 256; is.ended += 256 }, false, gcResting)
+	step("all but a few", func() { is.open -= 200; is.ended += 200 }, true, gcResting)
+	step("the rest", func() { is.open -= 56; is.ended += 56 }, false, gcResting)
 	for range 58 {
-		step("a second wave, too soon", func() { is.ended += 10 }, false, false)
+		step("a second wave, too soon", func() { is.ended += 10 }, false, gcResting)
 	}
-	step("as many as there are channels", func() { is.ended += 1010 }, true, false)
+	step("as many as there are channels", func() { is.ended += 1010 }, true, gcResting)
+	step("another storm", func() { is.moved += 300 }, false, gcBusy)
+	for range 2 {
+		step("it abates", func() { is.moved += 3 }, false, gcBusy)
+	}
+	step("it is over", func() { is.moved += 3 }, true, gcResting)
 	for range 100 {
-		step("sessions open and close, always as many", func() { is.open = 300; is.ended += 2 }, false, false)
+		step("sessions open and close, always as many", func() { is.open = 300; is.ended += 2 }, false, gcResting)
 	}
 }
