@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"time"
@@ -115,6 +116,18 @@ func (b *endedBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
+// readier is the body of a channel's response.
+type readier interface {
+	Ready() (wait <-chan struct{}, ok bool)
+}
+
+func (b *endedBody) Ready() (wait <-chan struct{}, ok bool) {
+	if r, ok := b.ReadCloser.(readier); ok {
+		return r.Ready()
+	}
+	return nil, false
+}
+
 // tell sends one small document whose answer does not matter.
 func (a *attached) tell(ctx context.Context, method, path string, v any) error {
 	b, err := json.Marshal(v)
@@ -128,31 +141,63 @@ func (a *attached) tell(ctx context.Context, method, path string, v any) error {
 	return resp.Body.Close()
 }
 
+// aside runs f on a stack of its own. A goroutine that lives as long as a
+// channel waits nearly all of that time, and its stack keeps the size that its
+// deepest call ever needed: thousands of them are what an RCP's memory is made of.
+func aside(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	<-done
+}
+
 // serveDownstream keeps company with one channel whose other side is
 // downstream, from its first moment to its end.
 func (r *Relay) serveDownstream(ctx context.Context, conn link) {
-	log := r.log.With("peer", conn.Peer().String(), "source", conn.RemoteAddr(), "carrier", conn.Carrier())
+	var a *attached
+	aside(func() { a = r.welcome(ctx, conn) })
+	if a == nil {
+		return
+	}
+	if err := r.listenTo(a); err != nil {
+		r.cut(a, err)
+	}
+	select {
+	case <-conn.Done():
+	case <-ctx.Done():
+		conn.Close(context.Cause(ctx))
+		<-conn.Done()
+	}
+	r.roster.leave(a, reasonText(conn.Err()))
+	r.logOf(conn).Info("channel down", "reason", conn.Err())
+}
+
+func (r *Relay) logOf(conn link) *slog.Logger {
+	return r.log.With("peer", conn.Peer().String(), "source", conn.RemoteAddr(), "carrier", conn.Carrier())
+}
+
+// welcome takes a channel in; it returns nil if that was refused.
+func (r *Relay) welcome(ctx context.Context, conn link) *attached {
 	a, err := r.roster.join(ctx, conn)
 	if err != nil {
 		r.metrics.refuse(err)
-		log.Warn("channel refused", "error", err)
+		r.logOf(conn).Warn("channel refused", "error", err)
 		conn.Close(err)
-		return
+		return nil
 	}
 	if r.id.Ended(a.peer) { // the set arrived between the handshake and here
 		conn.Close(identity.ErrRevoked)
 	}
-	log.Info("channel up", "dialled", conn.Dialled())
-	stop := context.AfterFunc(ctx, func() { conn.Close(context.Cause(ctx)) })
-	defer stop()
-	if err := r.listenTo(a); err != nil {
-		r.metrics.refuse(err)
-		log.Warn("channel cut", "error", err)
-		conn.Close(err)
-	}
-	<-conn.Done()
-	r.roster.leave(a, reasonText(conn.Err()))
-	log.Info("channel down", "reason", conn.Err())
+	r.logOf(conn).Info("channel up", "dialled", conn.Dialled())
+	return a
+}
+
+func (r *Relay) cut(a *attached, err error) {
+	r.metrics.refuse(err)
+	r.logOf(a.conn).Warn("channel cut", "error", err)
+	a.conn.Close(err)
 }
 
 // drain ends a channel gently: the party is told, and what runs may finish.
@@ -170,7 +215,10 @@ func (r *Relay) listenTo(a *attached) error {
 	read := r.readSignals
 	switch {
 	case a.peer.Pending:
-		<-a.conn.Done()
+		select {
+		case <-a.conn.Done():
+		case <-ctx.Done():
+		}
 		return nil
 	case a.peer.Party.Role == wire.RoleRCP:
 		m := r.mirrors.take(a.peer.Party.ID)
@@ -211,26 +259,67 @@ func (r *Relay) listenTo(a *attached) error {
 // readSignals holds GET /v1/signals of a node. Its lines are taken at
 // signalRate; a node that sends more waits.
 func (r *Relay) readSignals(ctx context.Context, a *attached) error {
-	resp, err := a.ask(ctx, http.MethodGet, wire.PathSignals, nil)
+	var s *signals
+	var err error
+	aside(func() { s, err = r.openSignals(ctx, a) })
 	if err != nil {
 		return err
 	}
-	defer func() { _ = resp.Body.Close() }()
-	pace := rate.NewLimiter(signalRate, signalBurst)
-	lines := wire.NewLineReader(resp.Body, wire.MaxSignalLine)
-	for {
-		var s wire.Signal
-		if err := lines.Next(&s); err != nil {
-			return err
+	defer func() { _ = s.body.Close() }()
+	for err == nil {
+		more, ok := s.wait()
+		if more != nil {
+			<-more // also when ctx ends, as that ends the body
 		}
-		if err := pace.Wait(ctx); err != nil {
-			return err
+		if ok {
+			aside(func() { err = r.nextSignal(ctx, a, s) })
+		} else {
+			err = r.nextSignal(ctx, a, s) // which waits
 		}
-		if err := r.roster.signal(a, s); err != nil {
-			return err
-		}
-		r.metrics.signals.Inc()
 	}
+	return err
+}
+
+// signals is the stream of one node's signals.
+type signals struct {
+	body  io.ReadCloser
+	lines *wire.LineReader
+	pace  *rate.Limiter
+}
+
+func (r *Relay) openSignals(ctx context.Context, a *attached) (*signals, error) {
+	resp, err := a.ask(ctx, http.MethodGet, wire.PathSignals, nil)
+	if err != nil {
+		return nil, err
+	}
+	return &signals{body: resp.Body, lines: wire.NewLineReader(resp.Body, wire.MaxSignalLine), pace: rate.NewLimiter(signalRate, signalBurst)}, nil
+}
+
+// wait returns what to wait for before the next line is read, so that nobody
+// waits in the middle of that. Not ok: the carrier cannot tell.
+func (s *signals) wait() (more <-chan struct{}, ok bool) {
+	if s.lines.Buffered() > 0 {
+		return nil, true
+	}
+	if b, ok := s.body.(readier); ok {
+		return b.Ready()
+	}
+	return nil, false
+}
+
+func (r *Relay) nextSignal(ctx context.Context, a *attached, s *signals) error {
+	var line wire.Signal
+	if err := s.lines.Next(&line); err != nil {
+		return err
+	}
+	if err := s.pace.Wait(ctx); err != nil {
+		return err
+	}
+	if err := r.roster.signal(a, line); err != nil {
+		return err
+	}
+	r.metrics.signals.Inc()
+	return nil
 }
 
 // tellRevocations hands the set that we hold to an RCP below us.

@@ -83,6 +83,18 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// Ready returns what to wait for until a Read does not wait: nil if there is
+// something to read, or the end. Not ok: the carrier cannot tell. It is for
+// bodies that come in small pieces over a very long time.
+func (b *responseBody) Ready() (wait <-chan struct{}, ok bool) {
+	p, ok := b.ReadCloser.(poller)
+	if !ok {
+		return nil, false
+	}
+	_, wait, _ = p.TryRead(nil)
+	return wait, true
+}
+
 func (b *responseBody) Close() error {
 	err := b.ReadCloser.Close()
 	if b.shut.CompareAndSwap(false, true) {

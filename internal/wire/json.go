@@ -86,6 +86,9 @@ func (l *LineReader) Next(v any) error {
 	}
 }
 
+// Buffered is how much of the next line, in bytes, was read already.
+func (l *LineReader) Buffered() int { return l.r.Buffered() }
+
 func decodeLine(b []byte, v any) error {
 	if err := json.Unmarshal(b, v); err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
