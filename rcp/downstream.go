@@ -288,7 +288,7 @@ type signals struct {
 }
 
 func (r *Relay) openSignals(ctx context.Context, a *attached) (*signals, error) {
-	resp, err := a.ask(ctx, http.MethodGet, wire.PathSignals, nil)
+	resp, err := a.ask(ctx, http.MethodGet, wire.PathSignals, nil) //nolint:bodyclose // readSignals closes it
 	if err != nil {
 		return nil, err
 	}
