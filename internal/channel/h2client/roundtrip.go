@@ -111,7 +111,7 @@ func (c *Conn) send(p patience, req *http.Request, body *sentBody, tunnel bool) 
 
 // response waits for the response.
 func (s *Stream) response(p patience, req *http.Request) (*http.Response, error) {
-	for {
+	for late := false; ; {
 		s.c.mu.Lock()
 		if s.answered {
 			res := s.responseLocked(req)
@@ -124,14 +124,16 @@ func (s *Stream) response(p patience, req *http.Request) (*http.Response, error)
 		}
 		wait := s.waitLocked()
 		s.c.mu.Unlock()
+		if late {
+			_ = s.Close() // with what comes meanwhile: nobody reads it
+			return nil, p.over()
+		}
 		select {
 		case <-wait:
 		case <-p.ctx.Done():
-			s.cancel(p.over())
-			return nil, p.over()
+			late = true
 		case <-p.late:
-			s.cancel(ErrNoAnswer)
-			return nil, ErrNoAnswer
+			late = true
 		}
 	}
 }
