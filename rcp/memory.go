@@ -30,7 +30,7 @@ const (
 	// Streams leave buffers and grown stacks behind too: a gateway that proves
 	// every node after a storm opens one for each of them, and keeps it for a
 	// while. They are trimmed, at most every trimStreams, when a wave of them is
-	// over: fewer than a quarter of those are open that once were; or when as
+	// over: a sixteenth at most is open of what once was; or when as
 	// many have ended as there are channels.
 	trimStreams = time.Minute
 	trimWave    = 256
@@ -70,7 +70,7 @@ func (t *trimmer) see(now time.Time, is tide) (due bool, percent int) {
 	t.crest = max(t.crest, is.open)
 	due = t.calm >= trimCalm && is.moved-t.done.moved >= trimAfter
 	if !due && now.Sub(t.at) >= trimStreams && is.ended-t.done.ended >= trimAfter {
-		due = is.ended-t.done.ended >= is.channels || t.crest >= trimWave && is.open < t.crest/4
+		due = is.ended-t.done.ended >= is.channels || t.crest >= trimWave && is.open <= t.crest/16
 	}
 	if due {
 		t.done, t.at, t.crest = is, now, is.open

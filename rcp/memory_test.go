@@ -34,8 +34,8 @@ func TestTrimmer(t *testing.T) {
 	}
 	step("the gateway looks at every node", func() { is.open += 512 }, false, gcResting)
 	step("half of the sessions have ended", func() { is.open -= 256; is.ended += 256 }, false, gcResting)
-	step("all but a few", func() { is.open -= 200; is.ended += 200 }, true, gcResting)
-	step("the rest", func() { is.open -= 56; is.ended += 56 }, false, gcResting)
+	step("all but a few", func() { is.open -= 225; is.ended += 225 }, true, gcResting)
+	step("the rest", func() { is.open -= 31; is.ended += 31 }, false, gcResting)
 	for range 58 {
 		step("a second wave, too soon", func() { is.ended += 10 }, false, gcResting)
 	}
