@@ -61,6 +61,7 @@ type instance struct {
 	overflow   atomic.Int64 // unix seconds of the last event about it
 	dropped    chan int64
 	clock      local.Clock
+	copies     copies
 	reborn     chan []*channel.Conn // of the identity before: they are to end
 	join       *identity.JoinSource
 }
@@ -71,7 +72,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	in := &instance{
 		cfg: cfg, td: td, dir: filepath.Join(cfg.Dir(string(wire.RoleNode)), td), boot: boot, salt: string(wire.NewID()),
 		log: log.With("instance", td), readonly: cfg.Mode == config.Readonly, lot: lot, dropped: make(chan int64, 1),
-		reborn: make(chan []*channel.Conn, 1), join: join,
+		reborn: make(chan []*channel.Conn, 1), join: join, copies: copies{held: wire.NewNonce()},
 	}
 	defer func() {
 		if err != nil && in.spool != nil {
@@ -312,7 +313,7 @@ func (in *instance) hello() wire.Hello {
 	}
 	state, reason := in.state()
 	return wire.Hello{
-		Party: party, Boot: in.boot, Program: in.cfg.Version, Versions: wire.OwnVersions,
+		Party: party, Boot: in.copies.boot(in.boot), Program: in.cfg.Version, Versions: wire.OwnVersions,
 		Name: string(in.cfg.Name), Tags: in.cfg.Tags, Mode: string(in.cfg.Mode),
 		State: state, Reason: reason, Installation: installation,
 		Applied: in.desired.revision(), Policies: in.engine.Statuses(), Outbox: outbox,

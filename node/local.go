@@ -38,7 +38,7 @@ func (a *Agent) Status(context.Context) local.Status {
 		// The first instance speaks for the node, until another is worse off.
 		if i == 0 || s.State == string(wire.StateRunning) && v.State != string(wire.StateRunning) {
 			s.ID, s.Name, s.Fingerprint, s.State, s.Reason = v.ID, v.Name, v.Fingerprint, v.State, v.Reason
-			s.TrustDomain, s.NotAfter, s.Clock = v.TrustDomain, v.NotAfter, v.Clock
+			s.TrustDomain, s.NotAfter, s.Clock, s.Boot = v.TrustDomain, v.NotAfter, v.Clock, v.Boot
 		}
 	}
 	return s
@@ -57,7 +57,7 @@ func (in *instance) status() local.Instance {
 	return local.Instance{
 		TrustDomain: in.td, ID: in.id.ID(), Name: in.name(), Fingerprint: in.id.Fingerprint(), State: string(h.State), Reason: h.Reason,
 		Installation: h.Installation, AppliedRevision: h.Applied.String(), Policies: policies, Upstreams: h.Upstreams,
-		Outbox: outbox, NotAfter: h.NotAfter, Clock: in.clock.Skew(),
+		Outbox: outbox, NotAfter: h.NotAfter, Clock: in.clock.Skew(), Boot: h.Boot,
 	}
 }
 

@@ -52,11 +52,12 @@ func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 }
 
 func (in *instance) admitReidentify(q *wire.Reidentify) error {
+	boot := in.copies.boot(in.boot)
 	switch {
 	case q.Node != in.id.ID():
 		return fmt.Errorf("reidentify: it is for node %s", wire.Quotable(string(q.Node)))
-	case q.Boot != "" && q.Boot != in.boot:
-		return fmt.Errorf("reidentify: it is for the process with boot ID %s, this is %s", wire.Quotable(q.Boot), in.boot)
+	case q.Boot != "" && q.Boot != boot:
+		return fmt.Errorf("reidentify: it is for the process with boot ID %s, this is %s", wire.Quotable(q.Boot), boot)
 	}
 	if err := in.lock.obey(q.Installation); err != nil {
 		return fmt.Errorf("reidentify: %w", err)

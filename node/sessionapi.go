@@ -24,7 +24,14 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
 		in.clock.Heard(r.Header)
-		writeJSON(w, in.hello())
+		previous, marked := in.copies.heard(r.Header)
+		h := in.hello()
+		h.Previous = previous
+		writeJSON(w, h)
+		if marked {
+			in.log.Warn("a gateway found that this process was copied while it ran, and gave this one of the copies a boot ID of its own", "boot", h.Boot)
+			in.changed()
+		}
 	})
 	mux.HandleFunc("PUT "+wire.PathDesired, in.takeDesired)
 	mux.HandleFunc("POST "+wire.PathOutbox, in.outbox)

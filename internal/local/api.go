@@ -87,6 +87,7 @@ type Instance struct {
 	Outbox          Outbox                `json:"outbox"`
 	NotAfter        time.Time             `json:"not_after,omitzero"`
 	Clock           *Skew                 `json:"clock,omitempty"` // against the gateway's
+	Boot            string                `json:"boot,omitempty"`  // of this process, as this gateway knows it
 }
 
 // Outbox counts events that the gateway does not have yet.

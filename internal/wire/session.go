@@ -70,13 +70,18 @@ type Hello struct {
 	AsRoot       bool              `json:"as_root,omitempty"`
 	Time         time.Time         `json:"time"` // the party's clock, for measuring skew; not part of the digest
 	Salt         string            `json:"salt"` // makes Digest meaningless to the RCP
+	// Previous is what the process held before the nonce of this request
+	// ([HeaderNonce]): what the last request brought, or random from its start.
+	// Zero: there was no nonce in the request, or the program is too old to
+	// know them. Not part of the digest.
+	Previous Nonce `json:"previous,omitzero"`
 }
 
 // Digest is what a signal carries: it changes when the hello does, and tells
-// an RCP nothing about its content. Time, Upstreams (round trips) and the
-// moving parts of Outbox do not count.
+// an RCP nothing about its content. Time, Previous, Upstreams (round trips) and
+// the moving parts of Outbox do not count.
 func (h Hello) Digest() string {
-	h.Time = time.Time{}
+	h.Time, h.Previous = time.Time{}, Nonce{}
 	h.Upstreams = nil
 	h.Outbox = OutboxState{Spool: h.Outbox.Spool, Dropped: h.Outbox.Dropped}
 	b, err := json.Marshal(h)
