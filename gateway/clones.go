@@ -17,13 +17,6 @@ const (
 	// sightingLife is how long it is remembered which boot of a node answered.
 	sightingLife = time.Hour
 	maxSightings = 4 // boots of one node
-	// suspectAfter lets a node that was restarted lose its old channels before
-	// two boots are suspicious; suspectEvery bounds the work that an RCP can
-	// cause by making boots up, for one node; probers for all.
-	suspectAfter = 3 * time.Second
-	suspectEvery = time.Minute
-	probers      = 4
-	probes       = 6 // sessions of one look
 	keyClone     = "clone"
 )
 
@@ -32,54 +25,71 @@ type sighting struct {
 	boot       string
 	first      time.Time // when the first answer of it was there
 	sent, last time.Time // of its last answer: when it was asked for, when it was there
+	thread     thread
+	// copied: what answered under this boot ID is no one process, or it went
+	// back in time. Each process that still answers under it gets another.
+	copied bool
 }
 
-// clones finds nodes whose identity lives on two hosts at once: copies of one
-// virtual machine, or a thief's. A boot id is made anew at each start, so that
-// one process answers under one; two that answer in turn are two processes.
+// clones finds nodes whose identity lives in two processes at once: copies of
+// one virtual machine, or a thief's. A boot id is made anew at each start, so
+// that one process answers under one; two that answer in turn are two processes.
 //
 // The proof is boot a, then b, then a again, each asked for after the answer
 // before was there, in sessions that only the node's key can hold. A restart
 // goes from a to b and never back, and an RCP can delay an answer, but none was
-// made before it was asked for. What RCPs report of boots is a reason to look.
+// made before it was asked for. What RCPs report is a reason to look.
+//
+// A machine that is copied with its memory leaves two processes of one boot id.
+// They cannot make what tells them apart, so the gateway brings it: see
+// [thread]. Where the thread of one boot breaks, each process that answers
+// under it is given a boot id of its own, and then the proof is the same. A
+// machine that was turned back to a snapshot of its memory breaks its thread
+// too, but is one process: no boot of it comes back, so nothing is proven.
 type clones struct {
 	s *Server
 
 	mu       sync.Mutex
 	seen     map[wire.ID][]sighting
-	suspects map[wire.ID]time.Time // when to look at them
+	suspects map[wire.ID]*suspicion
 	looked   map[wire.ID]time.Time
 	wake     chan struct{}
 }
 
 func newClones(s *Server) *clones {
-	return &clones{s: s, seen: map[wire.ID][]sighting{}, suspects: map[wire.ID]time.Time{}, looked: map[wire.ID]time.Time{}, wake: make(chan struct{}, 1)}
+	return &clones{s: s, seen: map[wire.ID][]sighting{}, suspects: map[wire.ID]*suspicion{}, looked: map[wire.ID]time.Time{}, wake: make(chan struct{}, 1)}
 }
 
-// saw takes an answer over: sent is when it was asked for, got when it was
-// there. It returns the other boot when the two prove two processes.
-func (c *clones) saw(id wire.ID, boot string, sent, got time.Time) (other string) {
+// saw takes an answer over. It returns the other boot when the two prove two
+// processes, and tells whether more than one process may answer under this one.
+func (c *clones) saw(id wire.ID, a *greeting) (other string, copied bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	all := slices.DeleteFunc(c.seen[id], func(x sighting) bool { return got.Sub(x.last) > sightingLife })
-	i := slices.IndexFunc(all, func(x sighting) bool { return x.boot == boot })
+	all := slices.DeleteFunc(c.seen[id], func(x sighting) bool { return a.got.Sub(x.last) > sightingLife })
+	i := slices.IndexFunc(all, func(x sighting) bool { return x.boot == a.hello.Boot })
 	if i < 0 {
 		if len(all) >= maxSightings {
 			all = slices.Delete(all, 0, 1)
 		}
-		c.seen[id] = append(all, sighting{boot: boot, first: got, sent: sent, last: got})
-		return ""
+		i = len(all)
+		all = append(all, sighting{boot: a.hello.Boot, first: a.got, sent: a.sent, last: a.got})
 	}
-	for _, x := range all {
-		if x.boot != boot && all[i].first.Before(x.sent) && x.last.Before(sent) {
-			other = x.boot
+	x := &all[i]
+	if x.thread.breaks(a) {
+		x.copied = true
+	}
+	for _, y := range all {
+		// A boot ID that a gateway gave goes back in time with its process.
+		turned := wire.UnmarkBoot(y.boot) == wire.UnmarkBoot(x.boot) && (x.copied || y.copied)
+		if y.boot != x.boot && !turned && x.first.Before(y.sent) && y.last.Before(a.sent) {
+			other = y.boot
 		}
 	}
-	if got.After(all[i].last) {
-		all[i].sent, all[i].last = sent, got
+	if a.got.After(x.last) {
+		x.sent, x.last = a.sent, a.got
 	}
 	c.seen[id] = all
-	return other
+	return other, x.copied
 }
 
 // boots lists what answered as a node, the latest first.
@@ -88,7 +98,7 @@ func (c *clones) boots(id wire.ID) []api.NodeBoot {
 	defer c.mu.Unlock()
 	out := []api.NodeBoot{}
 	for _, x := range c.seen[id] {
-		out = append(out, api.NodeBoot{ID: clip(x.boot), First: x.first.UTC(), Last: x.last.UTC()})
+		out = append(out, api.NodeBoot{ID: clip(x.boot), First: x.first.UTC(), Last: x.last.UTC(), Copied: x.copied})
 	}
 	slices.SortFunc(out, func(a, b api.NodeBoot) int { return b.Last.Compare(a.Last) })
 	return out
@@ -103,130 +113,32 @@ func (c *clones) forget(id wire.ID) {
 	delete(c.looked, id)
 }
 
-// suspect is told that RCPs report a node under two boots at once. It does not
-// wait: the fleet calls it.
-func (c *clones) suspect(id wire.ID) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if _, there := c.suspects[id]; there {
-		return
-	}
-	now := time.Now()
-	at := now.Add(suspectAfter)
-	if last, ok := c.looked[id]; ok && at.Before(last.Add(suspectEvery)) {
-		at = last.Add(suspectEvery)
-	}
-	c.suspects[id] = at
-	wake(c.wake)
-}
-
-// due takes the suspects out whose time has come, and says when the next is.
-func (c *clones) due(now time.Time) (ids []wire.ID, next time.Duration) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	next = time.Hour
-	for id, at := range c.suspects {
-		if wait := at.Sub(now); wait > 0 {
-			next = min(next, wait)
-			continue
-		}
-		delete(c.suspects, id)
-		c.looked[id] = now
-		ids = append(ids, id)
-	}
-	for id, at := range c.looked {
-		if now.Sub(at) > suspectEvery {
-			delete(c.looked, id)
-		}
-	}
-	for id, all := range c.seen {
-		if now.Sub(all[len(all)-1].last) > sightingLife {
-			delete(c.seen, id)
-		}
-	}
-	return ids, next
-}
-
-// run looks at suspects until ctx ends.
-func (c *clones) run(ctx context.Context) error {
-	var looking sync.WaitGroup
-	defer looking.Wait()
-	places := make(chan struct{}, probers)
-	for {
-		ids, next := c.due(time.Now())
-		for _, id := range ids {
-			select {
-			case places <- struct{}{}:
-			case <-ctx.Done():
-				return nil
-			}
-			looking.Go(func() {
-				defer func() { <-places }()
-				c.look(ctx, id)
-			})
-		}
-		timer := time.NewTimer(next)
-		select {
-		case <-ctx.Done():
-			timer.Stop()
-			return nil
-		case <-c.wake:
-			timer.Stop()
-		case <-timer.C:
-		}
-	}
-}
-
-// look asks a node for its hello by its ways in turn, each time in a session
-// of its own.
-func (c *clones) look(ctx context.Context, id wire.ID) {
-	for n := range probes {
-		routes, err := c.s.fleet.routes(id)
-		if err != nil {
-			return
-		}
-		routes = byFirstHop(routes, "")
-		if c.s.fleet.quarantined(id) != "" {
-			return
-		}
-		err = c.ask(ctx, id, routes[n%len(routes)])
-		if ctx.Err() != nil {
-			return
-		}
-		if err != nil {
-			c.s.log.Debug("a node that is reported under two boots does not answer by one way", "id", id, "rcp", routes[n%len(routes)].name, "error", err)
-		}
-	}
-}
-
-func (c *clones) ask(ctx context.Context, id wire.ID, r route) error {
-	ctx, cancel := context.WithTimeout(ctx, openWay+sessionAnswer)
-	defer cancel()
-	party := c.s.party(wire.RoleNode, id)
-	rt, err := c.s.sessions.openBy(ctx, party, r)
+// greet asks a node for its hello, and follows what it proves. A process that
+// answers under a boot ID which others may have is given another in the same
+// session, and asked again.
+func (c *clones) greet(ctx context.Context, id wire.ID, conv *conversation) (*greeting, error) {
+	a, err := conv.greet(ctx, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer func() { _ = rt.Close() }()
-	sent := time.Now()
-	h, _, err := (&conversation{party: party, via: r, since: sent, rt: rt, used: sent}).Hello(ctx)
-	if err != nil {
-		return err
+	other, copied := c.saw(id, a)
+	if copied {
+		c.suspect(id, doubtTwo)
+		if a, err = conv.greet(ctx, true); err != nil {
+			return nil, err
+		}
+		if o, _ := c.saw(id, a); o != "" {
+			other = o
+		}
 	}
-	return c.heard(ctx, id, h.Boot, sent)
-}
-
-// ErrQuarantined says that a node gets nothing because two live hosts have its
-// identity.
-var ErrQuarantined = errors.New("quarantined")
-
-// heard follows each verified hello of a node. It returns ErrQuarantined when
-// the node is quarantined because of it.
-func (c *clones) heard(ctx context.Context, id wire.ID, boot string, sent time.Time) error {
-	other := c.saw(id, boot, sent, time.Now())
 	if other == "" || c.s.fleet.quarantined(id) != "" {
-		return nil
+		return a, nil
 	}
+	return a, c.quarantine(ctx, id, a.hello.Boot, other)
+}
+
+// quarantine is for a node of which two boots are proven to live.
+func (c *clones) quarantine(ctx context.Context, id wire.ID, boot, other string) error {
 	n, err := c.s.store.Node(ctx, id)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil // it is shown as locked (unknown), and gets nothing anyway
@@ -234,7 +146,11 @@ func (c *clones) heard(ctx context.Context, id wire.ID, boot string, sent time.T
 	if err != nil {
 		return err
 	}
-	why := fmt.Sprintf("two live hosts have its identity: they answered in turn as boots %s and %s", clip(other), clip(boot))
+	who := "two live hosts have its identity"
+	if wire.UnmarkBoot(boot) == wire.UnmarkBoot(other) {
+		who = "two copies of one running machine have its identity"
+	}
+	why := fmt.Sprintf("%s: they answered in turn as boots %s and %s", who, clip(other), clip(boot))
 	err = c.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		tx.Audit(ctx, "node.quarantine", "node "+n.Name, why)
 		tx.Raise(store.Internal{NodeID: id, Severity: wire.SeverityMajor, Object: "node " + n.Name, Key: keyClone,
@@ -249,7 +165,7 @@ func (c *clones) heard(ctx context.Context, id wire.ID, boot string, sent time.T
 		return err
 	}
 	c.s.tunnels.cut(id)
-	return fmt.Errorf("node %s: %w: %s", n.Name, ErrQuarantined, why)
+	return nil
 }
 
 // resume ends a quarantine by an operator's word. Two hosts that still live are
@@ -290,19 +206,4 @@ func (f *fleet) quarantined(id wire.ID) string {
 		return m.quarantine
 	}
 	return ""
-}
-
-// twoBoots tells whether ways of a node are reported under different boots.
-func (f *fleet) twoBoots(m *member) bool {
-	boot := ""
-	for _, w := range f.liveWays(m) {
-		if w.boot == "" {
-			continue
-		}
-		if boot != "" && w.boot != boot {
-			return true
-		}
-		boot = w.boot
-	}
-	return false
 }

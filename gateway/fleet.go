@@ -59,8 +59,8 @@ type fleet struct {
 	log          *slog.Logger
 	installation string
 	started      time.Time
-	onTwoBoots   func(node wire.ID) // hears that RCPs report a node under two boots, under mu; nil: nobody does
-	onParked     func(node wire.ID) // hears hints, under mu; nil: nobody does
+	onChannel    func(node wire.ID, why doubt) // hears that a node has another channel, or seems to be two, under mu; nil: nobody does
+	onParked     func(node wire.ID)            // hears hints, under mu; nil: nobody does
 
 	mu      sync.Mutex
 	members map[wire.ID]*member
@@ -325,7 +325,7 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 	}
 	now := time.Now()
 	m.digest, m.skew = hello.Digest(), skew
-	hello.Policies = nil // the database has them; a fleet holds many hellos
+	hello.Policies, hello.Previous = nil, wire.Nonce{} // the database has them; a fleet holds many hellos
 	m.hello = &hello
 	wrong := skew.Abs() > maxSkew
 	skewChanged = wrong != m.skewed

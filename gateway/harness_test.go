@@ -210,6 +210,7 @@ type fakeNode struct {
 
 	mu       sync.Mutex
 	hello    wire.Hello
+	held     wire.Nonce // the last one brought; zero: too old to know
 	hellos   int
 	spool    string
 	events   []wire.Event
@@ -231,7 +232,7 @@ type fakeRun struct {
 func (w *world) node(name string) *fakeNode {
 	w.t.Helper()
 	n := &fakeNode{id: w.ca.Party(w.t, wire.RoleNode, identitytest.Name(name, store.DefaultTenant)), name: name, mux: http.NewServeMux(),
-		spool: "spool-" + name, runs: map[wire.ID]*fakeRun{}}
+		spool: "spool-" + name, runs: map[wire.ID]*fakeRun{}, held: wire.NewNonce()}
 	party, _ := n.id.Party()
 	n.hello = wire.Hello{Party: party, Boot: "b1", Program: "test", Versions: wire.OwnVersions, Name: name, Mode: "managed", State: wire.StateRunning,
 		Installation: w.db.Installation().UID, NotAfter: n.id.NotAfter(), RenewAfter: n.id.RenewAfter(), Salt: "s"}
@@ -257,11 +258,19 @@ func (w *world) enrolled(n *fakeNode) *fakeNode {
 	return n
 }
 
-func (n *fakeNode) getHello(rw http.ResponseWriter, _ *http.Request) {
+func (n *fakeNode) getHello(rw http.ResponseWriter, r *http.Request) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.hellos++
+	previous := n.held
+	if brought, err := wire.ParseNonce(r.Header.Get(wire.HeaderNonce)); err == nil && !n.held.IsZero() {
+		n.held = brought
+		if r.Header.Get(wire.HeaderMark) != "" {
+			n.hello.Boot = wire.MarkBoot(n.hello.Boot, brought)
+		}
+	}
 	h := n.hello
+	h.Previous = previous
 	h.Time = time.Now()
 	h.Outbox = n.stateLocked()
 	_ = json.NewEncoder(rw).Encode(h)

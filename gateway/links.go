@@ -88,6 +88,9 @@ func (f *fleet) linkUp(info linkInfo) {
 		return
 	}
 	w.carrier, w.source, w.since, w.dialled = info.Carrier, info.Address, info.Since, !info.Dialled
+	if info.Role == wire.RoleNode && m.known && !fresh && f.onChannel != nil {
+		f.onChannel(m.id, doubtWay)
+	}
 	f.arrive(m, w, "", fresh, now)
 }
 
@@ -287,10 +290,18 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	}
 	p.Since = peerTime(p.Since)
 	renewed := fresh || !w.since.Equal(p.Since) // another channel than the one by which something may have failed
+	watched := m.role == wire.RoleNode && m.known && f.onChannel != nil
+	why := doubtNone
+	if watched && renewed {
+		why = f.doubts(m, w, &p)
+	}
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
-	w.since, w.draining, w.boot = p.Since, p.Draining, clip(p.Boot)
-	if m.role == wire.RoleNode && m.known && f.onTwoBoots != nil && f.twoBoots(m) {
-		f.onTwoBoots(m.id)
+	w.since, w.draining, w.boot, w.generation = p.Since, p.Draining, clip(p.Boot), p.Generation
+	if watched && f.twoBoots(m) {
+		why = doubtTwo
+	}
+	if watched && (renewed || why != doubtNone) {
+		f.onChannel(m.id, why)
 	}
 	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
 	if m.role == wire.RoleRCP && fresh {

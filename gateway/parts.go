@@ -20,7 +20,7 @@ func (s *Server) wire() {
 	s.wireEnrolment()
 	s.twin = newTwin(s)
 	s.clones = newClones(s)
-	s.fleet.onTwoBoots = s.clones.suspect
+	s.fleet.onChannel = s.clones.suspect
 	s.hooks.hop = s.twin.hop
 	s.hooks.met = append(s.hooks.met, s.twin.met)
 }

@@ -60,6 +60,8 @@ type way struct {
 	digest   string // claimed digest of the hello
 	outbox   bool   // hint
 	boot     string // claimed
+	// generation is claimed too: the number of the channel among those of one boot.
+	generation int64
 
 	asked string    // the claimed digest that last made us read the hello
 	stale bool      // not yet seen in the snapshot that is being read

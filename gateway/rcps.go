@@ -404,6 +404,18 @@ func (l *links) enter(id wire.ID, c *channel.Conn, link *channel.Link, takeOver 
 	}
 }
 
+// conns are the live connections of class admin to a first hop.
+func (l *links) conns(id wire.ID) (out []*channel.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, h := range l.hops[id] {
+		if h.conn.Err() == nil {
+			out = append(out, h.conn)
+		}
+	}
+	return out
+}
+
 // cut ends all connections to a first hop.
 func (l *links) cut(id wire.ID, cause error) {
 	l.mu.Lock()

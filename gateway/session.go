@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"sallyport/internal/channel"
 	"sallyport/internal/wire"
 )
 
@@ -136,6 +138,11 @@ func (e *statusError) Error() string {
 // limit bytes into out, unless that is nil. It returns when the whole answer
 // was there, within sessionAnswer.
 func (c *conversation) call(ctx context.Context, method, path string, in, out any, limit int64) error {
+	return c.callWith(ctx, method, path, nil, in, out, limit)
+}
+
+// callWith is call with further headers.
+func (c *conversation) callWith(ctx context.Context, method, path string, header http.Header, in, out any, limit int64) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	answer := time.AfterFunc(sessionAnswer, func() { cancel(c.mute()) })
@@ -152,6 +159,7 @@ func (c *conversation) call(ctx context.Context, method, path string, in, out an
 	if err != nil {
 		return err
 	}
+	maps.Copy(req.Header, header)
 	req.Header.Set(wire.HeaderTime, time.Now().UTC().Format(time.RFC3339Nano))
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
@@ -200,21 +208,43 @@ func refusal(res *http.Response) error {
 	return &statusError{Status: res.StatusCode, Reason: wire.Quotable(reason)}
 }
 
+// greeting is what a party says of itself.
+type greeting struct {
+	hello     wire.Hello
+	skew      time.Duration // by which its clock is ahead of ours
+	nonce     wire.Nonce    // that it was brought
+	sent, got time.Time     // when it was asked, and when the answer was there
+}
+
 // Hello reads what the party says of itself now, and how far its clock is
 // ahead of ours.
-func (c *conversation) Hello(ctx context.Context) (h wire.Hello, skew time.Duration, err error) {
-	asked := time.Now()
-	if err := c.call(ctx, http.MethodGet, wire.PathHello, nil, &h, wire.MaxHello); err != nil {
-		return h, 0, err
+func (c *conversation) Hello(ctx context.Context) (wire.Hello, time.Duration, error) {
+	a, err := c.greet(ctx, false)
+	if err != nil {
+		return wire.Hello{}, 0, err
 	}
-	took := time.Since(asked)
-	if h.Party != c.party {
-		return h, 0, fmt.Errorf("%s calls itself %s in its hello", c.party, wire.Quotable(h.Party.String()))
+	return a.hello, a.skew, nil
+}
+
+// greet reads what the party says of itself now, and brings it a nonce; with
+// mark it takes a boot ID of its own by that before it answers.
+func (c *conversation) greet(ctx context.Context, mark bool) (*greeting, error) {
+	a := &greeting{nonce: wire.NewNonce(), sent: time.Now()}
+	header := http.Header{wire.HeaderNonce: {a.nonce.String()}}
+	if mark {
+		header.Set(wire.HeaderMark, "1")
 	}
-	if !h.Time.IsZero() {
-		skew = h.Time.Sub(asked.Add(took / 2))
+	if err := c.callWith(ctx, http.MethodGet, wire.PathHello, header, nil, &a.hello, wire.MaxHello); err != nil {
+		return nil, err
 	}
-	return h, skew, nil
+	a.got = time.Now()
+	if a.hello.Party != c.party {
+		return nil, fmt.Errorf("%s calls itself %s in its hello", c.party, wire.Quotable(a.hello.Party.String()))
+	}
+	if at := a.hello.Time; !at.IsZero() {
+		a.skew = at.Sub(a.sent.Add(a.got.Sub(a.sent) / 2))
+	}
+	return a, nil
 }
 
 // Do runs fn in a session with party: the warm one, or a new one by the best
@@ -470,6 +500,21 @@ func (s *sessions) openBy(ctx context.Context, party wire.Party, r route) (endTo
 	if err != nil {
 		return nil, err
 	}
+	return s.dialOn(ctx, party, stream)
+}
+
+// openOn is openBy on one certain channel of a party that hangs on us.
+func (s *sessions) openOn(ctx context.Context, party wire.Party, c *channel.Conn) (endToEnd, error) {
+	ctx, cancel := context.WithTimeout(ctx, openWay)
+	defer cancel()
+	stream, err := c.Connect(ctx, wire.ConnectAuthority(party.ID), nil)
+	if err != nil {
+		return nil, err
+	}
+	return s.dialOn(ctx, party, stream)
+}
+
+func (s *sessions) dialOn(ctx context.Context, party wire.Party, stream net.Conn) (endToEnd, error) {
 	rt, err := s.dial(ctx, stream, party)
 	if err != nil {
 		_ = stream.Close()

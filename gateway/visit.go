@@ -33,18 +33,16 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 	}
 	var hello wire.Hello
 	err := do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) error {
-		var skew time.Duration
-		var err error
-		sent := time.Now()
-		if hello, skew, err = c.Hello(ctx); err != nil {
+		greet := c.greet
+		if t.role == wire.RoleNode && t.known {
+			greet = func(ctx context.Context, _ bool) (*greeting, error) { return s.clones.greet(ctx, t.id, c) }
+		}
+		a, err := greet(ctx, false)
+		if err != nil {
 			return err
 		}
-		if t.role == wire.RoleNode && t.known {
-			if err := s.clones.heard(ctx, t.id, hello.Boot, sent); err != nil && !errors.Is(err, ErrQuarantined) {
-				return err
-			}
-		}
-		return s.heard(ctx, t, &hello, skew)
+		hello = a.hello
+		return s.heard(ctx, t, &hello, a.skew)
 	})
 	if err != nil {
 		s.metrics.visits.WithLabelValues("hello", "failed").Inc()

@@ -65,6 +65,7 @@ type attached struct {
 	peer   identity.Peer
 	source netip.Prefix // of a pending party
 	seq    uint64       // order of arrival
+	came   time.Time
 
 	// listening ends, by hush, before the channel drains: a stream of signals
 	// would never end by itself.
@@ -84,11 +85,17 @@ func (a *attached) target() target {
 	return target{id: a.peer.Party.ID}
 }
 
-// newer tells which of two channels of one party came later by the party's own
-// count. Generations count only within one boot; across boots, and for what
-// has not spoken yet, arrival decides.
+// raceTime is within what two channels come that a party opened at one time,
+// one over each carrier.
+const raceTime = 2 * time.Second
+
+// newer tells which of two channels of one party came later: by the party's own
+// count, where they raced each other. Generations count only within one boot;
+// otherwise, and for what has not spoken yet, arrival decides. Copies of one
+// running process have one boot and counts of their own: each that comes is the
+// newest, so that the gateway is shown all of them.
 func (a *attached) newer(b *attached) bool {
-	if a.signalled && b.signalled && a.signal.Boot == b.signal.Boot && a.signal.Generation != b.signal.Generation {
+	if a.signalled && b.signalled && a.signal.Boot == b.signal.Boot && a.signal.Generation != b.signal.Generation && a.came.Sub(b.came).Abs() < raceTime {
 		return a.signal.Generation > b.signal.Generation
 	}
 	return a.seq > b.seq
@@ -168,7 +175,7 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		r.seq++
-		a.seq = r.seq
+		a.seq, a.came = r.seq, time.Now()
 		tg := a.target()
 		if a.peer.Pending {
 			a.source = sourceOf(conn.RemoteAddr())

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/internal/channel"
@@ -197,6 +198,26 @@ func TestNewestChannelWins(t *testing.T) {
 	if len(r.live) != 0 {
 		t.Errorf("%d parties left in the roster", len(r.live))
 	}
+}
+
+// TestCopiesOfOneProcessTakeTurns: they have one boot and count their channels
+// from the same number on. Whatever the other one has counted to, each that
+// comes is shown to the gateway.
+func TestCopiesOfOneProcessTakeTurns(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, gone := testRoster(10, 10)
+		id := wire.NewID()
+		for n, generation := range []int64{205, 6, 206, 7, 207, 207, 8, 8} {
+			time.Sleep(raceTime)
+			a := mustJoin(t, r, newFake(nodePeer(id), fmt.Sprintf("10.0.0.%d:1", n)))
+			if err := r.signal(a, wire.Signal{ID: id, Boot: "boot1", Generation: generation}); err != nil {
+				t.Fatal(err)
+			}
+			if got := published(r, id); got.Generation != generation || r.channels(a.target())[0] != a || len(gone.all) != n {
+				t.Errorf("channel %d of generation %d: %+v is shown, %d were drained", n, generation, got, len(gone.all))
+			}
+		}
+	})
 }
 
 func TestSignalsThatLieCutTheChannel(t *testing.T) {

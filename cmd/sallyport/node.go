@@ -147,7 +147,11 @@ func (a *app) printNode(n api.NodeDetail) error {
 	line("clock", "%+.1f s against the gateway's", n.SkewSeconds)
 	line("outbox", "%d waiting, %d dropped", n.Outbox.Depth, n.Outbox.Dropped)
 	for _, b := range n.Boots {
-		line("boot", "%s answered from %s to %s", b.ID, cli.Time(b.First), cli.Time(b.Last))
+		copied := ""
+		if b.Copied {
+			copied = "; it was copied while it ran, or turned back in time, and has another boot ID now"
+		}
+		line("boot", "%s answered from %s to %s%s", b.ID, cli.Time(b.First), cli.Time(b.Last), copied)
 	}
 	for _, s := range n.TagSources {
 		hidden := ""

@@ -46,11 +46,13 @@ type NodeDetail struct {
 }
 
 // NodeBoot is one process that answered as a node, in a session that only the
-// node's key can hold. Each start has a boot ID of its own.
+// node's key can hold. Each start has a boot ID of its own, and each copy of a
+// running process is given one.
 type NodeBoot struct {
-	ID    string    `json:"id"`
-	First time.Time `json:"first"`
-	Last  time.Time `json:"last"`
+	ID     string    `json:"id"`
+	First  time.Time `json:"first"`
+	Last   time.Time `json:"last"`
+	Copied bool      `json:"copied,omitempty"` // several answered under it, before they got others; or it was turned back in time
 }
 
 // CertificateStatus is the leaf that a party last showed.

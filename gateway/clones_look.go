@@ -1,0 +1,371 @@
+package gateway
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"sallyport/internal/channel"
+	"sallyport/internal/wire"
+)
+
+const (
+	// suspectAfter lets a node that was restarted lose its old channels before
+	// two boots are suspicious; suspectEvery bounds the work that an RCP can
+	// cause by making things up, for one node; probers for all.
+	suspectAfter = 3 * time.Second
+	suspectEvery = time.Minute
+	probers      = 4
+	probes       = 6 // sessions of one look, by several ways in turn
+	// What shares one way takes turns at it: each new channel replaces the last
+	// one. Then a look lasts until so many sessions, one for each change.
+	turnProbes = 12
+	turnEvery  = 10 * time.Second       // without a change that was reported
+	turnAfter  = 300 * time.Millisecond // after one
+	// wayAfter is when a node that came by another way is asked whether it
+	// knows of all its ways: a machine that was just resumed may believe in its
+	// old channels until they have missed two keep-alives.
+	wayAfter = 30 * time.Second
+)
+
+// doubt is a reason to look whether a node is one process.
+type doubt uint8
+
+const (
+	doubtNone doubt = iota // a channel of it changed
+	doubtWay               // it came by another way, besides those that it has
+	doubtTwo               // what is reported of it, or what it said, is not that of one process
+)
+
+// suspicion is a look that is planned, or under way.
+type suspicion struct {
+	why   doubt
+	at    time.Time // of the next session
+	asked int
+	busy  bool
+	moved bool // a channel changed while busy
+}
+
+// suspect is told of a reason to look. It does not wait: the fleet calls it.
+func (c *clones) suspect(id wire.ID, why doubt) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := time.Now()
+	s := c.suspects[id]
+	switch {
+	case s == nil && why == doubtNone:
+		return
+	case s == nil:
+		s = &suspicion{why: why, at: c.earliest(id, now.Add(after(why)))}
+		c.suspects[id] = s
+	case s.busy:
+		s.moved = true
+		s.why = max(s.why, why)
+	case s.asked > 0: // it waits for the other one's turn
+		s.at = earlier(s.at, now.Add(turnAfter))
+	case why > s.why:
+		s.why, s.at = why, earlier(s.at, c.earliest(id, now.Add(after(why))))
+	default:
+		return
+	}
+	wake(c.wake)
+}
+
+func after(why doubt) time.Duration {
+	if why == doubtWay {
+		return wayAfter + rand.N(wayAfter/2) // an RCP that comes back brings thousands at once
+	}
+	return suspectAfter
+}
+
+// earliest keeps the distance to the last look; mu is held.
+func (c *clones) earliest(id wire.ID, at time.Time) time.Time {
+	if last, ok := c.looked[id]; ok && at.Before(last.Add(suspectEvery)) {
+		return last.Add(suspectEvery)
+	}
+	return at
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// due returns the suspects whose time has come, and says when the next is.
+// Each is given back with done.
+func (c *clones) due(now time.Time) (ids []wire.ID, next time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	next = time.Hour
+	for id, s := range c.suspects {
+		if s.busy {
+			continue
+		}
+		if wait := s.at.Sub(now); wait > 0 {
+			next = min(next, wait)
+			continue
+		}
+		if s.asked == 0 {
+			c.looked[id] = now
+		}
+		s.busy, s.moved = true, false
+		ids = append(ids, id)
+	}
+	for id, at := range c.looked {
+		if now.Sub(at) > suspectEvery {
+			delete(c.looked, id)
+		}
+	}
+	for id, all := range c.seen {
+		if now.Sub(all[len(all)-1].last) > sightingLife {
+			delete(c.seen, id)
+		}
+	}
+	return ids, next
+}
+
+// done ends a look, or plans its next session.
+func (c *clones) done(id wire.ID, s *suspicion, more bool, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.suspects[id] != s {
+		return // forgotten meanwhile
+	}
+	s.busy = false
+	switch {
+	case !more:
+		delete(c.suspects, id)
+	case s.moved:
+		s.at = now.Add(turnAfter)
+	default:
+		s.at = now.Add(turnEvery)
+	}
+	wake(c.wake)
+}
+
+// run looks at suspects until ctx ends.
+func (c *clones) run(ctx context.Context) error {
+	var looking sync.WaitGroup
+	defer looking.Wait()
+	places := make(chan struct{}, probers)
+	for {
+		ids, next := c.due(time.Now())
+		for _, id := range ids {
+			select {
+			case places <- struct{}{}:
+			case <-ctx.Done():
+				return nil
+			}
+			looking.Go(func() {
+				defer func() { <-places }()
+				if s := c.suspicion(id); s != nil {
+					more := c.look(ctx, id, s)
+					c.done(id, s, more, time.Now())
+				}
+			})
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-c.wake:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
+
+func (c *clones) suspicion(id wire.ID) *suspicion {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.suspects[id]
+}
+
+// look asks a node for its hello by its ways in turn, each time in a session
+// of its own, until it is quarantined, or proven to be one process. It tells
+// whether to ask again later: by a single way, those behind it take turns.
+func (c *clones) look(ctx context.Context, id wire.ID, s *suspicion) (more bool) {
+	run := unbroken{}
+	for ; s.asked < turnProbes; s.asked++ {
+		doors, reported := c.doors(id)
+		if len(doors) == 0 || reported < 2 && c.reason(s) == doubtWay || c.s.fleet.quarantined(id) != "" {
+			return false
+		}
+		if len(doors) == 1 && doors[0].conn != nil {
+			return false // both would have a channel to us
+		}
+		if reported > 1 && s.asked >= probes {
+			return false
+		}
+		d := doors[s.asked%len(doors)]
+		a, err := c.ask(ctx, id, d)
+		switch {
+		case ctx.Err() != nil:
+			return false
+		case err != nil:
+			c.s.log.Debug("a node that may be two does not answer by one way", "id", id, "way", d.route.name, "error", err)
+		case c.reason(s) == doubtWay && (a.hello.Previous.IsZero() || c.s.fleet.accounts(id, a.hello.Upstreams)):
+			return false
+		case run.add(d, a) == len(doors) && reported == len(doors) && reported > 1:
+			return false
+		}
+		if reported < 2 {
+			s.asked++
+			return s.asked < turnProbes
+		}
+	}
+	return false
+}
+
+func (c *clones) reason(s *suspicion) doubt {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return s.why
+}
+
+// unbroken counts the ways by which one process proved to answer, one answer
+// after the other.
+type unbroken struct {
+	last *greeting
+	by   []door
+}
+
+// add returns how many they are: one whose nonce is not given back with the
+// next answer may be another process, or another gateway came in between.
+func (u *unbroken) add(d door, a *greeting) int {
+	if u.last == nil || a.hello.Boot != u.last.hello.Boot || a.hello.Previous != u.last.nonce {
+		u.by = nil
+	}
+	u.last = a
+	if !slices.ContainsFunc(u.by, d.same) {
+		u.by = append(u.by, d)
+	}
+	return len(u.by)
+}
+
+// door is a way that a look can choose: a first hop, or, where the node hangs
+// on us, one of its channels.
+type door struct {
+	route route
+	conn  *channel.Conn
+}
+
+func (d door) same(o door) bool { return d.route.link == o.route.link && d.conn == o.conn }
+
+// doors lists them, and counts the ways that are reported: an RCP that has
+// several takes one as it likes.
+func (c *clones) doors(id wire.ID) (out []door, reported int) {
+	routes, err := c.s.fleet.routes(id)
+	if err != nil {
+		return nil, 0
+	}
+	reported = len(routes)
+	for _, r := range byFirstHop(routes, "") {
+		if r.link != id {
+			out = append(out, door{route: r})
+			continue
+		}
+		conns := c.s.links.conns(id)
+		reported += len(conns) - 1
+		for _, conn := range conns {
+			out = append(out, door{route: r, conn: conn})
+		}
+	}
+	return out, reported
+}
+
+func (c *clones) ask(ctx context.Context, id wire.ID, d door) (*greeting, error) {
+	ctx, cancel := context.WithTimeout(ctx, openWay+2*sessionAnswer)
+	defer cancel()
+	conv, err := c.open(ctx, id, d)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = conv.rt.Close() }()
+	return c.greet(ctx, id, conv)
+}
+
+// open opens a session by one door.
+func (c *clones) open(ctx context.Context, id wire.ID, d door) (*conversation, error) {
+	party := c.s.party(wire.RoleNode, id)
+	var rt endToEnd
+	var err error
+	if d.conn == nil {
+		rt, err = c.s.sessions.openBy(ctx, party, d.route)
+	} else {
+		rt, err = c.s.sessions.openOn(ctx, party, d.conn)
+	}
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	return &conversation{party: party, via: d.route, since: now, rt: rt, used: now}, nil
+}
+
+// twoBoots tells whether ways of a node are reported under different boots.
+func (f *fleet) twoBoots(m *member) bool {
+	boot := ""
+	for _, w := range f.liveWays(m) {
+		if w.boot == "" {
+			continue
+		}
+		if boot != "" && w.boot != boot {
+			return true
+		}
+		boot = w.boot
+	}
+	return false
+}
+
+// doubts looks at what an RCP reports of a node by w, which still holds what it
+// reported before. A process counts the channels that it opens or answers, and
+// uses no number twice; copies of it go on from the same.
+func (f *fleet) doubts(m *member, w *way, p *wire.Peer) doubt {
+	if w.since.Equal(p.Since) {
+		return doubtNone
+	}
+	boot := clip(p.Boot)
+	counts := boot != "" && p.Generation > 0
+	if counts && w.boot == boot && p.Generation <= w.generation && p.Since.After(w.since) {
+		return doubtTwo
+	}
+	why := doubtNone
+	for _, o := range m.ways {
+		switch {
+		case o == w:
+		case counts && o.boot == boot && o.generation == p.Generation && !o.since.Equal(p.Since): // one channel may be reported by two ways
+			return doubtTwo
+		case o.gone.IsZero() && !o.blind:
+			why = doubtWay
+		}
+	}
+	return why
+}
+
+// accounts tells whether a node that says so of its upstreams knows of each
+// way that it is reported by.
+func (f *fleet) accounts(id wire.ID, said []wire.UpstreamStatus) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil {
+		return true
+	}
+	for _, w := range f.liveWays(m) {
+		hop := w.link
+		if len(w.path) > 0 {
+			hop = w.path[len(w.path)-1]
+		}
+		if !slices.ContainsFunc(said, func(u wire.UpstreamStatus) bool {
+			return u.State == "connected" && (u.ID == hop || hop == id && u.Role == wire.RoleGateway)
+		}) {
+			return false
+		}
+	}
+	return true
+}
