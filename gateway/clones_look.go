@@ -2,6 +2,8 @@ package gateway
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -305,6 +307,62 @@ func (c *clones) open(ctx context.Context, id wire.ID, d door) (*conversation, e
 	}
 	now := time.Now()
 	return &conversation{party: party, via: d.route, since: now, rt: rt, used: now}, nil
+}
+
+// Bounds on the search for one process of several.
+const (
+	reachTime  = 30 * time.Second
+	reachEvery = 500 * time.Millisecond // by the same way: those behind it take turns
+)
+
+// errOtherProcess says that another process than the one meant answered.
+var errOtherProcess = errors.New("another process answers")
+
+// reach runs f in a session with the process of a node that has a boot ID. A
+// node that is two answers with the one or the other, which ways and channels
+// decide.
+func (c *clones) reach(ctx context.Context, id wire.ID, boot string, f func(ctx context.Context, c *conversation) error) error {
+	limit := time.Now().Add(reachTime)
+	tick := time.NewTicker(reachEvery)
+	defer tick.Stop()
+	for n := 0; ; n++ {
+		doors, _ := c.doors(id)
+		if len(doors) == 0 {
+			return fmt.Errorf("%s: %w", c.s.fleet.label(id), ErrNotConnected)
+		}
+		reached, err := c.tryDoor(ctx, id, doors[n%len(doors)], boot, f)
+		switch {
+		case reached:
+			return err
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case time.Now().After(limit):
+			return fmt.Errorf("%s: %w as boot %s within %s: %w (node show lists those that did)", c.s.fleet.label(id), ErrNotConnected, wire.Quotable(boot), wire.Duration(reachTime), err)
+		}
+		if n%len(doors) == len(doors)-1 {
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	}
+}
+
+func (c *clones) tryDoor(ctx context.Context, id wire.ID, d door, boot string, f func(ctx context.Context, c *conversation) error) (reached bool, err error) {
+	conv, err := c.open(ctx, id, d)
+	if err != nil {
+		return false, err
+	}
+	defer func() { _ = conv.rt.Close() }()
+	a, err := c.greet(ctx, id, conv)
+	if err != nil {
+		return false, err
+	}
+	if a.hello.Boot != boot {
+		return false, fmt.Errorf("%w: boot %s", errOtherProcess, wire.Quotable(a.hello.Boot))
+	}
+	return true, f(ctx, conv)
 }
 
 // twoBoots tells whether ways of a node are reported under different boots.

@@ -77,6 +77,9 @@ type enrolment struct {
 	changed func(ctx context.Context, role wire.Role, id wire.ID)
 	// talk opens or reuses a session with a certified party.
 	talk func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
+	// reach does it with the one process of a node that has a boot ID, by
+	// whichever way that answers; nil: as talk.
+	reach func(ctx context.Context, node wire.ID, boot string, f func(ctx context.Context, call caller) error) error
 	// push asks for every connected node to be visited.
 	push func()
 	// release ends the channel that we have to a party that waited.

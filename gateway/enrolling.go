@@ -31,6 +31,9 @@ func (s *Server) wireEnrolment() {
 		talk: func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
 			return s.sessions.Do(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},
+		reach: func(ctx context.Context, node wire.ID, boot string, f func(context.Context, caller) error) error {
+			return s.clones.reach(ctx, node, boot, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
+		},
 		push: func() { s.fleet.askAll(wantPush, wire.RoleNode) },
 		release: func(key wire.KeyHash) {
 			s.links.mu.Lock()

@@ -19,6 +19,9 @@ const (
 	reidentifyTTL = time.Hour
 	// reidentifyWait is how long the caller waits for it to be used.
 	reidentifyWait = 45 * time.Second
+	// reidentifyAll bounds it with the time that it took to reach the node: an
+	// API client waits for 60 s.
+	reidentifyAll  = 55 * time.Second
 	reidentifyLook = 200 * time.Millisecond
 )
 
@@ -43,9 +46,15 @@ func (e *enrolment) reidentify(ctx context.Context, n *store.Node, in api.Reiden
 	if err != nil {
 		return nil, fmt.Errorf("reidentify %s: %w", n.Name, err)
 	}
-	err = e.talk(ctx, wire.Party{Role: wire.RoleNode, ID: n.ID, TrustDomain: e.id.TrustDomain()}, func(ctx context.Context, call caller) error {
+	began := time.Now()
+	tell := func(ctx context.Context, call caller) error {
 		return call(ctx, http.MethodPost, wire.PathReidentify, env, nil, 0)
-	})
+	}
+	if in.Boot != "" && e.reach != nil {
+		err = e.reach(ctx, n.ID, in.Boot, tell)
+	} else {
+		err = e.talk(ctx, wire.Party{Role: wire.RoleNode, ID: n.ID, TrustDomain: e.id.TrustDomain()}, tell)
+	}
 	var refused *statusError
 	if errors.As(err, &refused) || errors.Is(err, ErrNotConnected) { // it did not take the code
 		err = errors.Join(err, e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, j.ID) }))
@@ -56,6 +65,8 @@ func (e *enrolment) reidentify(ctx context.Context, n *store.Node, in api.Reiden
 	}
 	// Any other error: the session may have ended with the old identity, after
 	// the node had taken the code.
+	ctx, cancel := context.WithTimeout(ctx, min(reidentifyWait, reidentifyAll-time.Since(began)))
+	defer cancel()
 	return e.became(ctx, j, n, err)
 }
 
@@ -92,10 +103,9 @@ func (e *enrolment) successor(ctx context.Context, n *store.Node, name string) (
 	return j, nil
 }
 
-// became waits for a join code to be used, and returns the node that did.
+// became waits for a join code to be used, until ctx ends, and returns the node
+// that did.
 func (e *enrolment) became(ctx context.Context, j *store.Join, old *store.Node, asked error) (*store.Node, error) {
-	ctx, cancel := context.WithTimeout(ctx, reidentifyWait)
-	defer cancel()
 	tick := time.NewTicker(reidentifyLook)
 	defer tick.Stop()
 	for {
@@ -108,7 +118,7 @@ func (e *enrolment) became(ctx context.Context, j *store.Join, old *store.Node, 
 		}
 		select {
 		case <-ctx.Done():
-			p := api.NewProblem(api.CodeTimeout, fmt.Sprintf("%s was told to enrol as %s and did not come back within %s; its join code is good for %s: see `sallyport request list` and `sallyport node list`", old.Name, j.Name, wire.Duration(reidentifyWait), wire.Duration(reidentifyTTL)))
+			p := api.NewProblem(api.CodeTimeout, fmt.Sprintf("%s was told to enrol as %s and did not come back in time; its join code is good for %s: see `sallyport request list` and `sallyport node list`", old.Name, j.Name, wire.Duration(reidentifyTTL)))
 			return nil, errors.Join(p, asked)
 		case <-tick.C:
 		}
