@@ -54,6 +54,6 @@ and local configuration stay.`,
 			return a.printNode(n)
 		}}
 	cmd.Flags().StringVar(&in.Name, "as", "", "name of the node that the machine becomes, beside the old one")
-	cmd.Flags().StringVar(&in.Boot, "boot", "", "boot ID of the one machine that is meant, where two have one identity: node show lists them, local status says which host has which")
+	cmd.Flags().StringVar(&in.Boot, "boot", "", "boot ID of the one machine that is meant, where two have one identity: node show lists them, local status says which host has which; it is asked by all ways, for 30 s")
 	return cmd
 }

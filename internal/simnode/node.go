@@ -38,7 +38,8 @@ type node struct {
 
 	mu     sync.Mutex
 	state  nodeState
-	digest string // of the hello; empty: to be made again
+	held   wire.Nonce // the last one that a gateway brought
+	digest string     // of the hello; empty: to be made again
 	kicks  int64
 	change chan struct{}
 	conn   *channel.Conn // the newest certified one

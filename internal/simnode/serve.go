@@ -132,7 +132,9 @@ func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	switch r.Method + " " + r.URL.Path {
 	case "GET " + wire.PathHello:
-		writeJSON(w, n.hello())
+		h := n.hello()
+		h.Previous = n.swap(r.Header.Get(wire.HeaderNonce))
+		writeJSON(w, h)
 		n.w.count.hellos.Add(1)
 	case "PUT " + wire.PathDesired:
 		var env wire.Envelope
@@ -185,6 +187,19 @@ func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	default:
 		channel.Refuse(w, http.StatusNotFound, "a simulated node does not do that")
 	}
+}
+
+// swap takes what a gateway brings, and returns what was held before. A
+// simulated node is never copied while it runs: it takes no mark.
+func (n *node) swap(brought string) (previous wire.Nonce) {
+	nonce, err := wire.ParseNonce(brought)
+	if err != nil {
+		return wire.Nonce{}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	previous, n.held = n.held, nonce
+	return previous
 }
 
 func writeJSON(w http.ResponseWriter, v any) {

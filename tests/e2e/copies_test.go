@@ -145,10 +145,12 @@ func TestCopiedWhileRunning(t *testing.T) {
 	for _, dir := range dirs {
 		copyTree(t, found[0], dir)
 	}
-	one := resume(t, dirs[0], processMemory{boot: string(wire.NewID()), salt: "s", held: wire.NewNonce()}, relay.Address)
+	one := resume(t, dirs[0], processMemory{boot: string(wire.NewID()), salt: "s", held: wire.NewNonce(), generation: 200}, relay.Address)
 	<-one.served
 	node.WaitState(30*time.Second, "running")
-	two := resume(t, dirs[1], one.memory(), relay.Address)
+	mem := one.memory()
+	mem.generation -= 190 // its snapshot is as old as that
+	two := resume(t, dirs[1], mem, relay.Address)
 	took := node.WaitState(2*time.Minute, "quarantined")
 	t.Logf("two copies of one process at one RCP were found after %v", took)
 	var shown api.NodeDetail
