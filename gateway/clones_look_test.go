@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -8,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"sallyport/config"
+	"sallyport/internal/channel"
 	"sallyport/internal/wire"
 )
 
@@ -262,4 +266,65 @@ func TestALookAtOneWayEnds(t *testing.T) {
 			t.Errorf("two boots: asked in %v", time.Until(s.at))
 		}
 	})
+}
+
+// TestCopiesThatDialTheGateway: both have a channel to it, and each is asked on
+// its own.
+func TestCopiesThatDialTheGateway(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.cfg.Gateway = config.Gateway{ChannelListen: "127.0.0.1:0"}
+	one := w.enrolled(w.node("direct"))
+	two := w.node("direct")
+	two.id = one.id
+	w.run()
+	eventually(t, "the gateway listens", func() bool { return w.s.ChannelAddr() != nil })
+	dial := func(n *fakeNode) {
+		ctx, cancel := context.WithCancel(context.Background())
+		d := &channel.Dialer{Addr: w.s.ChannelAddr().String(), Peer: channel.PeerUpstream, Identity: n.id, Carrier: channel.CarrierH2, Log: testLog(t)}
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = d.Run(ctx, func(ctx context.Context, c *channel.Conn) { _ = c.Serve(ctx, directNode{n: n}) })
+		}()
+		t.Cleanup(func() { cancel(); <-ended })
+	}
+	dial(one)
+	w.state(one.id.ID(), wire.StateRunning)
+	copyOf(one, two)
+	dial(two)
+	w.wantCopies(one, two)
+}
+
+// TestOneOfTwoIsReached: node reidentify --boot means one process, whichever
+// way leads to it.
+func TestOneOfTwoIsReached(t *testing.T) {
+	t.Parallel()
+	w, one, two, rcps := twoHosts(t)
+	w.run()
+	id := one.id.ID()
+	rcps[0].holdBoot(one, "b1")
+	w.state(id, wire.StateRunning)
+	rcps[1].holdBoot(two, "b2")
+	w.state(id, wire.StateQuarantined)
+	for _, boot := range []string{"b1", "b2"} {
+		var got string
+		err := w.s.clones.reach(t.Context(), id, boot, func(ctx context.Context, c *conversation) error {
+			h, _, err := c.Hello(ctx)
+			got = h.Boot
+			return err
+		})
+		if err != nil || got != boot {
+			t.Errorf("boot %s: %q answers, %v", boot, got, err)
+		}
+	}
+	refused := errors.New("refused by the node")
+	if err := w.s.clones.reach(t.Context(), id, "b1", func(context.Context, *conversation) error { return refused }); !errors.Is(err, refused) {
+		t.Errorf("%v, want what the node said", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if err := w.s.clones.reach(ctx, id, "b3", nil); err == nil {
+		t.Error("a boot that does not answer was reached")
+	}
 }
