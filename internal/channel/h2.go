@@ -41,7 +41,12 @@ func newH2(conn net.Conn, dir Direction, lim Limits, log *slog.Logger, ended fun
 
 // newH2Client makes an HTTP/2 client of a connection. It writes the preface.
 func newH2Client(conn *watchedConn, lim Limits) (*h2client.Conn, error) {
+	var await func()
+	if c, ok := conn.Conn.(interface{ Await() }); ok {
+		await = c.Await
+	}
 	return h2client.New(conn, h2client.Config{
+		Await:         await,
 		StreamWindow:  lim.StreamWindow,
 		ConnWindow:    lim.connWindow(),
 		MaxHeader:     lim.MaxHeader,

@@ -284,7 +284,11 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if err := raw.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	c, err := connH2(l.cfg.Identity, p, v, false, conn, l.limits, l.log)
+	var established net.Conn = conn
+	if v.dir == PeerDownstream { // thousands of them, and they rest
+		established = resting(conn, first)
+	}
+	c, err := connH2(l.cfg.Identity, p, v, false, established, l.limits, l.log)
 	if err == nil {
 		c.legs = l.legs
 	}

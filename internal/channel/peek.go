@@ -11,6 +11,7 @@ type peekedConn struct {
 	net.Conn
 	head  []byte
 	exact *records // nil: reads are not limited
+	ahead *ahead   // nil: nobody asks
 }
 
 // peek reads the first bytes of c, at least one and at most n.
@@ -25,7 +26,11 @@ func peek(c net.Conn, n int) (*peekedConn, error) {
 
 func (p *peekedConn) Read(b []byte) (int, error) {
 	if p.exact == nil {
-		return p.read(b)
+		n, err := p.read(b)
+		if p.ahead != nil {
+			p.ahead.took(b[:n])
+		}
+		return n, err
 	}
 	n, err := p.read(b[:min(len(b), p.exact.rest())])
 	p.exact.took(b[:n])

@@ -23,6 +23,9 @@ type Config struct {
 	HeaderTimeout time.Duration
 	// Authority is that of all requests but CONNECT.
 	Authority string
+	// Await returns when a Read of the connection may have something to return,
+	// and needs less stack for that than the Read does. It may be nil.
+	Await func()
 	// Ended is called once with the reason when the connection has ended, before
 	// it is closed. It may be nil.
 	Ended func(error)

@@ -17,6 +17,9 @@ const (
 	maxContinuations = 32
 	// maxInfos is how many responses with status 1xx may precede the real one.
 	maxInfos = 16
+	// busyFrame is how large a frame is after which the next is read for without
+	// awaiting it first: that would cost a system call for each frame of bulk.
+	busyFrame = 1 << 10
 	// maxDebug is how much is kept of the words of a GOAWAY.
 	maxDebug = 48
 )
@@ -32,8 +35,12 @@ type readState struct {
 // run is the read loop, the only goroutine that a connection keeps. It never
 // waits for anything but the peer's next bytes.
 func (c *Conn) run() {
-	for {
+	for rests := true; ; {
+		if rests && c.cfg.Await != nil {
+			c.cfg.Await()
+		}
 		h, err := c.readHeader()
+		rests = h.length < busyFrame
 		if err == nil {
 			err = c.readFrame(h)
 		}
