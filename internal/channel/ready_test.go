@@ -52,7 +52,7 @@ func TestBodySaysWhenItIsReady(t *testing.T) {
 				t.Error("at the end there is something to wait for")
 			}
 		}
-		if n, err := res.Body.Read(b); n != 0 || err != io.EOF { //nolint:errorlint // the very value is the contract
+		if n, err := res.Body.Read(b); n != 0 || err != io.EOF {
 			t.Errorf("%d %v", n, err)
 		}
 	})
