@@ -217,6 +217,7 @@ func TestGrantedPartyDialsAgain(t *testing.T) {
 		_, l, d := bubble(t, ca.Party(t, wire.RoleGateway), node, false)
 		s, _ := run(t, d, serveOrWait)
 		first := s.wait(t, "waiting", channel.State.Connected).Conn
+		synctest.Wait() // the listener counts it after it has answered
 		if !first.Enrolling() || l.PendingCount() != 1 {
 			t.Errorf("enrolling=%v, %d wait", first.Enrolling(), l.PendingCount())
 		}
