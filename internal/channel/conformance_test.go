@@ -520,6 +520,12 @@ func TestCloseReachesTheOtherEnd(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if _, err := c.Write([]byte{1}); err != nil { // the handler has its stream when it echoes
+			t.Fatal(err)
+		}
+		if _, err := c.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
 		for _, l := range p.listener.Conns() {
 			l.Close(nil)
 		}
