@@ -7,19 +7,15 @@ import (
 )
 
 const (
-	// gcResting is the heap's growth between two collections, in percent, while
-	// channels rest: they are most of an RCP's heap and allocate next to nothing,
-	// so that the usual 100 would keep as much memory again for nothing. While
-	// channels come and go by the hundred, and from the start until they do no
-	// more, gcBusy spares the collector's work, and what it leaves is trimmed
-	// afterwards.
-	gcResting = 25
-	gcBusy    = 100
-	// busyMoves is how many channels come or go in one look of a busy time; a
-	// calm one sees at most one in calmShare.
-	busyMoves = 64
-	calmShare = 256
+	// gcPercent is the heap's growth between two collections. Channels at rest
+	// are most of an RCP's heap and allocate next to nothing, so that the usual
+	// 100 would keep as much memory again for nothing. A higher one while
+	// channels storm was tried: it takes a quarter of their time away, and leaves
+	// 4 KiB for each of them between what lives, which no trimming brings back.
+	gcPercent = 25
 	look      = time.Second
+	// A calm look sees at most one channel in calmShare come or go.
+	calmShare = 256
 	// After this many channels came or went, and trimCalm calm looks, what they
 	// needed meanwhile (handshakes above all) is given back.
 	trimAfter = 256
@@ -49,22 +45,15 @@ type trimmer struct {
 	done  tide // when it was last trimmed
 	at    time.Time
 	calm  int   // calm looks, one after the other
-	rest  bool  // since the last storm was over
 	crest int64 // most streams that were open at a look since
 }
 
-// see looks at the tide: due says that now is the time to trim, percent how
-// much the heap may grow.
-func (t *trimmer) see(now time.Time, is tide) (due bool, percent int) {
-	moved := is.moved - t.last.moved
-	if moved <= is.channels/calmShare {
+// see looks at the tide, and says whether now is the time to trim.
+func (t *trimmer) see(now time.Time, is tide) (due bool) {
+	if is.moved-t.last.moved <= is.channels/calmShare {
 		t.calm++
 	} else {
 		t.calm = 0
-	}
-	t.rest = t.calm >= trimCalm || t.rest && moved < busyMoves
-	if percent = gcBusy; t.rest {
-		percent = gcResting
 	}
 	t.last = is
 	t.crest = max(t.crest, is.open)
@@ -75,15 +64,14 @@ func (t *trimmer) see(now time.Time, is tide) (due bool, percent int) {
 	if due {
 		t.done, t.at, t.crest = is, now, is.open
 	}
-	return due, percent
+	return due
 }
 
 // tuneMemory keeps the process small between storms of channels. GOGC in the
-// environment wins over both of ours: the runtime has read it already.
+// environment wins over gcPercent: the runtime has read it already.
 func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
-	percent := gcBusy
 	if !gogc {
-		defer debug.SetGCPercent(debug.SetGCPercent(percent))
+		defer debug.SetGCPercent(debug.SetGCPercent(gcPercent))
 	}
 	tick := time.NewTicker(look)
 	defer tick.Stop()
@@ -96,12 +84,7 @@ func (r *Relay) tuneMemory(ctx context.Context, gogc bool) error {
 		}
 		is := tide{ended: r.ended.Load(), open: r.running.Load()}
 		is.moved, is.channels = r.roster.moved()
-		due, want := t.see(time.Now(), is)
-		if want != percent && !gogc {
-			percent = want
-			debug.SetGCPercent(percent)
-		}
-		if due {
+		if t.see(time.Now(), is) {
 			for range trimRounds {
 				debug.FreeOSMemory()
 			}
