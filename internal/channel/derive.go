@@ -25,13 +25,13 @@ func quicKeys(id *identity.Identity) (*quic.StatelessResetKey, *quic.TokenGenera
 	return &reset, &token, derive(id, "sallyport quic token", token[:])
 }
 
-// ticketKey seals session tickets. Thousands of peers that come back to a
+// ticketSecret is what session tickets are sealed with. Thousands of peers that come back to a
 // listener that was started again resume what they had, at half the price of a
 // handshake. A resumed session has a key exchange of its own (RFC 8446 section
 // 2.2) and is verified like the first one.
-func ticketKey(id *identity.Identity) (key [32]byte, err error) {
-	err = derive(id, "sallyport tls tickets", key[:])
-	return key, err
+func ticketSecret(id *identity.Identity) (secret [32]byte, err error) {
+	err = derive(id, "sallyport tls tickets", secret[:])
+	return secret, err
 }
 
 func derive(id *identity.Identity, info string, out []byte) error {

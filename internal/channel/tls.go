@@ -149,11 +149,12 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 			},
 		}
 		if !c.SessionTicketsDisabled {
-			key, err := ticketKey(s.id)
+			secret, err := ticketSecret(s.id)
 			if err != nil {
 				return nil, err
 			}
-			c.SetSessionTicketKeys([][32]byte{key})
+			t := &tickets{id: s.id, secret: secret}
+			c.WrapSession, c.UnwrapSession = t.wrap, t.unwrap
 		}
 		s.configs[p] = c
 	}
