@@ -43,8 +43,8 @@ func readable(fd uintptr) bool {
 	var one [1]byte
 	for {
 		_, _, err := unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		if err != unix.EINTR { //nolint:errorlint // a bare errno
-			return err != unix.EAGAIN //nolint:errorlint // likewise
+		if err != unix.EINTR {
+			return err != unix.EAGAIN
 		}
 	}
 }

@@ -35,7 +35,7 @@ func (db *DB) PrepareInsert(ctx context.Context, model any, onConflict string) (
 		}
 		names[i], marks[i] = string(f.SQLName), "?"
 	}
-	text := fmt.Sprintf("INSERT INTO %s AS %s (%s) VALUES (%s) %s", table.SQLName, table.SQLAlias, strings.Join(names, ", "), strings.Join(marks, ", "), onConflict)
+	text := strings.Join([]string{"INSERT INTO", string(table.SQLName), "AS", string(table.SQLAlias), "(", strings.Join(names, ", "), ") VALUES (", strings.Join(marks, ", "), ")", onConflict}, " ")
 	stmt, err := db.write.DB.PrepareContext(ctx, text)
 	if err != nil {
 		return nil, fmt.Errorf("prepare %q: %w", text, err)
