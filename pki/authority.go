@@ -137,6 +137,7 @@ func (a *Authority) use(m *material) error {
 	signing := authority.WithX509Signer(m.inter, m.interKey)
 	if a.ra != nil {
 		a.ra.m.Store(m)
+		a.ra.believe(m.roots)
 		signing = authority.WithX509CAService(a.ra)
 	}
 	ca, err := authority.NewEmbedded(

@@ -63,6 +63,11 @@ type rollover struct {
 	To      int       `json:"to"`
 	Since   time.Time `json:"since"`
 	Aborted bool      `json:"aborted,omitempty"`
+
+	// Of an external CA, which decides when it issues from the new root: until
+	// then To is From.
+	Root  int  `json:"root,omitempty"`  // N of the new root
+	Alone bool `json:"alone,omitempty"` // the old root need not vouch for its intermediate
 }
 
 // clone is a copy to change.
@@ -163,9 +168,8 @@ func saveLedger(dir string, l *ledger) error {
 	return writeFile(dir, fileIssuers, append(b, '\n'), 0o600)
 }
 
-// loadIssuers reads the certificates that the ledger names, and the key of the
-// intermediate that issues.
-func (m *material) loadIssuers(dir string, keys keyring) error {
+// loadCertificates reads the certificates that the ledger names.
+func (m *material) loadCertificates(dir string) error {
 	for _, r := range m.ledger.Roots {
 		c, err := readCert(dir, numbered(fileRoot, r.N))
 		if err != nil {
@@ -185,9 +189,18 @@ func (m *material) loadIssuers(dir string, keys keyring) error {
 		}
 	}
 	issuing := m.issuing()
-	keyName := numbered(fileInterKey, issuing.N)
 	m.root, m.inter = m.rootCA(issuing.Root).cert, issuing.certs[0]
 	m.certs = m.vouched(issuing.certs)
+	return nil
+}
+
+// loadIssuers reads them, and the key of the intermediate that issues.
+func (m *material) loadIssuers(dir string, keys keyring) error {
+	if err := m.loadCertificates(dir); err != nil {
+		return err
+	}
+	issuing := m.issuing()
+	keyName := numbered(fileInterKey, issuing.N)
 	var err error
 	if m.interKey, err = keys.load(keyName); errors.Is(err, fs.ErrNotExist) {
 		return damaged(keyName, "is missing")
@@ -305,7 +318,7 @@ func (m *material) state(number int64) wire.CAState {
 	}
 	if r := m.ledger.Rollover; r != nil {
 		s.Rollover = &wire.CARollover{Kind: r.Kind, Since: r.Since, Aborted: r.Aborted,
-			From: wire.KeyOf(m.spiffeCA(r.From).certs[0]), To: wire.KeyOf(m.spiffeCA(r.To).certs[0])}
+			From: wire.KeyOf(m.spiffeCA(r.From).certs[0]), To: wire.KeyOf(m.spiffeCA(r.To).certs[0]), Named: r.Root != 0 && m.issuing().Root != r.Root}
 	}
 	return s
 }

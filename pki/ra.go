@@ -6,7 +6,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -55,16 +54,19 @@ type registrar struct {
 	External
 
 	signer jose.Signer
-	http   *http.Client
+	trust  atomic.Pointer[raTrust]
 	m      atomic.Pointer[material] // what issues, once it is known
 	moved  atomic.Bool              // it issues from another intermediate now
+	waits  atomic.Pointer[string]   // why that was not taken over
 }
 
-// start reads the provisioner's key. It asks nobody.
-func (r *registrar) start() error {
+// start reads the provisioner's key. It asks nobody. roots are those that were
+// named until now.
+func (r *registrar) start(roots []rootCA) error {
 	if !r.Root.IsCA || r.Root.CheckSignatureFrom(r.Root) != nil {
 		return fmt.Errorf("%w: the certificate of the root did not sign itself as a CA", ErrExternal)
 	}
+	r.believe(roots)
 	var opts []jose.Option
 	if r.Password != nil {
 		opts = append(opts, jose.WithPassword(r.Password))
@@ -88,19 +90,15 @@ func (r *registrar) start() error {
 	if r.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: alg, Key: jwk.Key}, so); err != nil {
 		return fmt.Errorf("%w: key of the provisioner: %w", ErrExternal, err)
 	}
-	pool := x509.NewCertPool()
-	pool.AddCert(r.Root)
-	r.http = &http.Client{
-		Timeout:       raTime,
-		Transport:     &http.Transport{TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: pool}, MaxIdleConnsPerHost: 8, MaxConnsPerHost: 16, IdleConnTimeout: time.Minute, Proxy: http.ProxyFromEnvironment},
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
 	return nil
 }
 
 func (r *registrar) close() {
-	if r != nil && r.http != nil {
-		r.http.CloseIdleConnections()
+	if r == nil {
+		return
+	}
+	if t := r.trust.Load(); t != nil {
+		t.http.CloseIdleConnections()
 	}
 }
 
@@ -118,9 +116,10 @@ type (
 	}
 )
 
-// sign has one leaf issued, and returns it with the intermediate above it. What
-// comes back must be what was asked for.
-func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.CertificateRequest) (leaf, inter *x509.Certificate, err error) {
+// sign has one leaf issued, and returns it with the intermediate above it, and
+// what other roots have signed for the key of that. What comes back must be what
+// was asked for.
+func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.CertificateRequest) (leaf *x509.Certificate, inters []*x509.Certificate, err error) {
 	ott, err := r.token(tmpl)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: token: %w", ErrExternal, err)
@@ -137,7 +136,7 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 		return nil, nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := r.http.Do(req)
+	resp, err := r.trust.Load().http.Do(req)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrExternal, err)
 	}
@@ -150,13 +149,16 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 		return nil, nil, fmt.Errorf("%w at %s refuses: %s (%s); its log says why", ErrExternal, r.URL, wire.Quotable(a.Message), resp.Status)
 	}
 	chain, err := ParseChain([]byte(strings.Join(a.Chain, "\n")))
-	if err != nil || len(chain) != 2 {
+	if err != nil || len(chain) < 2 || len(chain) > 1+wire.MaxRoots {
 		return nil, nil, fmt.Errorf("%w at %s: its chain has %d certificates, want a leaf and the intermediate that its root signed: %v", ErrExternal, r.URL, len(chain), err) //nolint:errorlint // may be nil
 	}
 	if err := r.check(chain[0], chain[1], tmpl, csr); err != nil {
 		return nil, nil, fmt.Errorf("%w at %s: %w", ErrExternal, r.URL, err)
 	}
-	return chain[0], chain[1], nil
+	if inters, err = r.bridges(chain[1:]); err != nil {
+		return nil, nil, fmt.Errorf("%w at %s: %w", ErrExternal, r.URL, err)
+	}
+	return chain[0], inters, nil
 }
 
 // token proves to the external CA that we may ask for these names.
@@ -207,9 +209,9 @@ func (r *registrar) check(leaf, inter, tmpl *x509.Certificate, csr *x509.Certifi
 		return errors.New("the leaf may not sign: look at the provisioner's template")
 	case leaf.NotAfter.After(tmpl.NotAfter.Add(time.Minute)) || leaf.NotAfter.Before(time.Now()):
 		return fmt.Errorf("the leaf is good until %s, asked for was %s", leaf.NotAfter, tmpl.NotAfter)
-	case leaf.CheckSignatureFrom(inter) != nil || inter.CheckSignatureFrom(r.Root) != nil:
-		return errors.New("the chain does not lead to the root")
-	case len(inter.URIs) != 1 || inter.URIs[0].Scheme != "spiffe" || inter.URIs[0].Path != "":
+	case leaf.CheckSignatureFrom(inter) != nil || r.trust.Load().above(inter) == nil:
+		return errors.New("the chain does not lead to a root that is trusted here (has the CA a new one? name it: `sallyport ca rotate root --fingerprint`)")
+	case !isSPIFFEInter(inter):
 		return errors.New("its intermediate is no SPIFFE intermediate: want exactly one URI name, spiffe:// and the trust domain (`sallyport ca csr` prints a request that asks for it)")
 	}
 	for _, u := range tmpl.ExtKeyUsage {
@@ -224,15 +226,19 @@ func (r *registrar) check(leaf, inter, tmpl *x509.Certificate, csr *x509.Certifi
 func (r *registrar) CreateCertificate(req *apiv1.CreateCertificateRequest) (*apiv1.CreateCertificateResponse, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), raTime)
 	defer cancel()
-	leaf, inter, err := r.sign(ctx, req.Template, req.CSR)
+	leaf, inters, err := r.sign(ctx, req.Template, req.CSR)
 	if err != nil {
 		return nil, err
 	}
-	if m := r.m.Load(); !inter.Equal(m.inter) {
+	m := r.m.Load()
+	if !inters[0].Equal(m.inter) {
 		r.moved.Store(true)
-		return nil, fmt.Errorf("%w at %s issues from another intermediate now (%s): it is taken over within a minute", ErrExternal, r.URL, wire.KeyOf(inter).Fingerprint())
+		return nil, fmt.Errorf("%w at %s issues from another intermediate now (%s): %s", ErrExternal, r.URL, wire.KeyOf(inters[0]).Fingerprint(), r.why())
 	}
-	return &apiv1.CreateCertificateResponse{Certificate: leaf, CertificateChain: []*x509.Certificate{inter}}, nil
+	if !slices.EqualFunc(m.vouched(inters), m.certs, (*x509.Certificate).Equal) { // other roots vouch for it now
+		r.moved.Store(true)
+	}
+	return &apiv1.CreateCertificateResponse{Certificate: leaf, CertificateChain: inters[:1]}, nil
 }
 
 // RenewCertificate is not used: renewals are new leaves.
@@ -258,7 +264,7 @@ func documentLeaf(td string) *x509.Certificate {
 }
 
 // request asks for the leaf of a key that seals documents.
-func (r *registrar) request(ctx context.Context, td string, key crypto.Signer) (leaf, inter *x509.Certificate, err error) {
+func (r *registrar) request(ctx context.Context, td string, key crypto.Signer) (leaf *x509.Certificate, inters []*x509.Certificate, err error) {
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
 		return nil, nil, err

@@ -43,21 +43,33 @@ func (a *Authority) material(ctx context.Context) (m *material, made bool, err e
 	if _, err := os.Stat(filepath.Join(a.dir, fileInterKey)); err == nil {
 		return nil, false, fmt.Errorf("%w: the directory holds a CA of its own, and SALLYPORT_PKI_CA names another: an installation keeps its CA (a fresh SALLYPORT_DATA starts with the other)", ErrExternal)
 	}
-	if err := a.ra.pin(ctx, a.dir); err != nil {
+	held := &material{ledger: firstLedger()}
+	if registered {
+		if held.ledger, err = loadLedger(a.dir); err != nil {
+			return nil, false, err
+		}
+		if err := held.loadCertificates(a.dir); err != nil {
+			return nil, false, err
+		}
+	}
+	if err := a.ra.pin(ctx, held.roots); err != nil {
 		return nil, false, err
 	}
-	if err := a.ra.start(); err != nil {
+	if !registered {
+		held.roots = []rootCA{{held.ledger.Roots[0], a.ra.Root}}
+	}
+	if err := a.ra.start(held.roots); err != nil {
 		return nil, false, err
 	}
 	if registered {
 		m, err := a.loadRegistered()
 		if errors.Is(err, errPair) {
-			m, err = a.register(ctx, m.trustDomain)
+			m, err = a.register(ctx, m.trustDomain, m.ledger)
 		}
 		if err != nil || time.Now().Before(identity.RenewAfter(m.document)) {
 			return m, false, err
 		}
-		next, err := a.register(ctx, m.trustDomain)
+		next, err := a.register(ctx, m.trustDomain, m.ledger)
 		if err != nil && time.Now().Before(m.document.NotAfter) {
 			a.log.WarnContext(ctx, "the external CA did not renew the certificate for documents; it is tried again", "error", err, "not_after", m.document.NotAfter)
 			return m, false, nil
@@ -68,55 +80,71 @@ func (a *Authority) material(ctx context.Context) (m *material, made bool, err e
 	if err != nil {
 		return nil, false, err
 	}
-	m, err = a.register(ctx, td)
+	if err := writePEM(a.dir, fileRoot, a.ra.Root); err != nil {
+		return nil, false, err
+	}
+	m, err = a.register(ctx, td, held.ledger)
 	return m, err == nil, err
 }
 
-// trustDomain asks the external CA for its intermediate, which names it.
-func (r *registrar) trustDomain(ctx context.Context) (string, error) {
+// intermediates asks the external CA for its intermediate, and what is beside
+// it. Nothing of it is verified.
+func (r *registrar) intermediates(ctx context.Context) ([]*x509.Certificate, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/intermediates.pem", http.NoBody)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	resp, err := r.http.Do(req)
+	resp, err := r.trust.Load().http.Do(req)
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", ErrExternal, err)
+		return nil, fmt.Errorf("%w: %w", ErrExternal, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, maxSign))
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", ErrExternal, err)
+		return nil, fmt.Errorf("%w: %w", ErrExternal, err)
 	}
 	chain, err := ParseChain(b)
 	if err != nil || resp.StatusCode != http.StatusOK {
-		return "", fmt.Errorf("%w at %s does not say what its intermediate is (%s)", ErrExternal, r.URL, resp.Status)
+		return nil, fmt.Errorf("%w at %s does not say what its intermediate is (%s)", ErrExternal, r.URL, resp.Status)
+	}
+	return chain, nil
+}
+
+// trustDomain asks the external CA for its intermediate, which names it.
+func (r *registrar) trustDomain(ctx context.Context) (string, error) {
+	chain, err := r.intermediates(ctx)
+	if err != nil {
+		return "", err
 	}
 	for _, c := range chain {
-		if len(c.URIs) == 1 && c.URIs[0].Scheme == "spiffe" && c.URIs[0].Path == "" && c.CheckSignatureFrom(r.Root) == nil {
+		if isSPIFFEInter(c) && c.CheckSignatureFrom(r.Root) == nil {
 			return c.URIs[0].Host, nil
 		}
 	}
 	return "", fmt.Errorf("%w at %s: its intermediate is no SPIFFE intermediate below the root that is pinned (SALLYPORT_PKI_CA_ROOT_FILE, SALLYPORT_PKI_CA_FINGERPRINT): want exactly one URI name, spiffe:// and the trust domain (`sallyport ca csr` prints a request that asks for it)", ErrExternal, r.URL)
 }
 
-// register has a new leaf for documents issued, and writes down what the
-// external CA is. The leaf is written last.
-func (a *Authority) register(ctx context.Context, td string) (*material, error) {
+// register has a new leaf for documents issued, and writes down from which
+// intermediate the external CA issues. The leaf is written after that, and the
+// ledger, if it is another one, last.
+func (a *Authority) register(ctx context.Context, td string, l *ledger) (*material, error) {
 	key, err := a.keys.make(fileDocumentKeyNext)
 	if err != nil {
 		return nil, err
 	}
-	leaf, inter, err := a.ra.request(ctx, td, key)
+	leaf, inters, err := a.ra.request(ctx, td, key)
 	if err != nil {
 		return nil, err
 	}
-	if inter.URIs[0].Host != td {
-		return nil, fmt.Errorf("%w at %s: its intermediate is that of %s, this installation is %s", ErrExternal, a.ra.URL, inter.URIs[0].Host, td)
+	if of := inters[0].URIs[0].Host; of != td {
+		return nil, fmt.Errorf("%w at %s: its intermediate is that of %s, this installation is %s", ErrExternal, a.ra.URL, of, td)
 	}
-	for name, c := range map[string]*x509.Certificate{fileRoot: a.ra.Root, fileInter: inter} {
-		if err := writePEM(a.dir, name, c); err != nil {
-			return nil, err
-		}
+	next, err := a.place(l, inters)
+	if err != nil {
+		return nil, err
+	}
+	if err := writeCerts(a.dir, numbered(fileInter, next.Issuing), inters); err != nil {
+		return nil, err
 	}
 	if err := writeFile(a.dir, fileTrustDomain, []byte(td+"\n"), 0o600); err != nil {
 		return nil, err
@@ -127,23 +155,29 @@ func (a *Authority) register(ctx context.Context, td string) (*material, error) 
 	if err := writePEM(a.dir, fileDocument, leaf); err != nil {
 		return nil, err
 	}
+	if next.Issuing != l.Issuing {
+		if err := saveLedger(a.dir, next); err != nil {
+			return nil, err
+		}
+	}
 	return a.loadRegistered()
 }
 
-// errPair is what a crash between the two files of a renewal leaves.
+// errPair is what a crash between the files of a renewal leaves.
 var errPair = errors.New("do not belong together")
 
 // loadRegistered reads the files of a registration authority.
 func (a *Authority) loadRegistered() (*material, error) {
-	m := &material{ledger: firstLedger()}
+	m := new(material)
 	var err error
-	for name, c := range map[string]**x509.Certificate{fileRoot: &m.root, fileInter: &m.inter, fileDocument: &m.document} {
-		if *c, err = readCert(a.dir, name); err != nil {
-			return nil, err
-		}
+	if m.ledger, err = loadLedger(a.dir); err != nil {
+		return nil, err
 	}
-	if !m.root.Equal(a.ra.Root) {
-		return nil, fmt.Errorf("%w: SALLYPORT_PKI_CA_ROOT_FILE or SALLYPORT_PKI_CA_FINGERPRINT names another root than %s", ErrExternal, fileRoot)
+	if err := m.loadCertificates(a.dir); err != nil {
+		return nil, err
+	}
+	if m.document, err = readCert(a.dir, fileDocument); err != nil {
+		return nil, err
 	}
 	if m.interKey, err = a.keys.load(fileDocumentKey); err != nil {
 		return nil, err
@@ -156,9 +190,9 @@ func (a *Authority) loadRegistered() (*material, error) {
 	if pub, ok := m.document.PublicKey.(*ecdsa.PublicKey); !ok || !pub.Equal(m.interKey.Public()) {
 		return m, fmt.Errorf("%w: %s and %s %w", ErrExternal, fileDocument, fileDocumentKey, errPair)
 	}
-	m.certs = []*x509.Certificate{m.inter}
-	m.roots = []rootCA{{m.ledger.Roots[0], m.root}}
-	m.inters = []spiffeCA{{m.ledger.Intermediates[0], m.certs}}
+	if m.document.CheckSignatureFrom(m.inter) != nil {
+		return m, fmt.Errorf("%w: %s and %s %w", ErrExternal, fileDocument, numbered(fileInter, m.ledger.Issuing), errPair)
+	}
 	return m, nil
 }
 
@@ -170,8 +204,12 @@ func (m *material) documentChain() [][]byte {
 	return append([][]byte{m.document.Raw}, m.sealers()...)
 }
 
-// keepTick is how often a registration authority looks after its own leaf.
-const keepTick = time.Minute
+// keepTick is how often a registration authority looks after its own leaf,
+// keepTurn while the external CA changes its root.
+const (
+	keepTick = time.Minute
+	keepTurn = 10 * time.Second
+)
 
 // Keep looks after what an authority needs to go on, until ctx ends. Only a
 // registration authority needs something: the leaf that seals documents ends,
@@ -181,14 +219,19 @@ func (a *Authority) Keep(ctx context.Context) error {
 		<-ctx.Done()
 		return nil
 	}
-	tick := time.NewTicker(keepTick)
+	tick := time.NewTicker(keepTurn)
 	defer tick.Stop()
-	for {
+	for last := time.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
+		if a.mat().ledger.Rollover == nil && time.Since(last) < keepTick {
+			continue
+		}
+		last = time.Now()
+		a.look(ctx)
 		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
 			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)
 		}
@@ -202,14 +245,20 @@ func (a *Authority) keepNow(ctx context.Context) error {
 	}
 	a.turning.Lock()
 	defer a.turning.Unlock()
-	next, err := a.register(ctx, m.trustDomain)
+	m = a.mat()
+	next, err := a.register(ctx, m.trustDomain, m.ledger)
 	if err != nil {
+		a.ra.wait(err)
 		return err
 	}
 	if err := a.use(next); err != nil {
 		return err
 	}
 	a.ra.moved.Store(false)
+	a.ra.waits.Store(nil)
+	if err := a.signTrust(0); err != nil {
+		return err
+	}
 	a.log.InfoContext(ctx, "certificate for documents renewed", "not_after", next.document.NotAfter, "intermediate", wire.KeyOf(next.inter).Fingerprint())
 	// The set in force is sealed again: newcomers could not verify it once the
 	// old leaf has ended.

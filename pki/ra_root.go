@@ -21,21 +21,27 @@ const (
 	maxRoot  = 64 << 10
 )
 
-// pin finds the root of the external CA where only its fingerprint is known: the
-// one of the last start, or what the CA itself says. An installation keeps the
-// root that it began with.
-func (r *registrar) pin(ctx context.Context, dir string) error {
+// pin finds the root of the external CA where only its fingerprint is known:
+// among those that are held, or at the first start from the CA itself. An
+// installation keeps the root that it began with, and those that were named
+// since: the setting may name any of them.
+func (r *registrar) pin(ctx context.Context, held []rootCA) error {
 	if r.Root != nil {
 		if sum := sha256.Sum256(r.Root.Raw); r.Fingerprint != nil && !bytes.Equal(sum[:], r.Fingerprint) {
 			return fmt.Errorf("%w: the root in SALLYPORT_PKI_CA_ROOT_FILE has the fingerprint %x, SALLYPORT_PKI_CA_FINGERPRINT is another", ErrExternal, sum)
 		}
-		return nil
 	}
-	if held, err := readCert(dir, fileRoot); err == nil {
-		if sum := sha256.Sum256(held.Raw); bytes.Equal(sum[:], r.Fingerprint) {
-			r.Root = held
+	for _, h := range held {
+		if sum := sha256.Sum256(h.cert.Raw); r.Root != nil && r.Root.Equal(h.cert) || bytes.Equal(sum[:], r.Fingerprint) {
+			r.Root = h.cert
 			return nil
 		}
+	}
+	switch {
+	case len(held) > 0:
+		return fmt.Errorf("%w: SALLYPORT_PKI_CA_ROOT_FILE or SALLYPORT_PKI_CA_FINGERPRINT names none of the roots of this installation; a new root is named with `sallyport ca rotate root --fingerprint`, while everything runs", ErrExternal)
+	case r.Root != nil:
+		return nil
 	}
 	root, err := r.fetchRoot(ctx)
 	if err != nil {
@@ -45,8 +51,7 @@ func (r *registrar) pin(ctx context.Context, dir string) error {
 	return nil
 }
 
-// fetchRoot asks for the certificate with the fingerprint, as `step ca root`
-// does. Whoever answers cannot choose it: it is the SHA-256 of the answer.
+// fetchRoot asks for the root of the setting before any is known.
 func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 	client := &http.Client{
 		Timeout: rootTime,
@@ -59,7 +64,13 @@ func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/root/"+hex.EncodeToString(r.Fingerprint), http.NoBody)
+	return r.askRoot(ctx, client, r.Fingerprint)
+}
+
+// askRoot asks for the certificate with a fingerprint, as `step ca root` does.
+// Whoever answers cannot choose it: it is the SHA-256 of the answer.
+func (r *registrar) askRoot(ctx context.Context, client *http.Client, want []byte) (*x509.Certificate, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/root/"+hex.EncodeToString(want), http.NoBody)
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +80,7 @@ func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 	}
 	defer func() { _ = resp.Body.Close() }()
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("it knows none with the fingerprint in SALLYPORT_PKI_CA_FINGERPRINT (%s)", resp.Status)
+		return nil, fmt.Errorf("it knows none with the fingerprint %x (%s)", want, resp.Status)
 	}
 	var answer struct {
 		CA string `json:"ca"`
@@ -81,7 +92,7 @@ func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 	if block == nil {
 		return nil, fmt.Errorf("%w: it answers without a certificate", wire.ErrMalformed)
 	}
-	if sum := sha256.Sum256(block.Bytes); !bytes.Equal(sum[:], r.Fingerprint) {
+	if sum := sha256.Sum256(block.Bytes); !bytes.Equal(sum[:], want) {
 		return nil, fmt.Errorf("it answers with another one, %x: is this the CA, or somebody between?", sum)
 	}
 	return x509.ParseCertificate(block.Bytes)

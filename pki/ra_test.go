@@ -42,6 +42,10 @@ type stranger struct {
 	interKey *ecdsa.PrivateKey
 	key      *ecdsa.PrivateKey // of the provisioner
 	keyFile  string
+	crosses  []*x509.Certificate // of interKey, from other roots
+	offered  []*x509.Certificate // roots that it hands out beside its own
+	web      *tls.Certificate
+	server   *httptest.Server
 	twist    atomic.Pointer[func(*x509.Certificate)]
 	lies     atomic.Pointer[x509.Certificate] // the root that it says it has
 }
@@ -74,11 +78,7 @@ func signed(t *testing.T, tmpl, parent *x509.Certificate, pub any, key *ecdsa.Pr
 func newStranger(t *testing.T) *stranger {
 	t.Helper()
 	s := &stranger{t: t, rootKey: newKey(t), key: newKey(t)}
-	tmpl := &x509.Certificate{
-		Subject: pkix.Name{CommonName: "root"}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(10, 0, 0),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	s.root = signed(t, tmpl, tmpl, &s.rootKey.PublicKey, s.rootKey)
+	s.root = newRoot(t, "root", s.rootKey)
 	s.newIntermediate()
 	block, err := x509.MarshalPKCS8PrivateKey(s.key)
 	if err != nil {
@@ -90,39 +90,70 @@ func newStranger(t *testing.T) *stranger {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /intermediates.pem", func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = w.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.inter.Raw}))
+		for _, c := range append([]*x509.Certificate{s.inter}, s.crosses...) {
+			_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
+		}
 	})
 	mux.HandleFunc("POST /1.0/sign", s.sign)
 	mux.HandleFunc("GET /root/{sum}", func(w http.ResponseWriter, r *http.Request) {
 		root := s.root
 		if other := s.lies.Load(); other != nil {
 			root = other
-		} else if sum := sha256.Sum256(root.Raw); r.PathValue("sum") != hex.EncodeToString(sum[:]) {
-			w.WriteHeader(http.StatusNotFound)
-			return
+		} else {
+			for _, root = range append([]*x509.Certificate{s.root}, s.offered...) {
+				if sumOf(root) == r.PathValue("sum") {
+					break
+				}
+			}
+			if sumOf(root) != r.PathValue("sum") {
+				w.WriteHeader(http.StatusNotFound)
+				return
+			}
 		}
 		_ = json.NewEncoder(w).Encode(map[string]string{"ca": string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: root.Raw}))})
 	})
 	server := httptest.NewUnstartedServer(mux)
-	key := newKey(t)
-	web := signed(t, &x509.Certificate{
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}, s.root, &key.PublicKey, s.rootKey)
-	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{web.Raw}, PrivateKey: key}}}
+	server.TLS = &tls.Config{GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		return &tls.Config{Certificates: []tls.Certificate{*s.web}}, nil
+	}}
 	server.StartTLS()
 	t.Cleanup(server.Close)
-	s.url = server.URL
+	s.url, s.server = server.URL, server
 	return s
 }
 
+func newRoot(t *testing.T, name string, key *ecdsa.PrivateKey) *x509.Certificate {
+	t.Helper()
+	tmpl := &x509.Certificate{
+		Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(10, 0, 0),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	return signed(t, tmpl, tmpl, &key.PublicKey, key)
+}
+
+func sumOf(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// newIntermediate has it issue from another one, as its own server too.
 func (s *stranger) newIntermediate() {
 	s.interKey = newKey(s.t)
-	s.inter = signed(s.t, &x509.Certificate{
+	s.inter, s.crosses = s.intermediate(s.root, s.rootKey, s.interKey), nil
+	key := newKey(s.t)
+	web := signed(s.t, &x509.Certificate{
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}, s.root, &key.PublicKey, s.rootKey)
+	s.web = &tls.Certificate{Certificate: [][]byte{web.Raw}, PrivateKey: key}
+}
+
+func (s *stranger) intermediate(root *x509.Certificate, rootKey, key *ecdsa.PrivateKey) *x509.Certificate {
+	return signed(s.t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "intermediate"}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(5, 0, 0),
 		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: strangerDomain}},
-	}, s.root, &s.interKey.PublicKey, s.rootKey)
+	}, root, &key.PublicKey, rootKey)
 }
 
 func (s *stranger) sign(w http.ResponseWriter, r *http.Request) {
@@ -183,7 +214,11 @@ func (s *stranger) sign(w http.ResponseWriter, r *http.Request) {
 	pemOf := func(c *x509.Certificate) string {
 		return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}))
 	}
-	_ = json.NewEncoder(w).Encode(map[string]any{"crt": pemOf(c), "ca": pemOf(s.inter), "certChain": []string{pemOf(c), pemOf(s.inter)}})
+	chain := []string{pemOf(c), pemOf(s.inter)}
+	for _, x := range s.crosses {
+		chain = append(chain, pemOf(x))
+	}
+	_ = json.NewEncoder(w).Encode(map[string]any{"crt": pemOf(c), "ca": pemOf(s.inter), "certChain": chain})
 }
 
 func (s *stranger) option() pki.Option {

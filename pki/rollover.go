@@ -28,7 +28,14 @@ func (a *Authority) State() wire.CAState {
 	m := a.mat()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return m.state(a.trustNo)
+	s := m.state(a.trustNo)
+	if a.ra != nil {
+		s.External = a.ra.URL
+		if why := a.ra.waits.Load(); why != nil && s.Rollover != nil {
+			s.Rollover.Waits = *why
+		}
+	}
+	return s
 }
 
 // Trust is the newest trust document; false before the first change of roots.
@@ -47,6 +54,9 @@ func (a *Authority) Trust() (wire.Envelope, bool) {
 // stays trusted until Finish. The number of a trust document that follows is
 // above atLeast, the highest that was seen elsewhere.
 func (a *Authority) Rotate(ctx context.Context, kind string, atLeast int64) (wire.CAState, error) {
+	if a.ra != nil {
+		return wire.CAState{}, fmt.Errorf("%w: its issuers are those of the external CA at %s: change them there (a new intermediate is taken over by itself; a new root is named with `sallyport ca rotate root --fingerprint`)", ErrRollover, a.ra.URL)
+	}
 	return a.turn(func(m *material) (*ledger, error) {
 		l := m.ledger.clone()
 		if l.Rollover != nil {
@@ -164,6 +174,9 @@ func (a *Authority) addIntermediate(l *ledger, n, root int, now time.Time, trust
 // Abort turns a rollover round: the intermediate that was to be replaced
 // issues again, and what replaced it is given up by Finish.
 func (a *Authority) Abort(ctx context.Context, atLeast int64) (wire.CAState, error) {
+	if a.ra != nil {
+		return a.unfollow(ctx, atLeast)
+	}
 	return a.turn(func(m *material) (*ledger, error) {
 		l := m.ledger.clone()
 		r := l.Rollover
@@ -191,6 +204,9 @@ func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wir
 		r := l.Rollover
 		if r == nil {
 			return nil, errNone
+		}
+		if r.Root != 0 && l.inter(l.Issuing).Root != r.Root {
+			return nil, fmt.Errorf("%w: the external CA at %s still issues below the old root: have it issue below the new one first, or `sallyport ca abort`", ErrRollover, a.ra.URL)
 		}
 		now := time.Now().UTC()
 		from, to := l.inter(r.From), l.inter(r.To)
@@ -221,9 +237,6 @@ func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wir
 // turn changes the ledger: everything that the change needs is on disk before
 // it, and what was, issues until it is done.
 func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64, done func(wire.CAState)) (wire.CAState, error) {
-	if a.ra != nil {
-		return wire.CAState{}, fmt.Errorf("%w: its issuers are those of the external CA at %s: change them there", ErrRollover, a.ra.URL)
-	}
 	a.turning.Lock()
 	defer a.turning.Unlock()
 	l, err := change(a.mat())
@@ -233,7 +246,7 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	if err := saveLedger(a.dir, l); err != nil {
 		return wire.CAState{}, err
 	}
-	m, err := load(a.dir, a.keys)
+	m, err := a.reload()
 	if err != nil {
 		return wire.CAState{}, err
 	}
@@ -253,6 +266,13 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	return s, nil
 }
 
+func (a *Authority) reload() (*material, error) {
+	if a.ra != nil {
+		return a.loadRegistered()
+	}
+	return load(a.dir, a.keys)
+}
+
 // signTrust signs a trust document if the one held says another thing, or if
 // its signer is given up.
 func (a *Authority) signTrust(atLeast int64) error {
@@ -268,11 +288,11 @@ func (a *Authority) signTrust(atLeast int64) error {
 		if err := json.Unmarshal(a.trust.Payload, &held); err != nil {
 			return damaged(fileTrust, err.Error())
 		}
-		if slices.EqualFunc(held.Roots, doc.Roots, slices.Equal) && slices.Equal(a.trust.Chain[0], m.inter.Raw) {
+		if slices.EqualFunc(held.Roots, doc.Roots, slices.Equal) && slices.Equal(a.trust.Chain[0], m.documentChain()[0]) {
 			return nil
 		}
 	}
-	env, err := identity.Seal(m.interKey, m.sealers(), wire.TypeTrust, doc)
+	env, err := identity.Seal(m.interKey, m.documentChain(), wire.TypeTrust, doc)
 	if err != nil {
 		return err
 	}

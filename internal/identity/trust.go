@@ -179,15 +179,17 @@ func checkSealer(certs, roots []*x509.Certificate, trustDomain string, at time.T
 	return fmt.Errorf("%w: %w", ErrUntrusted, errors.Join(errs...))
 }
 
-// sealerRevoked refuses what an intermediate signed that was given up: its key
-// may be in a stolen backup.
+// sealerRevoked refuses what an intermediate signed that was given up, or a leaf
+// for documents below it: its key may be in a stolen backup.
 func (i *Identity) sealerRevoked(env wire.Envelope) error {
 	certs, err := parseChain(env.Chain)
 	if err != nil {
 		return err
 	}
-	if key := wire.KeyOf(certs[0]); i.Revoked(key) {
-		return fmt.Errorf("signed document: signer: %w (%s)", ErrRevoked, key.Fingerprint())
+	for _, c := range certs {
+		if key := wire.KeyOf(c); i.Revoked(key) {
+			return fmt.Errorf("signed document: signer: %w (%s)", ErrRevoked, key.Fingerprint())
+		}
 	}
 	return nil
 }

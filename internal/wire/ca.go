@@ -48,12 +48,15 @@ type CARollover struct {
 	To      KeyHash   `json:"to"`   // the one that issues
 	Since   time.Time `json:"since"`
 	Aborted bool      `json:"aborted,omitempty"`
+	Named   bool      `json:"named,omitempty"` // the new root of an external CA is trusted, and the old one issues
+	Waits   string    `json:"waits,omitempty"` // why an external CA's new intermediate is not taken over
 }
 
 // CAState is what a certificate authority says of itself.
 type CAState struct {
 	TrustDomain   string      `json:"trust_domain"`
-	Number        int64       `json:"number"` // of the trust document; 0 before the first rollover
+	Number        int64       `json:"number"`             // of the trust document; 0 before the first rollover
+	External      string      `json:"external,omitempty"` // URL of the CA that issues, of a registration authority
 	Roots         []CAIssuer  `json:"roots"`
 	Intermediates []CAIssuer  `json:"intermediates"`
 	Rollover      *CARollover `json:"rollover,omitempty"`
