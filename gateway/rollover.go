@@ -21,6 +21,7 @@ type rollable interface {
 	State() wire.CAState
 	Trust() (wire.Envelope, bool)
 	Rotate(ctx context.Context, kind string, atLeast int64) (wire.CAState, error)
+	Follow(ctx context.Context, root []byte, alone bool, atLeast int64) (wire.CAState, error)
 	Abort(ctx context.Context, atLeast int64) (wire.CAState, error)
 	Finish(ctx context.Context, forget bool, atLeast int64) (wire.CAState, error)
 }
@@ -181,7 +182,7 @@ func (s *Server) rollable() (rollable, error) {
 }
 
 func (s *Server) caView(ctx context.Context, state wire.CAState) (api.CA, error) {
-	v := api.CA{TrustDomain: state.TrustDomain, Trust: state.Number, Left: []api.CAParty{}}
+	v := api.CA{TrustDomain: state.TrustDomain, Trust: state.Number, External: state.External, Left: []api.CAParty{}}
 	issuers := func(list []wire.CAIssuer) (out []api.CAIssuer) {
 		for _, i := range list {
 			out = append(out, api.CAIssuer{N: i.N, Fingerprint: i.Key.Fingerprint(), Root: i.Root, State: i.State, NotBefore: i.NotBefore, NotAfter: i.NotAfter, Retired: when(i.Retired)})
@@ -190,7 +191,7 @@ func (s *Server) caView(ctx context.Context, state wire.CAState) (api.CA, error)
 	}
 	v.Roots, v.Intermediates = issuers(state.Roots), issuers(state.Intermediates)
 	if r := state.Rollover; r != nil {
-		v.Rollover = &api.CARollover{Kind: r.Kind, From: r.From.Fingerprint(), To: r.To.Fingerprint(), Since: r.Since, Aborted: r.Aborted}
+		v.Rollover = &api.CARollover{Kind: r.Kind, From: r.From.Fingerprint(), To: r.To.Fingerprint(), Since: r.Since, Aborted: r.Aborted, Named: r.Named, Waits: r.Waits}
 	}
 	parties, err := s.certified(ctx)
 	if err != nil {
@@ -291,6 +292,9 @@ func (s *Server) rotateCA(ctx context.Context, in api.RotateCA) (api.CAChange, e
 	if err != nil {
 		return api.CAChange{}, err
 	}
+	if in.Fingerprint != "" || in.WithoutCross {
+		return s.followCA(ctx, ca, in)
+	}
 	change, err := s.rehearse(ctx, ca.State(), in.What)
 	if err != nil || in.DryRun {
 		change.DryRun = true
@@ -330,8 +334,11 @@ func (s *Server) finishCA(ctx context.Context, in api.FinishCA) (api.CAChange, e
 		return api.CAChange{}, err
 	}
 	state := ca.State()
-	if state.Rollover == nil {
+	switch {
+	case state.Rollover == nil:
 		return api.CAChange{}, errNoRollover
+	case state.Rollover.Named:
+		return api.CAChange{}, api.NewProblem(api.CodeConflict, fmt.Sprintf("the external CA at %s still issues below the old root: have it issue below the new one first (`sallyport ca show` says when that is taken over), or `sallyport ca abort`", state.External))
 	}
 	view, err := s.caView(ctx, state)
 	if err != nil {
@@ -354,8 +361,9 @@ func (s *Server) finishCA(ctx context.Context, in api.FinishCA) (api.CAChange, e
 func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail string, turn func(context.Context, int64) (wire.CAState, error)) (api.CAChange, error) {
 	atLeast, _ := s.id.Trust()
 	state, err := turn(ctx, atLeast)
-	if err != nil {
-		return change, err
+	if err != nil { // the authority says what is in the way
+		s.log.WarnContext(ctx, "the certificate authority did not change its issuers", "what", what, "detail", detail, "error", err)
+		return change, api.NewProblem(api.CodeConflict, err.Error())
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was changed is spread
 	// The change is in the authority's files, perhaps on another host: no

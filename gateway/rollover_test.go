@@ -30,8 +30,11 @@ func (c *rollingCA) Trust() (wire.Envelope, bool) {
 }
 
 func (c *rollingCA) Rotate(context.Context, string, int64) (wire.CAState, error) { return c.state, nil }
-func (c *rollingCA) Abort(context.Context, int64) (wire.CAState, error)          { return c.state, nil }
-func (c *rollingCA) Finish(context.Context, bool, int64) (wire.CAState, error)   { return c.state, nil }
+func (c *rollingCA) Follow(context.Context, []byte, bool, int64) (wire.CAState, error) {
+	return c.state, nil
+}
+func (c *rollingCA) Abort(context.Context, int64) (wire.CAState, error)        { return c.state, nil }
+func (c *rollingCA) Finish(context.Context, bool, int64) (wire.CAState, error) { return c.state, nil }
 
 // rolls gives the desk an authority whose first intermediate is the one that
 // has signed so far.

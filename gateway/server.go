@@ -338,10 +338,14 @@ func (s *Server) renewOwn(ctx context.Context) error {
 // keepCertificate renews the leaf at two thirds of its life, and within a
 // minute when its intermediate is given up.
 func (s *Server) keepCertificate(ctx context.Context) error {
+	var turned caTurn
 	for {
 		behind, err := s.takeTrust()
 		if err == nil && (behind || !time.Now().Before(s.id.RenewAfter())) {
 			err = s.renewOwn(ctx)
+		}
+		if err == nil {
+			err = s.followTurn(ctx, &turned)
 		}
 		if err != nil && ctx.Err() == nil {
 			s.log.Error("renewal failed; it is tried again in a minute", "error", err, "not_after", s.id.NotAfter())
@@ -350,10 +354,8 @@ func (s *Server) keepCertificate(ctx context.Context) error {
 		if err == nil {
 			wait = max(0, min(wait, time.Until(s.id.RenewAfter())))
 		}
-		select {
-		case <-ctx.Done():
+		if !s.awaitTurn(ctx, turned, wait) {
 			return nil
-		case <-time.After(wait):
 		}
 	}
 }

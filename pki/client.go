@@ -438,6 +438,11 @@ func (c *Client) Rotate(ctx context.Context, kind string, atLeast int64) (wire.C
 	return c.rollover(ctx, rolloverRequest{Step: "rotate", Kind: kind, AtLeast: atLeast})
 }
 
+// Follow is [Authority.Follow].
+func (c *Client) Follow(ctx context.Context, sum []byte, alone bool, atLeast int64) (wire.CAState, error) {
+	return c.rollover(ctx, rolloverRequest{Step: "follow", Root: sum, Alone: alone, AtLeast: atLeast})
+}
+
 // Abort is [Authority.Abort].
 func (c *Client) Abort(ctx context.Context, atLeast int64) (wire.CAState, error) {
 	return c.rollover(ctx, rolloverRequest{Step: "abort", AtLeast: atLeast})

@@ -49,10 +49,12 @@ type gatewayRequest struct {
 	CSR []byte `json:"csr"`
 }
 
-// rolloverRequest is a step of a rollover: rotate, abort or finish.
+// rolloverRequest is a step of a rollover: rotate, follow, abort or finish.
 type rolloverRequest struct {
 	Step    string `json:"step"`
 	Kind    string `json:"kind,omitempty"`     // of rotate
+	Root    []byte `json:"root,omitempty"`     // of follow: SHA-256 of the root's certificate
+	Alone   bool   `json:"alone,omitempty"`    // of follow
 	Forget  bool   `json:"forget,omitempty"`   // of finish
 	AtLeast int64  `json:"at_least,omitempty"` // the highest trust document seen
 }
@@ -99,6 +101,7 @@ var codes = []struct {
 	{"refused", ErrRefused, http.StatusForbidden},
 	{"door-refused", doors.ErrRefused, http.StatusForbidden},
 	{"rollover", ErrRollover, http.StatusConflict},
+	{"external", ErrExternal, http.StatusBadGateway},
 	{"older", identity.ErrOlder, http.StatusConflict},
 	{"too-large", wire.ErrTooLarge, http.StatusRequestEntityTooLarge},
 	{"malformed", wire.ErrMalformed, http.StatusBadRequest},

@@ -429,6 +429,8 @@ func (s *Server) rollover(ctx context.Context, gw Gateway, r rolloverRequest) (w
 	switch r.Step {
 	case "rotate":
 		return s.ca.Rotate(ctx, r.Kind, r.AtLeast)
+	case "follow":
+		return s.ca.Follow(ctx, r.Root, r.Alone, r.AtLeast)
 	case "abort":
 		return s.ca.Abort(ctx, r.AtLeast)
 	case "finish":

@@ -40,9 +40,16 @@ func (a *app) caRotateCommand() *cobra.Command {
 		cmd := &cobra.Command{Use: what + " [--dry-run] [--yes]", Short: short, Long: long, Args: cli.Exactly(0),
 			RunE: func(cmd *cobra.Command, _ []string) error {
 				return a.changeCA(cmd.Context(), in.DryRun || yes, func(ctx context.Context, c *api.Client, dry bool) (api.CAChange, error) {
-					return c.RotateCA(ctx, api.RotateCA{What: what, DryRun: dry || in.DryRun})
+					try := in
+					try.DryRun = dry || in.DryRun
+					return c.RotateCA(ctx, try)
 				}, "replace the "+what+" of the certificate authority, and renew %d parties")
 			}}
+		if what == wire.RolloverRoot {
+			cmd.Use = what + " [--fingerprint SHA256 [--without-cross]] [--dry-run] [--yes]"
+			cmd.Flags().StringVar(&in.Fingerprint, "fingerprint", "", "trust this new root of the external CA: SHA-256 of its certificate, from whoever made it")
+			cmd.Flags().BoolVar(&in.WithoutCross, "without-cross", false, "the old root has signed nothing for the new intermediate; every party must have the new list of roots")
+		}
 		cmd.Flags().BoolVar(&in.DryRun, "dry-run", false, "say what would happen: who is offline, which join codes pin the old root")
 		cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 		return cmd
@@ -51,7 +58,7 @@ func (a *app) caRotateCommand() *cobra.Command {
 		rotate(wire.RolloverIntermediate, "Make a new intermediate, and renew everybody onto it",
 			"A new intermediate issues from now on, and the gateway renews every party onto it.\nThe old one stays trusted until `sallyport ca finish`."),
 		rotate(wire.RolloverRoot, "Make a new root and a new intermediate, and renew everybody onto them",
-			"A new root with a new intermediate issues from now on. Each root vouches for the other's\nintermediate, so that join codes and parties that know only the old one go on working.\nThe old root stays trusted until `sallyport ca finish`; `sallyport ca abort` goes back."))
+			"A new root with a new intermediate issues from now on. Each root vouches for the other's\nintermediate, so that join codes and parties that know only the old one go on working.\nThe old root stays trusted until `sallyport ca finish`; `sallyport ca abort` goes back.\n\nWhere an external step-ca issues, --fingerprint names the new root that it has. That is trusted beside the\nold one at once, and parties are renewed when step-ca issues below it."))
 }
 
 func (a *app) caFinishCommand() *cobra.Command {
@@ -160,8 +167,17 @@ func (a *app) printCA(v any, ca api.CA) error {
 		if r.Aborted {
 			way = "aborted, going back"
 		}
+		if r.Named {
+			way = "the new root is trusted, and " + ca.External + " still issues below the old one"
+			if len(ca.Left) == 0 {
+				way += "; every party has the new list of roots: have it issue below the new one"
+			}
+		}
+		if r.Waits != "" {
+			a.out.Note("%s", r.Waits)
+		}
 		a.out.Note("rollover of the %s since %s: %s; %d of %d parties are on the issuing intermediate", r.Kind, cli.Time(r.Since), way, ca.Moved, ca.Parties)
-		if len(ca.Left) == 0 {
+		if len(ca.Left) == 0 && !r.Named {
 			a.out.Note("nobody is left: `sallyport ca finish` ends it")
 		}
 	}

@@ -9,7 +9,8 @@ import (
 // CA is `ca show`: the issuers, and who is not on the issuing one yet.
 type CA struct {
 	TrustDomain   string      `json:"trust_domain"`
-	Trust         int64       `json:"trust"` // number of the signed list of roots; 0 before the first change of roots
+	External      string      `json:"external,omitempty"` // URL of the CA that issues, where this is only its registration authority
+	Trust         int64       `json:"trust"`              // number of the signed list of roots; 0 before the first change of roots
 	Roots         []CAIssuer  `json:"roots"`
 	Intermediates []CAIssuer  `json:"intermediates"`
 	Rollover      *CARollover `json:"rollover,omitempty"`
@@ -37,6 +38,8 @@ type CARollover struct {
 	To      string    `json:"to"`   // of the one that issues
 	Since   time.Time `json:"since"`
 	Aborted bool      `json:"aborted,omitempty"` // it goes back to where it came from
+	Named   bool      `json:"named,omitempty"`   // the new root of an external CA is trusted, and that CA still issues below the old one
+	Waits   string    `json:"waits,omitempty"`   // why the intermediate from which an external CA issues is not taken over
 }
 
 // CAParty is a party that a rollover waits for.
@@ -62,8 +65,10 @@ type CAJoin struct {
 
 // RotateCA begins a rollover.
 type RotateCA struct {
-	What   string `json:"what"` // intermediate, root
-	DryRun bool   `json:"dry_run,omitempty"`
+	What         string `json:"what"`                    // intermediate, root
+	Fingerprint  string `json:"fingerprint,omitempty"`   // of the new root of an external CA: SHA-256 of its certificate, hex
+	WithoutCross bool   `json:"without_cross,omitempty"` // with the fingerprint, again: the old root does not vouch for what is below the new one
+	DryRun       bool   `json:"dry_run,omitempty"`
 }
 
 // FinishCA ends one.

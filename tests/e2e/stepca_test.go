@@ -27,6 +27,47 @@ type stepCA struct {
 	*harness.Process
 
 	url, root, key string // the files: of the root, and that a registration authority gets
+
+	site        *harness.Site
+	trustDomain string
+	rootCert    *x509.Certificate
+	rootKey     *ecdsa.PrivateKey
+	config      map[string]any
+}
+
+// write writes ca.json.
+func (s *stepCA) write(t *testing.T) string {
+	t.Helper()
+	b, err := json.Marshal(s.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s.site.File("stepca/ca.json", string(b))
+}
+
+// certify signs a CA certificate.
+func certify(t *testing.T, tmpl, parent *x509.Certificate, pub any, key *ecdsa.PrivateKey) *x509.Certificate {
+	t.Helper()
+	tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
+	tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-96*time.Hour), time.Now().AddDate(5, 0, 0)
+	tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, true, x509.KeyUsageCertSign|x509.KeyUsageCRLSign
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// spiffeInter is the template of an intermediate for parties.
+func spiffeInter(trustDomain string) *x509.Certificate {
+	return &x509.Certificate{
+		Subject: pkix.Name{CommonName: "Example Corp intermediate"}, MaxPathLenZero: true, URIs: []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+		PermittedDNSDomainsCritical: true, PermittedDNSDomains: []string{trustDomain}, PermittedURIDomains: []string{trustDomain},
+	}
 }
 
 func pemFile(t *testing.T, site *harness.Site, name, typ string, der []byte) string {
@@ -67,47 +108,37 @@ func startStepCA(t *testing.T, site *harness.Site, trustDomain string) *stepCA {
 	rootKey, _ := keyFile(t, site, "stepca/root.key")
 	interKey, interKeyFile := keyFile(t, site, "stepca/intermediate.key")
 	provisioner, provisionerFile := keyFile(t, site, "provisioner.key")
-	issue := func(tmpl, parent *x509.Certificate, pub any) *x509.Certificate {
-		tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
-		tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-96*time.Hour), time.Now().AddDate(5, 0, 0)
-		tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, true, x509.KeyUsageCertSign
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, rootKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := x509.ParseCertificate(der)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
 	tmpl := &x509.Certificate{Subject: pkix.Name{CommonName: "Example Corp root"}}
-	root := issue(tmpl, tmpl, &rootKey.PublicKey)
-	inter := issue(&x509.Certificate{
-		Subject: pkix.Name{CommonName: "Example Corp intermediate"}, MaxPathLenZero: true, URIs: []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
-		PermittedDNSDomainsCritical: true, PermittedDNSDomains: []string{trustDomain}, PermittedURIDomains: []string{trustDomain},
-	}, root, &interKey.PublicKey)
+	root := certify(t, tmpl, tmpl, &rootKey.PublicKey, rootKey)
+	inter := certify(t, spiffeInter(trustDomain), root, &interKey.PublicKey, rootKey)
 	address := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
-	s := &stepCA{url: "https://" + address, root: pemFile(t, site, "stepca/root.pem", "CERTIFICATE", root.Raw), key: provisionerFile}
-	config, err := json.Marshal(map[string]any{
+	s := &stepCA{url: "https://" + address, root: pemFile(t, site, "stepca/root.pem", "CERTIFICATE", root.Raw), key: provisionerFile,
+		site: site, trustDomain: trustDomain, rootCert: root, rootKey: rootKey}
+	s.config = map[string]any{
 		"root": s.root, "crt": pemFile(t, site, "stepca/intermediate.pem", "CERTIFICATE", inter.Raw), "key": interKeyFile,
 		"address": address, "dnsNames": []string{"127.0.0.1"}, "logger": map[string]string{"format": "text"},
 		"authority": map[string]any{"provisioners": []any{map[string]any{
 			"type": "JWK", "name": "sallyport", "key": publicJWK(t, provisioner), "claims": map[string]string{"maxTLSCertDuration": "800h"},
 		}}},
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
-	s.Process = site.Start("step-ca", program, site.File("stepca/ca.json", string(config)))
-	s.wait(t, root)
+	s.Process = site.Start("step-ca", program, s.write(t))
+	s.wait(t)
 	return s
 }
 
-func (s *stepCA) wait(t *testing.T, root *x509.Certificate) {
+// restart has it take what stands in config now.
+func (s *stepCA) restart(t *testing.T) {
+	t.Helper()
+	s.write(t)
+	s.Kill()
+	s.Start()
+	s.wait(t)
+}
+
+func (s *stepCA) wait(t *testing.T) {
 	t.Helper()
 	pool := x509.NewCertPool()
-	pool.AddCert(root)
+	pool.AddCert(s.rootCert)
 	harness.Eventually(t, 30*time.Second, "step-ca listens", func() error {
 		c, err := (&tls.Dialer{Config: &tls.Config{RootCAs: pool}}).DialContext(t.Context(), "tcp", strings.TrimPrefix(s.url, "https://"))
 		if err == nil {
