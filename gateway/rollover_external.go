@@ -31,7 +31,10 @@ func (s *Server) followCA(ctx context.Context, ca rollable, in api.RotateCA) (ap
 		"parties get the new list of roots at once; nobody is renewed before the external CA issues below the new root",
 		"have the old root sign a certificate for the new intermediate's key too, and put it behind the intermediate in the file `crt` of step-ca: parties that are away, and open join codes, need it")
 	if in.WithoutCross {
-		if without := withoutList(change.CA); len(without) > 0 || state.Rollover == nil {
+		if state.Rollover == nil {
+			return change, api.NewProblem(api.CodeConflict, "name the root without --without-cross first: every party must have the new list of roots before")
+		}
+		if without := withoutList(change.CA); len(without) > 0 {
 			return change, api.NewProblem(api.CodeConflict, fmt.Sprintf("%d parties do not have the list with the new root: %s; without the old root's word for the new intermediate they would be lost: name the root without --without-cross, wait for them (`sallyport ca show`), or remove those that are gone for good", len(without), someOf(without)))
 		}
 	}
