@@ -96,6 +96,7 @@ func newDoorway(s *Server, ca doors.Authority) (*doorway, error) {
 	d.mux.HandleFunc("GET /root/{sum}", d.serveRoot)
 	if d.open.Has(config.DoorStatus) {
 		d.status = newDoorStatus(s.store, ca, s.log)
+		d.status.external = s.external
 		d.mux.HandleFunc("GET /crl/{name}", d.status.serveCRL)
 		d.mux.HandleFunc("POST /ocsp", d.status.serveOCSP)
 	}

@@ -58,6 +58,8 @@ type doorStatus struct {
 	log   *slog.Logger
 	now   func() time.Time
 
+	external *externalStatus // nil: the keys of all issuers are ours
+
 	mu     sync.Mutex
 	crls   map[wire.KeyHash]*signedCRL
 	number int64 // of the last CRL
@@ -107,6 +109,9 @@ func (d *doorStatus) serveCRL(w http.ResponseWriter, req *http.Request) {
 		w.Header().Set("Content-Type", "application/pkix-crl")
 		w.Header().Set("Cache-Control", statusCache)
 		_, _ = w.Write(der) // the client is gone, or not
+		return
+	}
+	if d.external.serveCRL(w, req.PathValue("name")) {
 		return
 	}
 	http.Error(w, "no such CRL", http.StatusNotFound)

@@ -190,6 +190,7 @@ func (s *Server) caView(ctx context.Context, state wire.CAState) (api.CA, error)
 		return out
 	}
 	v.Roots, v.Intermediates = issuers(state.Roots), issuers(state.Intermediates)
+	v.Status = s.external.view(state.Intermediates)
 	if r := state.Rollover; r != nil {
 		v.Rollover = &api.CARollover{Kind: r.Kind, From: r.From.Fingerprint(), To: r.To.Fingerprint(), Since: r.Since, Aborted: r.Aborted, Named: r.Named, Waits: r.Waits}
 	}

@@ -87,7 +87,8 @@ type Server struct {
 	clones    *clones
 	specs     specs
 	acceptor  *acceptor
-	doors     *doorway // nil: closed
+	doors     *doorway        // nil: closed
+	external  *externalStatus // nil: there is never an external CA
 	hooks     hooks
 	settling  chan struct{} // holds one token: a node may have been freed of a deleted deployment
 	started   time.Time
@@ -116,6 +117,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 	if s.tunnels, err = newTunnels(s, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
+	s.external = newExternalStatus(d.CA, d.Store, d.Log)
 	if s.doors, err = newDoorway(s, d.Doors); err != nil {
 		return nil, err
 	}
@@ -167,6 +169,9 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	})
 	outer.Go(func() error { return s.keepCertificate(outerCtx) })
+	outer.Go(func() error {
+		return s.external.run(outerCtx, func() int64 { n, _ := s.id.Revocations(); return n })
+	})
 	outer.Go(func() error { return s.watchPresence(outerCtx) })
 	outer.Go(func() error { return s.watchPending(outerCtx) })
 	outer.Go(func() error { return s.actions.Run(outerCtx, innerCtx) })

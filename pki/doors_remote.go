@@ -136,6 +136,15 @@ func (r *remoteDoors) SignCRL(ctx context.Context, issuer wire.KeyHash, crl door
 	return a.DER, err
 }
 
+// ExternalCRL is [Authority.ExternalCRL].
+func (c *Client) ExternalCRL(ctx context.Context, issuer wire.KeyHash, revoked []doors.Revoked) (wire.CAStatus, error) {
+	req := crlRequest{Issuer: issuer}
+	for _, e := range revoked {
+		req.Revoked = append(req.Revoked, revokedEntry{doors.Serial(e.Serial), e.At, e.Reason})
+	}
+	return ask[wire.CAStatus](ctx, c, pathExternalCRL, req, maxDoorCRL)
+}
+
 // SignOCSP is the same for what is known of one leaf.
 func (r *remoteDoors) SignOCSP(ctx context.Context, issuer wire.KeyHash, s doors.Status) ([]byte, error) {
 	req := ocspRequest{Issuer: issuer, Serial: doors.Serial(s.Serial), Hash: s.Hash, This: s.This, Next: s.Next, Nonce: s.Nonce}

@@ -21,6 +21,8 @@ const (
 	pathDoorsCRL  = "/v1/doors/crl"
 	pathDoorsOCSP = "/v1/doors/ocsp"
 
+	pathExternalCRL = "/v1/external/crl"
+
 	// maxDoorCSR bounds a request for a leaf, maxDoorCRL one for a CRL: some
 	// hundred thousand entries.
 	maxDoorCSR = 256 << 10
@@ -143,6 +145,13 @@ func (s *Server) doorRoutes(mux *http.ServeMux) {
 		der, err := k.SignCRL(ctx, r.Issuer, crl)
 		return derAnswer{der}, err
 	})))
+	mux.HandleFunc("POST "+pathExternalCRL, answer(s, "external_crl", maxDoorCRL, known(s, func(ctx context.Context, _ Gateway, r crlRequest) (wire.CAStatus, error) {
+		revoked, err := r.entries()
+		if err != nil {
+			return wire.CAStatus{}, err
+		}
+		return s.ca.ExternalCRL(ctx, r.Issuer, revoked)
+	})))
 	mux.HandleFunc("POST "+pathDoorsOCSP, answer(s, "doors_ocsp", maxSmall, known(s, func(ctx context.Context, _ Gateway, r ocspRequest) (derAnswer, error) {
 		k, err := s.ca.openDoorKeys(ctx)
 		if err != nil {
@@ -178,14 +187,19 @@ func (r crlRequest) crl() (crl doors.CRL, err error) {
 		return crl, err
 	}
 	crl = doors.CRL{Number: big.NewInt(r.Number), This: r.This, Next: r.Next}
+	crl.Revoked, err = r.entries()
+	return crl, err
+}
+
+func (r crlRequest) entries() (out []doors.Revoked, err error) {
 	for _, e := range r.Revoked {
 		n, err := serialOf(e.Serial)
 		if err != nil {
-			return crl, err
+			return nil, err
 		}
-		crl.Revoked = append(crl.Revoked, doors.Revoked{Serial: n, At: e.At, Reason: e.Reason})
+		out = append(out, doors.Revoked{Serial: n, At: e.At, Reason: e.Reason})
 	}
-	return crl, nil
+	return out, nil
 }
 
 func (r ocspRequest) status() (s doors.Status, err error) {

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -58,6 +59,9 @@ type registrar struct {
 	m      atomic.Pointer[material] // what issues, once it is known
 	moved  atomic.Bool              // it issues from another intermediate now
 	waits  atomic.Pointer[string]   // why that was not taken over
+
+	telling sync.Mutex // held while it is told what is revoked
+	lists   map[wire.KeyHash]*crlTold
 }
 
 // start reads the provisioner's key. It asks nobody. roots are those that were
@@ -163,10 +167,6 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 
 // token proves to the external CA that we may ask for these names.
 func (r *registrar) token(tmpl *x509.Certificate) (string, error) {
-	var id [32]byte
-	if _, err := rand.Read(id[:]); err != nil {
-		return "", err
-	}
 	names := slices.Clone(tmpl.DNSNames)
 	for _, u := range tmpl.URIs {
 		names = append(names, u.String())
@@ -175,11 +175,14 @@ func (r *registrar) token(tmpl *x509.Certificate) (string, error) {
 	if subject == "" {
 		subject = names[0]
 	}
-	now := time.Now()
-	return jose.Signed(r.signer).Claims(jose.Claims{
-		ID: hex.EncodeToString(id[:]), Issuer: r.Provisioner, Subject: subject, Audience: jose.Audience{r.URL + "/1.0/sign"},
-		IssuedAt: jose.NewNumericDate(now), NotBefore: jose.NewNumericDate(now), Expiry: jose.NewNumericDate(now.Add(otpLife)),
-	}).Claims(map[string]any{"sans": names}).CompactSerialize()
+	return r.claim(subject, "/1.0/sign", map[string]any{"sans": names})
+}
+
+// tokenID is that of a token: each is good once.
+func tokenID() (string, error) {
+	var id [32]byte
+	_, err := rand.Read(id[:])
+	return hex.EncodeToString(id[:]), err
 }
 
 // check compares a leaf with what was asked for: a template or a policy of the

@@ -46,6 +46,10 @@ type stranger struct {
 	offered  []*x509.Certificate // roots that it hands out beside its own
 	web      *tls.Certificate
 	server   *httptest.Server
+	gone     []*big.Int // what it was told to revoke
+	crl      []byte     // nil: it has none
+	number   int64
+	noDB     bool
 	twist    atomic.Pointer[func(*x509.Certificate)]
 	lies     atomic.Pointer[x509.Certificate] // the root that it says it has
 }
@@ -95,6 +99,8 @@ func newStranger(t *testing.T) *stranger {
 		}
 	})
 	mux.HandleFunc("POST /1.0/sign", s.sign)
+	mux.HandleFunc("POST /1.0/revoke", s.revoke)
+	mux.HandleFunc("GET /1.0/crl", s.serveCRL)
 	mux.HandleFunc("GET /root/{sum}", func(w http.ResponseWriter, r *http.Request) {
 		root := s.root
 		if other := s.lies.Load(); other != nil {
@@ -151,7 +157,7 @@ func (s *stranger) newIntermediate() {
 func (s *stranger) intermediate(root *x509.Certificate, rootKey, key *ecdsa.PrivateKey) *x509.Certificate {
 	return signed(s.t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "intermediate"}, NotBefore: time.Now().Add(-96 * time.Hour), NotAfter: time.Now().AddDate(5, 0, 0),
-		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign,
+		IsCA: true, BasicConstraintsValid: true, MaxPathLenZero: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		URIs: []*url.URL{{Scheme: "spiffe", Host: strangerDomain}},
 	}, root, &key.PublicKey, rootKey)
 }

@@ -162,6 +162,15 @@ func (a *app) printCA(v any, ca api.CA) error {
 	if err := a.out.Print(v, t); err != nil || a.out.Format != cli.FormatTable {
 		return err
 	}
+	for _, st := range ca.Status {
+		a.out.Note("revocation of parties, intermediate %d: CRL %s; OCSP %s", st.Intermediate, st.CRL, st.OCSP)
+		if st.Missing > 0 {
+			a.out.Note("  %d revoked certificates are not in that CRL yet", st.Missing)
+		}
+		if st.Problem != "" {
+			a.out.Note("  %s", st.Problem)
+		}
+	}
 	if r := ca.Rollover; r != nil {
 		way := "under way"
 		if r.Aborted {

@@ -14,10 +14,11 @@ type CA struct {
 	Roots         []CAIssuer  `json:"roots"`
 	Intermediates []CAIssuer  `json:"intermediates"`
 	Rollover      *CARollover `json:"rollover,omitempty"`
-	Parties       int         `json:"parties"` // that have a certificate: gateways, RCPs, nodes
-	Moved         int         `json:"moved"`   // of them, those with a leaf of the issuing intermediate, and the newest list of roots
-	Left          []CAParty   `json:"left"`    // the others
-	Joins         []CAJoin    `json:"joins"`   // open join codes that pin another root than the issuing one's
+	Parties       int         `json:"parties"`          // that have a certificate: gateways, RCPs, nodes
+	Moved         int         `json:"moved"`            // of them, those with a leaf of the issuing intermediate, and the newest list of roots
+	Status        []CAStatus  `json:"status,omitempty"` // of an external CA: where the revocation of parties' certificates is said
+	Left          []CAParty   `json:"left"`             // the others
+	Joins         []CAJoin    `json:"joins"`            // open join codes that pin another root than the issuing one's
 }
 
 // CAIssuer is a root or an intermediate.
@@ -29,6 +30,17 @@ type CAIssuer struct {
 	NotBefore   time.Time  `json:"not_before"`
 	NotAfter    time.Time  `json:"not_after"`
 	Retired     *time.Time `json:"retired,omitempty"`
+}
+
+// CAStatus is where clients learn which leaves of an external CA's intermediate
+// are revoked.
+type CAStatus struct {
+	Intermediate int        `json:"intermediate"` // its n
+	CRL          string     `json:"crl"`          // where it is, or none
+	Next         *time.Time `json:"next_update,omitempty"`
+	Missing      int        `json:"missing"` // revoked leaves that are not in it yet
+	OCSP         string     `json:"ocsp"`
+	Problem      string     `json:"problem,omitempty"`
 }
 
 // CARollover is a change of issuers that is under way.

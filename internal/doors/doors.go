@@ -81,7 +81,10 @@ type Authority interface {
 }
 
 // IssuerName is what an issuer is called in URLs and tables.
-func IssuerName(issuer *x509.Certificate) string { return string(wire.KeyOf(issuer))[:16] }
+func IssuerName(issuer *x509.Certificate) string { return KeyName(wire.KeyOf(issuer)) }
+
+// KeyName is IssuerName by the issuer's key.
+func KeyName(issuer wire.KeyHash) string { return string(issuer)[:16] }
 
 // Serial is how serial numbers are written: lower-case hex.
 func Serial(n *big.Int) string { return n.Text(16) }

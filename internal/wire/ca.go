@@ -62,6 +62,15 @@ type CAState struct {
 	Rollover      *CARollover `json:"rollover,omitempty"`
 }
 
+// CAStatus is what an external CA says of the revocation of an intermediate's
+// leaves.
+type CAStatus struct {
+	CRL     []byte    `json:"crl,omitempty"`     // its CRL, DER, verified; none: Problem says why
+	Next    time.Time `json:"next,omitzero"`     // when there is another at the latest
+	Missing int       `json:"missing,omitempty"` // revoked leaves that are not in it
+	Problem string    `json:"problem,omitempty"`
+}
+
 // Issuing returns the intermediate that signs new certificates.
 func (s CAState) Issuing() CAIssuer {
 	for _, i := range s.Intermediates {

@@ -11,8 +11,11 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
+	"io"
 	"math/big"
+	"net/http"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -117,6 +120,7 @@ func startStepCA(t *testing.T, site *harness.Site, trustDomain string) *stepCA {
 	s.config = map[string]any{
 		"root": s.root, "crt": pemFile(t, site, "stepca/intermediate.pem", "CERTIFICATE", inter.Raw), "key": interKeyFile,
 		"address": address, "dnsNames": []string{"127.0.0.1"}, "logger": map[string]string{"format": "text"},
+		"db": map[string]string{"type": "bbolt", "dataSource": site.Path("stepca/db")}, "crl": map[string]any{"enabled": true, "generateOnRevoke": true},
 		"authority": map[string]any{"provisioners": []any{map[string]any{
 			"type": "JWK", "name": "sallyport", "key": publicJWK(t, provisioner), "claims": map[string]string{"maxTLSCertDuration": "800h"},
 		}}},
@@ -192,4 +196,25 @@ func TestStepCA(t *testing.T) {
 	third := site.Node(gateway, "web-3")
 	ca.Start()
 	third.WaitRunning(90 * time.Second)
+	// It is revoked there too, and stands in the CRL that the intermediate signs.
+	harness.Eventually(t, 90*time.Second, "step-ca has the revocation in its CRL", func() error {
+		if got := caOf(gateway).Status; len(got) != 1 || got[0].Next == nil || got[0].Missing != 0 || got[0].Problem != "" || !strings.Contains(got[0].OCSP, "none") {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	pool := x509.NewCertPool()
+	pool.AddCert(ca.rootCert)
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, DisableKeepAlives: true}}
+	resp, err := client.Get(ca.url + "/1.0/crl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := io.ReadAll(resp.Body)
+	if err := errors.Join(err, resp.Body.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := x509.ParseRevocationList(der); err != nil || len(list.RevokedCertificateEntries) == 0 {
+		t.Errorf("its CRL: %v, %v", list, err)
+	}
 }
