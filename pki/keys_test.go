@@ -94,7 +94,11 @@ func TestPassphraseIsOrdinaryPKCS8(t *testing.T) {
 		t.Skip("openssl is not installed")
 	}
 	dir := t.TempDir()
-	closeIt(t, open(t, dir, pki.WithPassphrase([]byte("correct horse battery"))))
+	closeIt(t, open(t, dir))
+	defer pki.SealAsEver()()
+	if err := pki.Reseal(dir, nil, []byte("correct horse battery")); err != nil {
+		t.Fatal(err)
+	}
 	pass := filepath.Join(t.TempDir(), "pass")
 	if err := os.WriteFile(pass, []byte("correct horse battery\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -102,5 +106,9 @@ func TestPassphraseIsOrdinaryPKCS8(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), openssl, "pkey", "-in", filepath.Join(dir, "root.key"), "-passin", "file:"+pass, "-noout", "-text").CombinedOutput()
 	if err != nil || !strings.Contains(string(out), "prime256v1") {
 		t.Errorf("openssl: %v\n%s", err, out)
+	}
+	out, err = exec.CommandContext(t.Context(), openssl, "asn1parse", "-in", filepath.Join(dir, "root.key")).CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "INTEGER           :0927C0") || !strings.Contains(string(out), "hmacWithSHA256") {
+		t.Errorf("want 600,000 rounds: %v\n%s", err, out)
 	}
 }
