@@ -76,7 +76,12 @@ func FuzzStrangersBytes(f *testing.F) {
 			_ = theirs.Close()
 			answer <- got
 		}()
-		c, err := l.handshake(context.Background(), ours)
+		g, err := l.door.enter(context.Background(), ours)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer g.leave()
+		c, err := l.handshake(context.Background(), ours, g)
 		_ = ours.Close()
 		if err == nil {
 			t.Errorf("a stranger is %s", c.Peer())

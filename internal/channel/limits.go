@@ -10,9 +10,10 @@ import (
 // means its default.
 type Limits struct {
 	// Handshakes in flight, from the accepted connection to the verified
-	// peer, in total and per source (one IPv4 address, one IPv6 /64). What is
-	// above the total waits to be accepted; what is above that of its source is
-	// closed unanswered: diallers come back by themselves.
+	// peer, in total and per source (one IPv4 address, one IPv6 /64), for each of TCP
+	// and QUIC. On TCP who keeps us waiting gives way when all places are taken; else
+	// newcomers wait to be accepted, or are closed unanswered where their source has its
+	// share. On QUIC what is above either is refused: diallers then take TCP.
 	Handshakes, HandshakesPerSource int
 	// HandshakeTimeout is for all of a handshake, the first byte included.
 	HandshakeTimeout time.Duration
@@ -51,8 +52,8 @@ const (
 )
 
 func (l Limits) withDefaults() Limits {
-	set(&l.Handshakes, 512)
-	set(&l.HandshakesPerSource, 128)
+	set(&l.Handshakes, 1024)
+	set(&l.HandshakesPerSource, 256)
 	set(&l.HandshakeTimeout, 15*time.Second)
 	set(&l.PrefaceTimeout, 5*time.Second)
 	set(&l.Streams, 1024)

@@ -54,8 +54,8 @@ type Listener struct {
 	tcp        net.Listener
 	udp        *udpPort // nil without QUIC
 	conns      *registry
-	handshakes *sources
-	room       chan struct{} // holds a token for each handshake on TCP
+	door       *door    // of TCP
+	handshakes *sources // on QUIC
 	pending    *sources
 	legs       *legs
 	logRate    *rate.Limiter
@@ -71,8 +71,8 @@ func Listen(cfg ListenConfig) (*Listener, error) {
 	}
 	lim := cfg.Limits.withDefaults()
 	l := &Listener{cfg: cfg, log: cfg.Log, limits: lim, conns: newRegistry(cfg.Identity),
+		door:       newDoor(lim.Handshakes, lim.HandshakesPerSource),
 		handshakes: newSources(lim.Handshakes, lim.HandshakesPerSource),
-		room:       make(chan struct{}, lim.Handshakes),
 		pending:    newSources(lim.Pending, lim.PendingPerSource),
 		legs:       newLegs(),
 		logRate:    rate.NewLimiter(rate.Every(time.Second), 20)}
@@ -161,16 +161,8 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 	}
 	var pause time.Duration
 	for {
-		// Above the total, diallers wait in the kernel's queue: a plant that comes
-		// back at once is let in as fast as it can be, and nobody has to try again.
-		select {
-		case l.room <- struct{}{}:
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
 		raw, err := l.tcp.Accept()
 		if err != nil {
-			<-l.room
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
 			}
@@ -186,17 +178,22 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 			continue
 		}
 		pause = 0
-		leave, ok := l.handshakes.enter(raw.RemoteAddr())
-		if !ok {
-			l.log.Debug("too many handshakes in flight", "remote", raw.RemoteAddr().String())
+		// While it waits for a place, diallers wait in the kernel's queue: a plant that
+		// comes back at once is let in as fast as it can be, and nobody has to try again.
+		g, err := l.door.enter(ctx, raw)
+		if err != nil {
+			l.log.Debug("connection turned away", "remote", raw.RemoteAddr().String(), "err", err)
 			_ = raw.Close()
-			<-l.room
 			continue
 		}
 		wg.Go(func() {
-			c, err := l.handshake(ctx, raw)
-			leave()
-			<-l.room
+			c, err := l.handshake(ctx, raw, g)
+			if g.leave() {
+				err = errors.Join(errGaveWay, err)
+				if c != nil {
+					c.Close(errGaveWay)
+				}
+			}
 			if err != nil {
 				_ = raw.Close()
 				l.refused(raw.RemoteAddr(), err)
@@ -241,7 +238,7 @@ func (l *Listener) run(ctx context.Context, c *Conn, f func(context.Context, *Co
 
 // handshake makes a Conn of an accepted TCP connection, or none of a lane's
 // leg, which it hands to whoever expects that.
-func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
+func (l *Listener) handshake(ctx context.Context, raw net.Conn, g *guest) (*Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, l.limits.HandshakeTimeout)
 	defer cancel()
 	if err := raw.SetDeadline(time.Now().Add(l.limits.HandshakeTimeout)); err != nil {
@@ -255,12 +252,13 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	}
 	switch first.head[0] {
 	case recordHandshake:
+		g.works()
 	case lanePreface[0]:
 		return nil, l.lane(ctx, raw, first.head, unblock)
 	default:
 		return nil, fmt.Errorf("first byte is %#02x, not TLS", first.head[0])
 	}
-	first.exact = &records{}
+	first.exact, first.guest = &records{}, g
 	conn := tls.Server(first, l.tcpTLS)
 	if err := conn.HandshakeContext(ctx); err != nil {
 		return nil, err
@@ -274,7 +272,7 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	first.exact = nil
+	first.exact, first.guest = nil, nil
 	if p.class == classLane {
 		return nil, l.sealedLane(ctx, raw, first, conn, v, unblock)
 	}

@@ -11,6 +11,7 @@ type peekedConn struct {
 	net.Conn
 	head  []byte
 	exact *records // nil: reads are not limited
+	guest *guest   // of a handshake that goes on
 	ahead *ahead   // nil: nobody asks
 }
 
@@ -32,7 +33,9 @@ func (p *peekedConn) Read(b []byte) (int, error) {
 		}
 		return n, err
 	}
+	p.guest.waits()
 	n, err := p.read(b[:min(len(b), p.exact.rest())])
+	p.guest.works()
 	p.exact.took(b[:n])
 	return n, err
 }

@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -208,6 +210,72 @@ func TestSlowHandshakesAreBounded(t *testing.T) {
 		t.Errorf("slow handshakes lasted %v, the limit is 1 s", d)
 	}
 	works(t, p)
+}
+
+// Strangers behind a party's own address hold every place that there is for a
+// handshake, at each of the points where they can stop, and come back as soon as they are
+// cut. The party comes in.
+func TestStrangersBehindTheSameAddress(t *testing.T) {
+	p := newPlant(t, variant{"h2", true}, ok)
+	p.limits = channel.Limits{Handshakes: 48, HandshakesPerSource: 12, HandshakeTimeout: 30 * time.Second}
+	p.listen(t)
+	addr := p.listener.Addr().String()
+	ctx, cancel := context.WithCancel(t.Context())
+	var strangers sync.WaitGroup
+	defer strangers.Wait()
+	defer cancel()
+	hello := &tls.Config{InsecureSkipVerify: true, NextProtos: []string{channel.ALPNUp}, MinVersion: tls.VersionTLS13,
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+	var held atomic.Int64 // connections that were there at one time or another
+	for i := range 2 * p.limits.Handshakes {
+		strangers.Go(func() {
+			for ctx.Err() == nil {
+				c, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+				if err != nil {
+					continue
+				}
+				held.Add(1)
+				stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+				switch i % 3 {
+				case 0:
+				case 1:
+					_, _ = c.Write([]byte{0x16, 0x03, 0x01})
+				case 2:
+					_ = tls.Client(c, hello).HandshakeContext(ctx) // waits for its own certificate
+				}
+				_, _ = c.Read(make([]byte, 1))
+				stop()
+				_ = c.Close()
+			}
+		})
+	}
+	eventually(t, "the strangers hold all places", func() bool { return held.Load() > int64(2*p.limits.Handshakes) })
+	for range 3 {
+		began, tries := time.Now(), 1
+		c, err := p.dialler(t).Dial(t.Context())
+		for ; err != nil && time.Since(began) < 20*time.Second; tries++ {
+			c, err = p.dialler(t).Dial(t.Context())
+		}
+		if err != nil {
+			t.Fatalf("locked out for %v, %d attempts, by %d connections: %v", time.Since(began), tries, held.Load(), err)
+		}
+		t.Logf("in after %v and %d attempts, against %d connections", time.Since(began).Round(time.Millisecond), tries, held.Load())
+		c.Close(nil)
+	}
+}
+
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !holds(); {
+		if time.Now().After(deadline) {
+			t.Fatalf("never: %s", what)
+		}
+		<-time.After(time.Millisecond)
+	}
 }
 
 func TestRevocationCutsAndIsNotResumed(t *testing.T) {

@@ -49,6 +49,21 @@ func readable(fd uintptr) bool {
 	}
 }
 
+// unread tells whether something has arrived that nobody has read yet. Somebody may
+// wait in Read.
+func unread(c net.Conn) (yes bool) {
+	sc, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return false
+	}
+	_ = raw.Control(func(fd uintptr) { yes = readable(fd) })
+	return yes
+}
+
 func (c *restingConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	c.below.ahead.plain -= n

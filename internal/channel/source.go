@@ -40,6 +40,14 @@ func (s *sources) enter(addr net.Addr) (leave func(), ok bool) {
 	}), true
 }
 
+// busy tells whether a quarter is taken, of all or of what addr may have.
+func (s *sources) busy(addr net.Addr) bool {
+	src := sourceOf(addr)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.all > s.total/4 || s.by[src] > s.each/4
+}
+
 // count is how many are in, from everywhere.
 func (s *sources) count() int {
 	s.mu.Lock()

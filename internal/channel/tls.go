@@ -84,6 +84,9 @@ func (s *serverTLS) config(carrier string) *tls.Config {
 			c, err := s.configFor(hello, carrier)
 			switch {
 			case carrier != CarrierH3:
+				if peeked, ok := hello.Conn.(*peekedConn); ok && err == nil {
+					peeked.guest.saidHello()
+				}
 			case err != nil:
 				s.refused(hello.Conn.RemoteAddr(), err)
 			default: // of which quic-go takes a copy anyway

@@ -42,8 +42,9 @@ func openUDP(addr string, l *Listener) (*udpPort, error) {
 		// Our diallers speak version 1; strangers get no answer.
 		DisableVersionNegotiationPackets: true,
 		// Under load a dialler must first show that its address is its own
-		// (Retry, RFC 9000 section 8.1.2).
-		VerifySourceAddress: func(net.Addr) bool { return l.handshakes.count() > l.limits.Handshakes/4 },
+		// (Retry, RFC 9000 section 8.1.2): else one packet, from anywhere, would take
+		// a place of whatever address it names.
+		VerifySourceAddress: func(addr net.Addr) bool { return l.handshakes.busy(addr) },
 		ConnContext: func(ctx context.Context, info *quic.ClientInfo) (context.Context, error) {
 			leave, ok := l.handshakes.enter(info.RemoteAddr)
 			if !ok {
