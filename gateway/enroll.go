@@ -73,6 +73,8 @@ type enrolment struct {
 	log   *slog.Logger
 	// open opens a session with the holder of a key; rcp names the way.
 	open func(ctx context.Context, key wire.KeyHash) (s enrollSession, rcp string, err error)
+	// keepPlace is for a party whose request waits for an operator; nil: no place is kept.
+	keepPlace func(ctx context.Context, key wire.KeyHash)
 	// changed is told of parties that were made, replaced or revoked.
 	changed func(ctx context.Context, role wire.Role, id wire.ID)
 	// talk opens or reuses a session with a certified party.
@@ -227,7 +229,11 @@ func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (sta
 	if d.state == "" { // discarded: the party is not told
 		return wire.EnrollPending, nil
 	}
-	return d.state, e.tell(ctx, session, key, &req, d)
+	err = e.tell(ctx, session, key, &req, d)
+	if err == nil && e.keepPlace != nil && d.state == wire.EnrollPending && (d.prior != nil || d.fresh) { // else it is not written down
+		e.keepPlace(ctx, key)
+	}
+	return d.state, err
 }
 
 // errForeignCSR says that a party asked for a certificate of another's key.

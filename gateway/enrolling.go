@@ -25,9 +25,10 @@ var errEnrolled = errors.New("the party is enrolled: it is expected back with it
 func (s *Server) wireEnrolment() {
 	s.enrolment = &enrolment{
 		store: s.store, ca: s.ca, id: s.id, log: s.log, public: s.channelPublic(), grace: time.Duration(s.cfg.RenewalGrace),
-		attempts: make(map[wire.KeyHash]*attempt),
-		open:     s.openEnrolment,
-		changed:  s.partyChanged,
+		attempts:  make(map[wire.KeyHash]*attempt),
+		open:      s.openEnrolment,
+		keepPlace: s.keepPlace,
+		changed:   s.partyChanged,
 		talk: func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
 			return s.sessions.Do(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},

@@ -210,6 +210,8 @@ func TestTenThousandStrangers(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	kept := map[wire.KeyHash]int{} // places where parties wait
+	d.keepPlace = func(_ context.Context, key wire.KeyHash) { kept[key]++ }
 	fill("dmz", maxWaitingPerRCP)
 	late, told := d.asking("late", "", nil)
 	d.see(late)
@@ -220,6 +222,9 @@ func TestTenThousandStrangers(t *testing.T) {
 	d.pending(t.Context(), elsewhere.id.KeyHash(), &store.RCP{Name: "dmz-2"}, wire.Peer{Since: time.Now()})
 	if _, err := d.store.LastRequest(t.Context(), elsewhere.id.KeyHash()); err != nil {
 		t.Errorf("a stranger behind another RCP is not listed: %v", err)
+	}
+	if kept[late.id.KeyHash()] != 0 || kept[elsewhere.id.KeyHash()] != 1 {
+		t.Errorf("places are kept for %v, want the one that is listed, %s", kept, elsewhere.id.KeyHash())
 	}
 	fill("dmz-2", maxWaiting-maxWaitingPerRCP-1)
 	third, _ := d.asking("third", "", nil)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"sync"
 	"time"
 
@@ -206,6 +207,22 @@ func (s *Server) pendingWays(key wire.KeyHash) (ways []pendingWay) {
 		ways = append(ways, pendingWay{r.Name, func(ctx context.Context) (net.Conn, error) { return s.links.connect(ctx, r.Link, authority) }})
 	}
 	return ways
+}
+
+// keepPlace tells every RCP where a party waits that an operator is shown its
+// request: strangers who come later do not push it out there. An RCP that cannot be
+// told now is told when the party is looked at again.
+func (s *Server) keepPlace(ctx context.Context, key wire.KeyHash) {
+	for _, r := range s.fleet.pendingRoutes(key) {
+		within, cancel := context.WithTimeout(ctx, pendingOpen)
+		stream, err := s.links.connectWith(within, r.Link, wire.PendingAuthority(key), http.Header{wire.HeaderRequested: {"1"}})
+		if err == nil {
+			_ = stream.Close()
+		} else {
+			s.log.Debug("RCP not told that a waiting party keeps its place", "rcp", r.Name, "fingerprint", key.Fingerprint(), "error", err)
+		}
+		cancel()
+	}
 }
 
 // pendingWay is one way to a party that waits for a certificate.

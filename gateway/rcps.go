@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -429,11 +430,15 @@ func (l *links) cut(id wire.ID, cause error) {
 // connect opens a stream to authority through a first hop, on a connection of
 // class session.
 func (l *links) connect(ctx context.Context, id wire.ID, authority string) (net.Conn, error) {
+	return l.connectWith(ctx, id, authority, nil)
+}
+
+func (l *links) connectWith(ctx context.Context, id wire.ID, authority string, h http.Header) (net.Conn, error) {
 	link := l.link(id)
 	if link == nil {
 		return nil, ErrNotConnected
 	}
-	return link.Connect(ctx, authority, nil)
+	return link.Connect(ctx, authority, h)
 }
 
 // lane opens a lane to a node through a first hop, or to a first hop that is

@@ -41,10 +41,12 @@ type journey struct {
 	host string    // the authority, as it was written
 	hops int       // RCPs that may still be passed, this one included
 	via  []wire.ID // RCPs passed
+
+	requested bool // an operator is shown the pending party's request
 }
 
 func (r *Relay) parseJourney(req *http.Request) (journey, *refused) {
-	j := journey{host: req.Host, hops: wire.MaxHops}
+	j := journey{host: req.Host, hops: wire.MaxHops, requested: req.Header.Get(wire.HeaderRequested) != ""}
 	id, key, err := wire.ParseAuthority(req.Host)
 	if err != nil {
 		return j, refusef(http.StatusBadRequest, "%v", err)
@@ -118,6 +120,9 @@ func (r *Relay) route(w http.ResponseWriter, req *http.Request, up *channel.Conn
 		return bytes, refusef(http.StatusServiceUnavailable, "the RCP is draining")
 	}
 	w, req = bytes.count(w, req)
+	if j.requested && j.to.key != "" {
+		r.roster.requested(j.to)
+	}
 	ways, gone := r.table.route(j.to)
 	if len(ways) == 0 {
 		return bytes, unreachable(j, gone)
@@ -190,11 +195,15 @@ func (r *Relay) headerFor(j journey, way wire.Peer) (http.Header, *refused) {
 	for _, id := range j.via {
 		via = append(via, string(id))
 	}
-	return http.Header{
+	h := http.Header{
 		"User-Agent":    {""},
 		wire.HeaderHops: {strconv.Itoa(j.hops - 1)},
 		wire.HeaderVia:  {strings.Join(append(via, string(r.id.ID())), ",")},
-	}, nil
+	}
+	if j.requested {
+		h.Set(wire.HeaderRequested, "1")
+	}
+	return h, nil
 }
 
 // explain turns the failure of the next hop into a status.

@@ -164,6 +164,40 @@ func TestFloodOfPendingParties(t *testing.T) {
 	}
 }
 
+// TestGatewayKeepsThePlaceOfARequest: what a gateway says of a pending party's request
+// reaches the RCP where it waits, through another one.
+func TestGatewayKeepsThePlaceOfARequest(t *testing.T) {
+	p := newPlant(t)
+	upper := p.rcp(nil)
+	lower := p.rcp(func(c *Config) { c.Upstreams = config.Endpoints{{Addr: upper.addr}} })
+	gw := p.gateway(upper.addr)
+	w := p.watch(gw)
+	waits := p.ca.Pending(t, wire.RoleNode)
+	p.nodeWith(waits, lower.addr, http.NotFoundHandler())
+	w.until("the party behind both", func(v view) bool {
+		for k := range v.peers {
+			if k.key == waits.KeyHash() {
+				return true
+			}
+		}
+		return false
+	})
+	kept := func() bool {
+		all := lower.roster.channels(target{key: waits.KeyHash()})
+		lower.roster.mu.Lock()
+		defer lower.roster.mu.Unlock()
+		return len(all) == 1 && all[0].requested
+	}
+	connectStatus(t, gw, wire.PendingAuthority(waits.KeyHash()), nil)
+	if kept() {
+		t.Error("a place is kept for who has no request")
+	}
+	connectStatus(t, gw, wire.PendingAuthority(waits.KeyHash()), http.Header{wire.HeaderRequested: {"1"}})
+	if !kept() {
+		t.Error("no place is kept")
+	}
+}
+
 // TestOneMeanNodeDelaysNoOther: a node that never answers its CONNECT, and one
 // that never answers anything, hold up nobody.
 func TestOneMeanNodeDelaysNoOther(t *testing.T) {

@@ -73,6 +73,7 @@ type attached struct {
 	hush      context.CancelFunc
 
 	// Under roster.mu.
+	requested bool        // of a pending party: a gateway shows its request to an operator
 	signal    wire.Signal // the last one
 	signalled bool
 	replaced  bool // a newer channel of the party took over
@@ -134,15 +135,40 @@ type roster struct {
 	mu      sync.Mutex
 	seq     uint64
 	left    uint64
-	live    map[target][]*attached       // best first
-	sources map[netip.Prefix][]*attached // pending parties, in order of arrival
+	live    map[target][]*attached // best first
+	sources map[netip.Prefix]*site
 	pending int
+	kept    int // of them, those that are requested
+}
+
+// site is who waits for a certificate behind one source address.
+type site struct {
+	waiting []*attached // in order of arrival
+	kept    int         // of them, those that are requested
+}
+
+// loose are the places that a site may have to give up.
+func (s *site) loose() int {
+	if s == nil {
+		return 0
+	}
+	return len(s.waiting) - s.kept
+}
+
+// first is the one who waits longest of those that may have to leave.
+func (s *site) first() *attached {
+	for _, a := range s.waiting {
+		if !a.requested {
+			return a
+		}
+	}
+	return nil
 }
 
 func newRoster(t *table, maxPending, maxPendingSource int, retire func(*attached)) *roster {
 	return &roster{
 		table: t, maxPending: maxPending, maxPendingSource: maxPendingSource, retire: retire,
-		live: map[target][]*attached{}, sources: map[netip.Prefix][]*attached{},
+		live: map[target][]*attached{}, sources: map[netip.Prefix]*site{},
 	}
 }
 
@@ -179,8 +205,9 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 		tg := a.target()
 		if a.peer.Pending {
 			a.source = sourceOf(conn.RemoteAddr())
+			at := r.sources[a.source]
 			if len(r.live[tg]) == 0 {
-				if len(r.sources[a.source]) >= r.maxPendingSource {
+				if at != nil && len(at.waiting) >= r.maxPendingSource {
 					return fmt.Errorf("%w: %s", errPendingFrom, a.source)
 				}
 				if r.pending >= r.maxPending {
@@ -190,9 +217,19 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 					r.out(evicted, errCrowded.Error())
 				}
 			}
+			if at = r.sources[a.source]; at == nil {
+				at = &site{}
+				r.sources[a.source] = at
+			}
 			r.pending++
-			r.sources[a.source] = append(r.sources[a.source], a)
+			at.waiting = append(at.waiting, a)
 			old = slices.Clone(r.live[tg]) // one key has one channel: the last one
+			for _, o := range old {
+				if o.requested {
+					r.unkeep(o)
+					r.keep(a)
+				}
+			}
 		} else if n := len(r.live[tg]); n >= maxChannels {
 			old = []*attached{slices.MinFunc(r.live[tg], func(x, y *attached) int { return cmp.Compare(x.seq, y.seq) })}
 		}
@@ -224,19 +261,55 @@ func (r *roster) join(ctx context.Context, conn link) (*attached, error) {
 // giveWay finds who leaves when all places are taken and a party comes from
 // source: the one that waits longest behind the address with most of them, so
 // that strangers cannot keep a node with a code out. Nobody does for a source
-// that has as many itself; mu is held.
+// that has as many itself. Parties whose request waits for an operator neither
+// leave nor count: whoever comes from thousands of addresses cannot push them out. mu
+// is held.
 func (r *roster) giveWay(source netip.Prefix) *attached {
-	var most []*attached
-	for _, all := range r.sources {
-		if len(all) > len(most) || len(all) == len(most) && all[0].seq < most[0].seq {
-			most = all
+	var most *site
+	var first *attached
+	for _, s := range r.sources {
+		if n := s.loose(); n == 0 || n < most.loose() {
+			continue
+		}
+		if f := s.first(); s.loose() > most.loose() || f.seq < first.seq {
+			most, first = s, f
 		}
 	}
-	own := len(r.sources[source])
-	if own+1 < len(most) || own == 0 && len(most) > 0 {
-		return most[0]
+	own := r.sources[source].loose()
+	if own+1 < most.loose() || own == 0 && first != nil {
+		return first
 	}
 	return nil
+}
+
+// requested says that a gateway shows the request of a pending party to an
+// operator. The party keeps its place from then on: of half of them at most, so that
+// strangers who make requests leave room for others too.
+func (r *roster) requested(tg target) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, a := range r.live[tg] {
+		if a.peer.Pending {
+			r.keep(a)
+		}
+	}
+}
+
+// keep keeps a pending party in its place; mu is held.
+func (r *roster) keep(a *attached) {
+	if !a.requested && r.kept < r.maxPending/2 {
+		a.requested = true
+		r.kept++
+		r.sources[a.source].kept++
+	}
+}
+
+func (r *roster) unkeep(a *attached) {
+	if a.requested {
+		a.requested = false
+		r.kept--
+		r.sources[a.source].kept--
+	}
 }
 
 // leave takes a channel out.
@@ -276,11 +349,12 @@ func (r *roster) remove(a *attached) bool {
 	}
 	if a.peer.Pending {
 		r.pending--
-		all := r.sources[a.source]
-		if i := slices.Index(all, a); i >= 0 {
-			r.sources[a.source] = slices.Delete(all, i, i+1)
+		at := r.sources[a.source]
+		if i := slices.Index(at.waiting, a); i >= 0 {
+			at.waiting = slices.Delete(at.waiting, i, i+1)
 		}
-		if len(r.sources[a.source]) == 0 {
+		r.unkeep(a)
+		if len(at.waiting) == 0 {
 			delete(r.sources, a.source)
 		}
 	}

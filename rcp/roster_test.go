@@ -316,6 +316,58 @@ func TestPendingLimits(t *testing.T) {
 	}
 }
 
+// A party whose request an operator is shown keeps its place, whoever comes: strangers from
+// as many addresses as they like push out each other.
+func TestRequestedPartiesKeepTheirPlace(t *testing.T) {
+	r, _ := testRoster(8, 6)
+	var plant []*attached // more than anybody else, behind one address
+	for i := range 4 {
+		a := mustJoin(t, r, newFake(pendingPeer(i), fmt.Sprintf("10.0.0.1:%d", i+1)))
+		r.requested(a.target())
+		plant = append(plant, a)
+	}
+	for i := range 100 {
+		mustJoin(t, r, newFake(pendingPeer(100+i), fmt.Sprintf("10.1.0.%d:1", i)))
+	}
+	for i, a := range plant {
+		if err := a.conn.(*fakeLink).Err(); err != nil {
+			t.Errorf("number %d was pushed out: %v", i, err)
+		}
+	}
+	if _, n := r.count(); n != 8 {
+		t.Errorf("%d wait, want 8", n)
+	}
+	// Half of the places can be kept, not more: there is room for others.
+	fifth := mustJoin(t, r, newFake(pendingPeer(20), "10.2.0.1:1"))
+	r.requested(fifth.target())
+	for i := range 8 {
+		mustJoin(t, r, newFake(pendingPeer(300+i), fmt.Sprintf("10.3.0.%d:1", i)))
+	}
+	if err := fifth.conn.(*fakeLink).Err(); !errors.Is(err, errCrowded) {
+		t.Errorf("a fifth of eight keeps its place: %v", err)
+	}
+	// The key keeps what it has when it comes by another channel, and gives it
+	// back when it leaves.
+	r.leave(fifth, "left")
+	again := mustJoin(t, r, newFake(pendingPeer(0), "10.9.0.1:1"))
+	r.leave(plant[0], "replaced")
+	if !again.requested || r.kept != 4 {
+		t.Errorf("requested %v, %d kept", again.requested, r.kept)
+	}
+	r.requested(target{key: pendingPeer(999).Key}) // who is not there
+	for _, a := range append(plant[1:], again) {
+		r.leave(a, "left")
+	}
+	if r.kept != 0 {
+		t.Errorf("%d kept by nobody", r.kept)
+	}
+	for source, s := range r.sources {
+		if s.kept != 0 || len(s.waiting) == 0 {
+			t.Errorf("%s: %+v", source, s)
+		}
+	}
+}
+
 // TestClosedListToNodes enumerates what an RCP may send to whom: for every
 // method and every path of ours, and a few that are none.
 func TestClosedListToNodes(t *testing.T) {

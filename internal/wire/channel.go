@@ -39,8 +39,12 @@ const (
 
 // Headers of a CONNECT request.
 const (
-	HeaderHops  = "Sallyport-Hops"  // hops that remain, at most MaxHops
-	HeaderVia   = "Sallyport-Via"   // IDs of the RCPs passed, comma separated
+	HeaderHops = "Sallyport-Hops" // hops that remain, at most MaxHops
+	HeaderVia  = "Sallyport-Via"  // IDs of the RCPs passed, comma separated
+	// HeaderRequested, with any value, says of a CONNECT to a pending party that an
+	// operator is shown its request: it keeps its place where parties wait.
+	HeaderRequested = "Sallyport-Requested"
+
 	HeaderClass = "Sallyport-Class" // class of the connection, on its first request
 	HeaderTime  = "Sallyport-Time"  // the gateway's clock, RFC 3339, in its requests inside a session
 	HeaderError = "Sallyport-Error" // which hop failed and why, on a refused CONNECT
