@@ -3,7 +3,6 @@ package channel
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"testing"
@@ -210,8 +209,10 @@ func TestDoorCounts(t *testing.T) {
 		}
 		if len(in) > 12 || i%7 == 0 && len(in) > 0 {
 			k := i % len(in)
-			if in[k].leave() || in[k].leave() {
-				t.Fatal("it gave way")
+			for range 2 { // the second counts for nothing
+				if in[k].leave() {
+					t.Fatal("it gave way")
+				}
 			}
 			in = append(in[:k], in[k+1:]...)
 		}
@@ -220,7 +221,7 @@ func TestDoorCounts(t *testing.T) {
 			shares += s.n
 		}
 		if len(d.guests) != len(in) || shares != len(in) {
-			t.Fatal(fmt.Sprintf("after %d: %d guests, shares of %d, want %d", i, len(d.guests), shares, len(in)))
+			t.Fatalf("after %d: %d guests, shares of %d, want %d", i, len(d.guests), shares, len(in))
 		}
 		for at, g := range d.guests {
 			if g.at != at {
