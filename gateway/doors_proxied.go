@@ -131,7 +131,7 @@ func (d *doorway) ownCertificate(ctx context.Context) (*tls.Certificate, error) 
 	if err != nil {
 		return nil, err
 	}
-	if err := d.record(ctx, "self", chain[0], "", nil); err != nil {
+	if err := d.record(ctx, doorSelf, chain[0], "", nil); err != nil {
 		return nil, err
 	}
 	cert := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}

@@ -44,6 +44,9 @@ func changedCA(c api.CAChange, err error) (*body[api.CAChange], error) {
 	if c.Joins == nil {
 		c.Joins = []api.CAJoin{}
 	}
+	if c.Certificates == nil {
+		c.Certificates = []api.Certificate{}
+	}
 	if c.Notes == nil {
 		c.Notes = []string{}
 	}

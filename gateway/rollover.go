@@ -346,14 +346,22 @@ func (s *Server) finishCA(ctx context.Context, in api.FinishCA) (api.CAChange, e
 		return api.CAChange{}, err
 	}
 	change := api.CAChange{CA: view, Offline: view.Left, Joins: view.Joins, Notes: finishNotes(view, in.Forget)}
+	if r := state.Rollover; r.Kind == wire.RolloverRoot {
+		if err := s.tellDoors(ctx, &change, state.RootOf(r.From).Key, true); err != nil {
+			return change, err
+		}
+	}
 	if in.DryRun {
 		change.DryRun = true
 		return change, nil
 	}
+	if n := len(change.Certificates); n > 0 && !in.Force {
+		return change, api.NewProblem(api.CodeConflict, fmt.Sprintf("%d certificates that left by the doors hang on the root that would be given up: %s; let their programs renew them (`sallyport ca finish --dry-run` lists them), revoke those that are gone for good, or add --force", n, someCertificates(change.Certificates)))
+	}
 	if len(view.Left) > 0 && !in.Force {
 		return change, api.NewProblem(api.CodeConflict, fmt.Sprintf("%d of %d parties are left: %s; wait for them (`sallyport ca show`), remove those that are gone for good, or add --force: those that come back later are renewed then", len(view.Left), view.Parties, someOf(view.Left)))
 	}
-	return s.turnCA(ctx, change, "ca.finish", fmt.Sprintf("%s, %d parties left, forget %t", state.Rollover.Kind, len(view.Left), in.Forget), func(ctx context.Context, atLeast int64) (wire.CAState, error) {
+	return s.turnCA(ctx, change, "ca.finish", fmt.Sprintf("%s, %d parties and %d certificates of doors left, forget %t", state.Rollover.Kind, len(view.Left), len(change.Certificates), in.Forget), func(ctx context.Context, atLeast int64) (wire.CAState, error) {
 		return ca.Finish(ctx, in.Forget, atLeast)
 	})
 }
@@ -422,6 +430,9 @@ func (s *Server) rehearse(ctx context.Context, state wire.CAState, what string) 
 		return c, nil
 	}
 	if c.Joins, err = s.foreignJoins(ctx, wire.CAIssuer{}, state); err != nil {
+		return c, err
+	}
+	if err := s.tellDoors(ctx, &c, state.RootOf(state.Issuing().Key).Key, false); err != nil {
 		return c, err
 	}
 	if len(c.Joins) > 0 {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -72,7 +73,7 @@ func (a *app) caFinishCommand() *cobra.Command {
 				return c.FinishCA(ctx, try)
 			}, "trust the old issuer no longer (%d parties)")
 		}}
-	cmd.Flags().BoolVar(&in.Force, "force", false, "although parties are left: they are renewed when they come back")
+	cmd.Flags().BoolVar(&in.Force, "force", false, "although parties are left, which are renewed when they come back, or certificates of the doors, which are not")
 	cmd.Flags().BoolVar(&in.Forget, "forget", false, "the old root vouches for nothing any more: what missed the rollover needs a new join code")
 	cmd.Flags().BoolVar(&in.DryRun, "dry-run", false, "say what would happen")
 	cmd.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
@@ -126,6 +127,13 @@ func (a *app) noteCAChange(ch api.CAChange) {
 	}
 	if ch.DryRun {
 		a.noteParties("offline", ch.Offline)
+	}
+	for i, c := range ch.Certificates {
+		if i == maxLeft {
+			a.out.Note("  and %d more certificates (-o json names them all)", len(ch.Certificates)-maxLeft)
+			break
+		}
+		a.out.Note("  certificate %s (%s %s), issued %s, until %s", c.Serial, c.Door, strings.Join(c.Names, " "), cli.Time(c.Issued), cli.Time(c.Expires))
 	}
 	for i, j := range ch.Joins {
 		if i == maxLeft {

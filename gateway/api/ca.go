@@ -95,6 +95,9 @@ type CAChange struct {
 	DryRun  bool      `json:"dry_run,omitempty"`
 	Offline []CAParty `json:"offline"` // they change when they come back
 	Joins   []CAJoin  `json:"joins"`   // open join codes that pin the root which is given up
-	Notes   []string  `json:"notes"`   // what to know, and what would break
-	CA      CA        `json:"ca"`      // afterwards; of a dry run: now
+	// Certificates of other programs, from the doors, that hang on the root which
+	// is given up, and whose names have no other that stays.
+	Certificates []Certificate `json:"certificates"`
+	Notes        []string      `json:"notes"` // what to know, and what would break
+	CA           CA            `json:"ca"`    // afterwards; of a dry run: now
 }

@@ -96,7 +96,11 @@ func TestDoorsOfThePKI(t *testing.T) {
 			t.Errorf("OCSP of %s: %s", filepath.Base(c.cert), got)
 		}
 	}
-	// What the old one certified is renewed from the new one.
+	// What the old one certified is renewed from the new one: until then the
+	// rollover is not finished without --force.
+	if r := s.gateway.Run("ca", "finish", "--yes"); r.Code != 4 || !strings.Contains(r.Stderr, "first.plant.example") || strings.Contains(r.Stderr, "second.plant.example") {
+		t.Errorf("finished with a certificate that nobody renewed: %v", r)
+	}
 	code, body := s.enroll("simplereenroll", second(s.request("first.plant.example", "DNS:first.plant.example")), "--cert", first, "--key", firstKey)
 	if code != "200" {
 		t.Fatalf("simplereenroll: %s %s", code, body)
