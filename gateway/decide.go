@@ -23,13 +23,14 @@ type decision struct {
 	name   string
 	tenant string
 
-	join    *store.Join    // the code that the party showed; nil without one
-	victims []victim       // identities that give way
-	known   bool           // the key was certified before: it is given a new leaf and nothing else happens
-	prior   *store.Request // the same key's last request, if it still waits
-	fresh   bool           // a new request was written
-	rules   ruleVerdict    // what the rules say of it
-	lapsed  time.Time      // end of the key's leaf, when the grace after it is over too
+	join    *store.Join       // the code that the party showed; nil without one
+	victims []victim          // identities that give way
+	known   bool              // the key was certified before: it is given a new leaf and nothing else happens
+	prior   *store.Request    // the same key's last request, if it still waits
+	fresh   bool              // a new request was written
+	rules   ruleVerdict       // what the rules say of it
+	tags    map[string]string // that an operator gives with the grant
+	lapsed  time.Time         // end of the key's leaf, when the grace after it is over too
 }
 
 // victim is an identity that ends because another takes its name or UUID.

@@ -128,6 +128,9 @@ func (e *enrolment) grantIn(ctx context.Context, tx *store.Tx, d *decision, q *s
 	if d.join != nil {
 		detail += ", join code " + d.join.ID
 	}
+	for _, k := range slices.Sorted(maps.Keys(d.tags)) {
+		detail += fmt.Sprintf(", tag %s=%s", k, d.tags[k])
+	}
 	tx.Audit(ctx, "request.grant", q.Name, detail)
 	return tx.PutKey(ctx, &store.Key{KeyHash: q.KeyHash, Role: q.Role, PartyID: q.PartyID, Name: q.Name, Tenant: q.Tenant, IssuedAt: tx.Now(), NotAfter: tx.Now()})
 }
@@ -171,7 +174,7 @@ func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *
 			}
 		}
 	}
-	return nil
+	return tx.TagNode(ctx, n.ID, d.tags, nil)
 }
 
 func (e *enrolment) makeRCP(ctx context.Context, tx *store.Tx, d *decision, q *store.Request) error {
@@ -256,6 +259,9 @@ func (e *enrolment) nameIsFree(ctx context.Context, q store.Queries, r *store.Re
 func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error) {
 	var q *store.Request
 	var d *decision
+	if p := checkTags(in.Tags); p != nil {
+		return nil, p
+	}
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 		q, d, err = e.grantOne(ctx, tx, ref, in)
 		return err
@@ -268,6 +274,19 @@ func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store
 	return q, nil
 }
 
+// checkTags says what is wrong with tags that an operator gives.
+func checkTags(tags map[string]string) *api.Problem {
+	if len(tags) > maxTags {
+		return api.NewProblem(api.CodeInvalid, fmt.Sprintf("%d tags with a grant: want at most %d", len(tags), maxTags))
+	}
+	for _, k := range slices.Sorted(maps.Keys(tags)) {
+		if err := store.ValidTag(k, tags[k]); err != nil {
+			return api.NewProblem(api.CodeInvalid, err.Error())
+		}
+	}
+	return nil
+}
+
 // grantOne writes nothing when it returns a *api.Problem.
 func (e *enrolment) grantOne(ctx context.Context, tx *store.Tx, ref string, in api.Grant) (*store.Request, *decision, error) {
 	q, err := e.find(ctx, tx.Queries, ref, in.Fingerprint)
@@ -278,6 +297,10 @@ func (e *enrolment) grantOne(ctx context.Context, tx *store.Tx, ref string, in a
 	if err != nil {
 		return nil, nil, err
 	}
+	if len(in.Tags) > 0 && q.Role != wire.RoleNode {
+		return nil, nil, api.NewProblem(api.CodeInvalid, fmt.Sprintf("request %s is of an RCP, which has no tags", q.ID))
+	}
+	d.tags = in.Tags
 	if err := e.grantIn(ctx, tx, d, q); err != nil {
 		return nil, nil, err
 	}

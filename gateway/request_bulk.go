@@ -25,7 +25,8 @@ const (
 type ruling struct {
 	verb    string // grant, deny, discard
 	replace bool
-	reason  string // of a denial
+	tags    map[string]string // of a grant
+	reason  string            // of a denial
 }
 
 // decideMany decides on requests one by one, in few transactions. A request
@@ -39,7 +40,10 @@ func (e *enrolment) decideMany(ctx context.Context, verb string, in api.DecideRe
 	case len(in.Refs) > maxBulk:
 		return out, api.NewProblem(api.CodeInvalid, fmt.Sprintf("%d requests in one call: want at most %d", len(in.Refs), maxBulk))
 	}
-	v := ruling{verb: verb, replace: in.Replace, reason: clip(in.Reason)}
+	if p := checkTags(in.Tags); p != nil {
+		return out, p
+	}
+	v := ruling{verb: verb, replace: in.Replace, tags: in.Tags, reason: clip(in.Reason)}
 	atOnce := bulkAtOnce
 	if in.DryRun {
 		atOnce = bulkDryRun
@@ -117,7 +121,7 @@ const (
 // decided so, and that nothing was written.
 func (e *enrolment) decideOne(ctx context.Context, tx *store.Tx, v ruling, ref string) (*store.Request, *decision, error) {
 	if v.verb == verbGrant {
-		return e.grantOne(ctx, tx, ref, api.Grant{Replace: v.replace})
+		return e.grantOne(ctx, tx, ref, api.Grant{Replace: v.replace, Tags: v.tags})
 	}
 	q, err := e.refuseOne(ctx, tx, ref, v)
 	return q, nil, err

@@ -33,6 +33,7 @@ func (a *app) requestCommand() *cobra.Command {
 	grant := a.decideCommand("grant", "Let parties in")
 	grant.cmd.Flags().StringVar(&grant.fingerprint, "fingerprint", "", "grant only the key with this fingerprint, as the other side shows it")
 	grant.cmd.Flags().BoolVar(&grant.in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
+	grant.cmd.Flags().StringArrayVar(&grant.tags, "tag", nil, "tag that the node gets, k=v, as node tag sets it; may be given several times")
 	deny := a.decideCommand("deny", "Refuse parties, and tell them")
 	deny.cmd.Flags().StringVar(&deny.in.Reason, "reason", "", "what the party is told")
 	discard := a.decideCommand("discard", "Forget requests without telling the parties")
@@ -46,7 +47,8 @@ type deciding struct {
 	cmd         *cobra.Command
 	verb        string
 	in          api.DecideRequests
-	fingerprint string // for one request only
+	fingerprint string   // for one request only
+	tags        []string // of a grant
 	selector    string
 	all, yes    bool
 }
@@ -92,6 +94,10 @@ func (d *deciding) run(cmd *cobra.Command, args []string) error {
 	case d.fingerprint != "" && (bulk || len(args) > 1):
 		return cli.Usage("--fingerprint with several requests: one fingerprint is for one request")
 	}
+	var err error
+	if d.in.Tags, err = parseTags(d.tags); err != nil {
+		return err
+	}
 	c, err := d.a.client()
 	if err != nil {
 		return err
@@ -128,7 +134,7 @@ func (d *deciding) one(ctx context.Context, c *api.Client, ref string) error {
 	var err error
 	switch d.verb {
 	case "grant":
-		r, err = c.GrantRequest(ctx, ref, api.Grant{Fingerprint: d.fingerprint, Replace: d.in.Replace})
+		r, err = c.GrantRequest(ctx, ref, api.Grant{Fingerprint: d.fingerprint, Replace: d.in.Replace, Tags: d.in.Tags})
 	case "deny":
 		r, err = c.DenyRequest(ctx, ref, api.Deny{Reason: d.in.Reason})
 	default:

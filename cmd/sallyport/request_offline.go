@@ -116,6 +116,7 @@ type bundling struct {
 	role       string
 	passphrase string
 	replace    bool
+	tags       []string
 }
 
 func (a *app) requestBundleCommand() *cobra.Command {
@@ -130,6 +131,7 @@ func (a *app) requestBundleCommand() *cobra.Command {
 	f.StringVar(&b.role, "role", string(wire.RoleNode), "node, or rcp for one that `sallyport rcp add` made")
 	f.StringVar(&b.passphrase, "passphrase-file", "", "file whose one line is the passphrase")
 	f.BoolVar(&b.replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
+	f.StringArrayVar(&b.tags, "tag", nil, "tag that the node gets, k=v, as node tag sets it; may be given several times")
 	_ = cmd.RegisterFlagCompletionFunc("role", fixed(string(wire.RoleNode), string(wire.RoleRCP)))
 	return cmd
 }
@@ -138,6 +140,13 @@ func (b *bundling) run(ctx context.Context, name, file string) (err error) {
 	role := wire.Role(b.role)
 	if role != wire.RoleNode && role != wire.RoleRCP {
 		return cli.Usage("--role %q: want node or rcp", b.role)
+	}
+	tags, err := parseTags(b.tags)
+	if err != nil {
+		return err
+	}
+	if len(tags) > 0 && role != wire.RoleNode {
+		return cli.Usage("--tag: an RCP has no tags")
 	}
 	if b.passphrase == "" {
 		return cli.Usage("--passphrase-file: name the file that holds the passphrase for the bundle")
@@ -175,7 +184,7 @@ func (b *bundling) run(ctx context.Context, name, file string) (err error) {
 	if err := id.Pin(bundle.Root, bundle.TrustDomain); err != nil {
 		return err
 	}
-	r, answer, err := b.issue(ctx, c, id, name)
+	r, answer, err := b.issue(ctx, c, id, name, tags)
 	if err != nil {
 		return err
 	}
@@ -199,7 +208,7 @@ func (b *bundling) run(ctx context.Context, name, file string) (err error) {
 
 // issue has the request of id granted and answered. When that fails, no request
 // is left behind.
-func (b *bundling) issue(ctx context.Context, c *api.Client, id *identity.Identity, name string) (r api.Request, answer wire.Envelope, err error) {
+func (b *bundling) issue(ctx context.Context, c *api.Client, id *identity.Identity, name string, tags map[string]string) (r api.Request, answer wire.Envelope, err error) {
 	env, err := enroll.Offline(id, enroll.Offer{Name: name, Program: cli.BuildVersion()})
 	if err != nil {
 		return r, answer, err
@@ -211,7 +220,7 @@ func (b *bundling) issue(ctx context.Context, c *api.Client, id *identity.Identi
 	if r, err = c.ImportRequest(ctx, api.ImportRequest{File: string(text)}); err != nil {
 		return r, answer, fmt.Errorf("bundle for %s: %w", name, err)
 	}
-	if _, err := c.GrantRequest(ctx, r.ID, api.Grant{Fingerprint: id.Fingerprint(), Replace: b.replace}); err != nil {
+	if _, err := c.GrantRequest(ctx, r.ID, api.Grant{Fingerprint: id.Fingerprint(), Replace: b.replace, Tags: tags}); err != nil {
 		_, forgotten := c.DiscardRequest(context.WithoutCancel(ctx), r.ID)
 		return r, answer, errors.Join(fmt.Errorf("bundle for %s: %w", name, err), forgotten)
 	}

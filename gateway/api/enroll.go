@@ -91,8 +91,9 @@ const (
 // Grant decides on a request. Fingerprint, if not empty, must be the one of
 // the request.
 type Grant struct {
-	Fingerprint string `json:"fingerprint,omitempty"`
-	Replace     bool   `json:"replace,omitempty"`
+	Fingerprint string            `json:"fingerprint,omitempty"`
+	Replace     bool              `json:"replace,omitempty"`
+	Tags        map[string]string `json:"tags,omitempty"` // of the node, as `node tag` sets them
 }
 
 // Deny decides on a request the other way.
@@ -103,10 +104,11 @@ type Deny struct {
 // DecideRequests decides on many requests with one call. Each of Refs is the
 // ID of a request, or the name in exactly one.
 type DecideRequests struct {
-	Refs    []string `json:"refs"`
-	Replace bool     `json:"replace,omitempty"` // of a grant: revoke live nodes of the same names
-	Reason  string   `json:"reason,omitempty"`  // of a denial: what the parties are told
-	DryRun  bool     `json:"dry_run,omitempty"`
+	Refs    []string          `json:"refs"`
+	Replace bool              `json:"replace,omitempty"` // of a grant: revoke live nodes of the same names
+	Tags    map[string]string `json:"tags,omitempty"`    // of a grant: of every node, as `node tag` sets them
+	Reason  string            `json:"reason,omitempty"`  // of a denial: what the parties are told
+	DryRun  bool              `json:"dry_run,omitempty"`
 }
 
 // DecidedRequests has one result for each of the requests, in their order.

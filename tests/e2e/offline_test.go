@@ -60,7 +60,12 @@ func TestOfflineIssue(t *testing.T) {
 	passphrase := site.File("passphrase", "correct horse battery\n")
 	bundle := site.Path("vault-2.bundle")
 	gateway.Run("request", "bundle", "vault-2", bundle).Exits(2)
-	gateway.Run("request", "bundle", "vault-2", bundle, "--passphrase-file", passphrase).Exits(0)
+	gateway.Run("request", "bundle", "vault-2", bundle, "--passphrase-file", passphrase, "--tag", "site=vault", "--tag", "role=db").Exits(0)
+	var tagged []struct{ Name string }
+	gateway.Run("node", "list", "--selector", "site=vault,role=db", "-o", "json").Exits(0).JSON(&tagged)
+	if len(tagged) != 1 || tagged[0].Name != "vault-2" {
+		t.Errorf("nodes with the tags of the bundle: %+v", tagged)
+	}
 	if b, err := os.ReadFile(bundle); err != nil || strings.Contains(string(b), "PRIVATE") || strings.Contains(string(b), "vault-2") {
 		t.Errorf("the bundle is not encrypted (%v)", err)
 	}
