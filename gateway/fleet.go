@@ -64,6 +64,8 @@ type fleet struct {
 
 	mu      sync.Mutex
 	members map[wire.ID]*member
+	known   int // members that have a row in the database
+	most    int // of these at any time
 	links   map[wire.ID]*firstHop
 	pending map[wire.KeyHash]map[wire.ID]wire.Peer // by the first hop that reports it
 	waiting map[wire.ID]int                        // pending parties per first hop
@@ -162,6 +164,10 @@ func (f *fleet) learn(r record) {
 	if fresh || adopted {
 		m.state, m.reason, m.since, m.alarmed = r.State, r.Reason, r.Since, r.Alarmed
 	}
+	if !m.known {
+		f.known++
+		f.most = max(f.most, f.known)
+	}
 	m.known, m.name, m.revoked, m.quarantine, m.role = true, r.Name, r.Revoked, r.Quarantine, r.Role
 	if adopted { // it was enrolled again while it was connected: its state is proven anew
 		m.chores[choreStranger] = false
@@ -201,6 +207,9 @@ func (f *fleet) drop(m *member) {
 		heap.Remove(&f.due, m.index)
 	}
 	delete(f.members, m.id)
+	if m.known {
+		f.known--
+	}
 }
 
 // judgeNow publishes the state of m if it changed, and sets its next due time.
@@ -385,7 +394,7 @@ func (f *fleet) contact(id wire.ID) {
 
 func (f *fleet) proven(m *member, now time.Time) {
 	m.verified, m.failures, m.lastErr = now, 0, ""
-	m.prove = now.Add(f.t.proveMin + rand.N(f.t.proveMax-f.t.proveMin))
+	m.prove = now.Add(f.stretched(f.t.proveMin + rand.N(f.t.proveMax-f.t.proveMin)))
 	if m.known {
 		f.seen[m.id] = seen{At: now, Role: m.role}
 	}
@@ -407,7 +416,7 @@ func (f *fleet) unproven(id wire.ID, err error) {
 	if len(f.liveWays(m)) > 0 {
 		delay := f.t.retryMin << min(m.failures-1, 16)
 		delay = min(delay, f.t.retryMax)
-		if up(m.state) && now.Sub(m.verified) > f.t.window { // a lost cause costs little
+		if up(m.state) && now.Sub(m.verified) > f.stretched(f.t.window) { // a lost cause costs little
 			delay = f.t.retryMax
 		}
 		m.prove = now.Add(delay/2 + rand.N(delay/2+1))

@@ -331,6 +331,38 @@ func TestRunningNeedsASessionEveryQuarterOfAnHour(t *testing.T) {
 	})
 }
 
+func TestLargeFleetIsProvenLessOften(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		r, n := b.rcp("dmz"), b.node("web", wire.StatePending)
+		many := make([]wire.ID, 3*16_500) // three times what 25 proofs a second reach in 11 minutes
+		for i := range many {
+			many[i] = b.node("", wire.StateDown)
+		}
+		b.up(r)
+		b.snapshot(r, "e1", nodePeer(n))
+		b.pass(24 * time.Hour)
+		b.want(n, wire.StateRunning, "")
+		if v := b.visits[n]; v < 24*60/45 || v > 24*60/27+2 {
+			t.Fatalf("%d sessions in a day, want one every 27 to 45 minutes", v)
+		}
+
+		// Proofs that are planned by then still come in time.
+		for _, id := range many {
+			b.f.forget(id)
+		}
+		b.pass(time.Hour)
+		b.want(n, wire.StateRunning, "")
+		if got := b.alarms(n); got != "" {
+			t.Fatalf("alarms are %q, want none", got)
+		}
+
+		b.broken[n] = true
+		b.pass(46 * time.Minute)
+		b.want(n, wire.StateUnreachable, "no session succeeds")
+	})
+}
+
 func TestSilentForAWeek(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
@@ -523,8 +555,12 @@ func TestNodesThatComeBackUnchangedWaitForTheirTurn(t *testing.T) {
 		}
 		b.want(same, wire.StateRunning, "")
 		b.pass(b.f.t.settle)
+		if b.visits[same] != 0 {
+			t.Error("it was proven while others were still coming back")
+		}
+		b.pass(b.f.t.settle)
 		if b.visits[same] == 0 {
-			t.Error("it was not proven in a minute")
+			t.Error("it was not proven when they were back")
 		}
 	})
 }

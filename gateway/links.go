@@ -322,7 +322,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 // again brings back thousands at once, when there is enough to do.
 func (f *fleet) same(m *member, digest string, now time.Time) bool {
 	return m.role == wire.RoleNode && m.known && m.hello != nil && up(m.state) && m.failures == 0 && m.owed == 0 &&
-		now.Sub(m.verified) < f.t.proveMin && (digest == "" || digest == m.digest)
+		now.Sub(m.verified) < f.stretched(f.t.proveMin) && (digest == "" || digest == m.digest)
 }
 
 // arrive makes w live, by which digest is claimed of the party. One that just
@@ -335,7 +335,7 @@ func (f *fleet) arrive(m *member, w *way, digest string, fresh bool, now time.Ti
 		owed := m.owed
 		w.failures, m.failures, m.owed = 0, 0, 0
 		if same {
-			m.prove = now.Add(rand.N(f.t.settle))
+			m.prove = now.Add(f.t.settle + rand.N(f.stretched(f.t.settle))) // the others come back first
 		} else {
 			m.prove = time.Time{}
 			f.want(m, wantHello|wantPush|owed, true)

@@ -25,6 +25,9 @@ type timings struct {
 	// Sessions that prove it are opened between proveMin and proveMax after
 	// the last one, which leaves room for retries within window.
 	proveMin, proveMax time.Duration
+	// How many of them a second a fleet may cost: one so large that it would be
+	// more is proven less often, and window grows with that.
+	proveRate int
 	// After a failed session another is tried between retryMin and retryMax
 	// later, doubling.
 	retryMin, retryMax time.Duration
@@ -39,10 +42,18 @@ var defaultTimings = timings{
 	window:    15 * time.Minute,
 	proveMin:  9 * time.Minute,
 	proveMax:  13 * time.Minute,
+	proveRate: 25,
 	retryMin:  time.Second,
 	retryMax:  time.Minute,
 	hintEvery: 2 * time.Second,
 	hintBurst: 8,
+}
+
+// stretched is a period of the timings of proofs in a fleet of this size. It
+// never becomes shorter again: proofs that are planned must come within window.
+func (f *fleet) stretched(d time.Duration) time.Duration {
+	share := float64(f.most) / (float64(f.t.proveRate) * ((f.t.proveMin + f.t.proveMax) / 2).Seconds())
+	return time.Duration(float64(d) * max(1, share))
 }
 
 // way is one way to a party: the link of a first hop, and the RCPs behind it.
@@ -190,7 +201,7 @@ func keepAbsent(s wire.NodeState) wire.NodeState {
 
 // judgeLive is judge for a party that some first hop reports.
 func (f *fleet) judgeLive(m *member, live []*way, now time.Time) verdict {
-	until := m.verified.Add(f.t.window)
+	until := m.verified.Add(f.stretched(f.t.window))
 	proven := now.Before(until) && (up(m.state) || !m.verified.Before(m.since))
 	if m.role == wire.RoleRCP && slices.ContainsFunc(live, func(w *way) bool { return w.link == m.id }) {
 		proven, until = true, time.Time{} // the channel itself is verified
@@ -208,7 +219,7 @@ func (f *fleet) judgeLive(m *member, live []*way, now time.Time) verdict {
 	}
 	if up(m.state) {
 		if m.verified.IsZero() { // just loaded: what the database says holds until the window is over
-			until = f.started.Add(f.t.window)
+			until = f.started.Add(f.stretched(f.t.window))
 			if now.Before(until) {
 				return verdict{state: m.state, reason: m.reason, next: until}
 			}
