@@ -38,7 +38,7 @@ var chores = [choreCount]struct {
 	wants  want
 	atOnce int // per first hop
 }{
-	choreVisit:    {"visit", wantHello | wantProve | wantPush | wantNews, 32},
+	choreVisit:    {"visit", wantHello | wantProve | wantPush | wantNews, 128},
 	choreStranger: {"stranger", wantHello | wantProve | wantNews, 2},
 	choreOutbox:   {"outbox", wantOutbox, 64},
 	choreAction:   {"action", wantActions, 16},
