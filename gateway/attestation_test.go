@@ -128,7 +128,7 @@ func TestRecordedStatementIsWorthNothing(t *testing.T) {
 		if r.Method != http.MethodGet {
 			return false
 		}
-		honest.Handler().ServeHTTP(w, r)
+		honest.Handler(nil).ServeHTTP(w, r)
 		var req wire.EnrollRequest
 		if err := json.Unmarshal(w.Body.Bytes(), &req); err != nil {
 			t.Error(err)

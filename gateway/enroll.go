@@ -58,12 +58,6 @@ type registrar interface {
 	Root() *x509.Certificate
 }
 
-// enrollSession is a verified enrolment session with a waiting party.
-type enrollSession interface {
-	http.RoundTripper
-	Close() error
-}
-
 // enrolment decides who becomes a party. What an RCP says is shown and never
 // decided from: key, role, UUID and token are read in a session with the party.
 type enrolment struct {
@@ -72,7 +66,7 @@ type enrolment struct {
 	id    *identity.Identity
 	log   *slog.Logger
 	// open opens a session with the holder of a key; rcp names the way.
-	open func(ctx context.Context, key wire.KeyHash) (s enrollSession, rcp string, err error)
+	open func(ctx context.Context, key wire.KeyHash) (s endToEnd, rcp string, err error)
 	// keepPlace is for a party whose request waits for an operator; nil: no place is kept.
 	keepPlace func(ctx context.Context, key wire.KeyHash)
 	// changed is told of parties that were made, replaced or revoked.
@@ -82,6 +76,9 @@ type enrolment struct {
 	// reach does it with the one process of a node that has a boot ID, by
 	// whichever way that answers; nil: as talk.
 	reach func(ctx context.Context, node wire.ID, boot string, f func(ctx context.Context, call caller) error) error
+	// first claims the first visit of a node, and visits it in the session in
+	// which it got its certificate; nil: nobody does before it comes back.
+	first func(node wire.Party) (visit func(ctx context.Context, s endToEnd), end func())
 	// push asks for every connected node to be visited.
 	push func()
 	// release ends the channel that we have to a party that waited.
@@ -289,7 +286,7 @@ func (e *enrolment) settle(ctx context.Context, parties []wire.Party, victims []
 }
 
 // tell puts the verdict on the waiting party.
-func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash, req *wire.EnrollRequest, d *decision) error {
+func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req *wire.EnrollRequest, d *decision) error {
 	v := wire.EnrollVerdict{State: d.state, Code: d.code, Reason: d.reason, Party: d.party, Name: d.name}
 	if env, ok := e.ca.Revocations(); ok && len(env.Payload) < maxRevocationsInVerdict && d.state != wire.EnrollPending {
 		v.Revocations = &env
@@ -310,6 +307,12 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if err != nil {
 		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+wire.Quotable(err.Error())))
 	}
+	visit := func(context.Context, endToEnd) {}
+	if d.party.Role == wire.RoleNode && e.first != nil {
+		var end func()
+		visit, end = e.first(d.party)
+		defer end()
+	}
 	if err := exchange(ctx, s, http.MethodPut, v, nil); err != nil {
 		state := api.RequestGranted
 		if a := (*answerError)(nil); errors.As(err, &a) && a.status == http.StatusUnprocessableEntity {
@@ -320,6 +323,7 @@ func (e *enrolment) tell(ctx context.Context, s enrollSession, key wire.KeyHash,
 	if err := e.delivered(ctx, key, d, v.Chain); err != nil {
 		return err
 	}
+	visit(ctx, s)
 	e.release(key) // it is not pending any more
 	return nil
 }
@@ -362,17 +366,17 @@ func setRequestState(ctx context.Context, tx *store.Tx, key wire.KeyHash, state,
 
 // challenged adds a challenge to the requests of a session.
 type challenged struct {
-	enrollSession
+	endToEnd
 	challenge []byte
 }
 
 func (c challenged) RoundTrip(r *http.Request) (*http.Response, error) {
 	r.Header.Set(wire.HeaderChallenge, base64.RawURLEncoding.EncodeToString(c.challenge))
-	return c.enrollSession.RoundTrip(r)
+	return c.endToEnd.RoundTrip(r)
 }
 
 // exchange sends one request inside an enrolment session.
-func exchange(ctx context.Context, s enrollSession, method string, in, out any) error {
+func exchange(ctx context.Context, s endToEnd, method string, in, out any) error {
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)

@@ -104,7 +104,7 @@ func newDeskOn(t testing.TB, ca *memoryCA, path string, id *identity.Identity) *
 	t.Cleanup(func() { _ = db.Close() })
 	d := &desk{t: t, ca: ca, parties: map[wire.KeyHash]*applicant{}, told: map[wire.ID][]string{}}
 	d.enrolment = &enrolment{store: db, ca: ca, id: id, log: slog.New(slog.DiscardHandler), attempts: map[wire.KeyHash]*attempt{}, grace: 365 * 24 * time.Hour}
-	d.open = func(_ context.Context, key wire.KeyHash) (enrollSession, string, error) {
+	d.open = func(_ context.Context, key wire.KeyHash) (endToEnd, string, error) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if p := d.parties[key]; p != nil {
@@ -153,12 +153,13 @@ type applicant struct {
 	bend func(r *http.Request, w *httptest.ResponseRecorder) bool // a hostile party answers itself
 }
 
-func (a *applicant) Close() error { return nil }
+func (a *applicant) Close() error          { return nil }
+func (a *applicant) Done() <-chan struct{} { return nil }
 
 func (a *applicant) RoundTrip(r *http.Request) (*http.Response, error) {
 	w := httptest.NewRecorder()
 	if a.bend == nil || !a.bend(r, w) {
-		a.Handler().ServeHTTP(w, r)
+		a.Handler(nil).ServeHTTP(w, r)
 	}
 	return w.Result(), nil
 }
@@ -389,7 +390,7 @@ func TestStolenUUIDWaits(t *testing.T) {
 			if r.Method != http.MethodGet {
 				return false
 			}
-			thief.Handler().ServeHTTP(w, r)
+			thief.Handler(nil).ServeHTTP(w, r)
 			var req wire.EnrollRequest
 			if err := json.Unmarshal(w.Body.Bytes(), &req); err != nil {
 				t.Error(err)

@@ -35,7 +35,8 @@ func (s *Server) wireEnrolment() {
 		reach: func(ctx context.Context, node wire.ID, boot string, f func(context.Context, caller) error) error {
 			return s.clones.reach(ctx, node, boot, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},
-		push: func() { s.fleet.askAll(wantPush, wire.RoleNode) },
+		first: s.firstVisit,
+		push:  func() { s.fleet.askAll(wantPush, wire.RoleNode) },
 		release: func(key wire.KeyHash) {
 			s.links.mu.Lock()
 			p := s.links.pending[key]
@@ -57,8 +58,8 @@ func (s *Server) wireEnrolment() {
 
 // openEnrolment opens an enrolment session with whoever holds the key; rcp
 // names the RCP by way of which it goes.
-func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (c enrollSession, rcp string, err error) {
-	return openPending(ctx, key, s.pendingWays(key), func(ctx context.Context, stream net.Conn) (enrollSession, error) {
+func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (c endToEnd, rcp string, err error) {
+	return openPending(ctx, key, s.pendingWays(key), func(ctx context.Context, stream net.Conn) (endToEnd, error) {
 		return session.DialEnroll(ctx, stream, s.id, key)
 	})
 }

@@ -321,7 +321,8 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 // nothing, so that the proof can wait for its turn. An RCP that was started
 // again brings back thousands at once, when there is enough to do.
 func (f *fleet) same(m *member, digest string, now time.Time) bool {
-	return m.role == wire.RoleNode && m.known && m.hello != nil && up(m.state) && m.failures == 0 && m.owed == 0 &&
+	there := up(m.state) || !m.verified.Before(m.since) // or it was just enrolled
+	return m.role == wire.RoleNode && m.known && m.hello != nil && there && m.failures == 0 && m.owed == 0 &&
 		now.Sub(m.verified) < f.stretched(f.t.proveMin) && (digest == "" || digest == m.digest)
 }
 
@@ -334,9 +335,12 @@ func (f *fleet) arrive(m *member, w *way, digest string, fresh bool, now time.Ti
 		same := f.same(m, digest, now)
 		owed := m.owed
 		w.failures, m.failures, m.owed = 0, 0, 0
-		if same {
+		switch {
+		case m.first: // somebody speaks with it already
+			f.want(m, wantNews|owed, true)
+		case same:
 			m.prove = now.Add(f.t.settle + rand.N(f.stretched(f.t.settle))) // the others come back first
-		} else {
+		default:
 			m.prove = time.Time{}
 			f.want(m, wantHello|wantPush|owed, true)
 		}

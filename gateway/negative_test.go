@@ -26,7 +26,7 @@ func claiming(t *testing.T, a *applicant, lie func(*wire.EnrollRequest)) {
 		if r.Method != http.MethodGet {
 			return false
 		}
-		a.Handler().ServeHTTP(w, r)
+		a.Handler(nil).ServeHTTP(w, r)
 		var req wire.EnrollRequest
 		if err := json.Unmarshal(w.Body.Bytes(), &req); err != nil {
 			t.Error(err)

@@ -233,7 +233,7 @@ type pendingWay struct {
 
 // openPending opens a session with a party that waits for a certificate by the
 // first of its ways that works, each of which gets pendingOpen.
-func openPending(ctx context.Context, key wire.KeyHash, ways []pendingWay, dial func(ctx context.Context, stream net.Conn) (enrollSession, error)) (enrollSession, string, error) {
+func openPending(ctx context.Context, key wire.KeyHash, ways []pendingWay, dial func(ctx context.Context, stream net.Conn) (endToEnd, error)) (endToEnd, string, error) {
 	errs := []error{ErrNotConnected}
 	for _, way := range ways {
 		session, err := way.open(ctx, dial)
@@ -251,7 +251,7 @@ func openPending(ctx context.Context, key wire.KeyHash, ways []pendingWay, dial 
 	return nil, "", fmt.Errorf("reach pending party %s: %w", key.Fingerprint(), errors.Join(errs...))
 }
 
-func (w pendingWay) open(ctx context.Context, dial func(ctx context.Context, stream net.Conn) (enrollSession, error)) (enrollSession, error) {
+func (w pendingWay) open(ctx context.Context, dial func(ctx context.Context, stream net.Conn) (endToEnd, error)) (endToEnd, error) {
 	ctx, cancel := context.WithTimeout(ctx, pendingOpen)
 	defer cancel()
 	stream, err := w.connect(ctx)

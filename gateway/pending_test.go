@@ -24,7 +24,7 @@ func TestStalledWayToAPendingPartyLeavesTimeForTheNext(t *testing.T) {
 		near, _ := net.Pipe()
 		return near, nil
 	}
-	type open struct{ enrollSession }
+	type open struct{ endToEnd }
 	for _, c := range []struct {
 		name  string
 		first pendingWay
@@ -38,7 +38,7 @@ func TestStalledWayToAPendingPartyLeavesTimeForTheNext(t *testing.T) {
 				defer cancel()
 				began, dials := time.Now(), 0
 				ways := []pendingWay{c.first, {"good", pipe}}
-				s, rcp, err := openPending(ctx, key, ways, func(ctx context.Context, stream net.Conn) (enrollSession, error) {
+				s, rcp, err := openPending(ctx, key, ways, func(ctx context.Context, stream net.Conn) (endToEnd, error) {
 					if dials++; c.name == "handshake" && dials == 1 {
 						<-ctx.Done()
 						return nil, context.Cause(ctx)

@@ -139,6 +139,7 @@ type member struct {
 	owed   want // since it is out of reach
 	wants  [choreCount]want
 	chores choreBits // queued or busy, per chore
+	first  bool      // busy in the session in which it was enrolled
 
 	due   time.Time // when to judge again; zero for never
 	index int       // in the heap of due times, -1 if not there

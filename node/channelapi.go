@@ -73,7 +73,7 @@ func (in *instance) connect(w http.ResponseWriter, r *http.Request, c *channel.C
 	}
 	defer func() { _ = stream.Close() }()
 	if key != "" {
-		err = session.ServeEnroll(r.Context(), stream, in.id, in.applicant.Handler())
+		err = session.ServeEnroll(r.Context(), stream, in.id, in.applicant.Handler(in.sessionAPI))
 	} else {
 		err = session.Handlers{API: in.sessionAPI, Targets: in.serveTarget}.Serve(r.Context(), stream, in.id)
 	}

@@ -257,7 +257,7 @@ func (r *Relay) answerSelf(w http.ResponseWriter, req *http.Request, up *channel
 	}
 	defer func() { _ = stream.Close() }()
 	if enrolling {
-		return session.ServeEnroll(req.Context(), stream, r.id, r.applicant.Handler())
+		return session.ServeEnroll(req.Context(), stream, r.id, r.applicant.Handler(nil))
 	}
 	return session.Handlers{API: r.selfHandler(), Targets: r.serveTarget}.Serve(req.Context(), stream, r.id)
 }

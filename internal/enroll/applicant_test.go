@@ -86,7 +86,7 @@ func fresh(t *testing.T) *identity.Identity {
 func (p *party) get(t *testing.T) (wire.EnrollRequest, int) {
 	t.Helper()
 	w := httptest.NewRecorder()
-	p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, wire.PathEnroll, nil))
+	p.Handler(nil).ServeHTTP(w, httptest.NewRequest(http.MethodGet, wire.PathEnroll, nil))
 	var r wire.EnrollRequest
 	if w.Code == http.StatusOK {
 		if err := json.Unmarshal(w.Body.Bytes(), &r); err != nil {
@@ -103,8 +103,63 @@ func (p *party) put(t *testing.T, v wire.EnrollVerdict) int {
 		t.Fatal(err)
 	}
 	w := httptest.NewRecorder()
-	p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
+	p.Handler(nil).ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
 	return w.Code
+}
+
+// A gateway may go on in the session in which it granted the certificate, and
+// in no other: what it could ask for before, or elsewhere, is the request.
+func TestGatewayGoesOnInTheSessionOfItsGrant(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		mine := p.Handler(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusTeapot) }))
+		another := p.Handler(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("another session got through") }))
+		ask := func(h http.Handler, method, path string, body any) int {
+			b, err := json.Marshal(body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := httptest.NewRecorder()
+			h.ServeHTTP(w, httptest.NewRequest(method, path, bytes.NewReader(b)))
+			return w.Code
+		}
+		want := func(when string, h http.Handler, code int) {
+			t.Helper()
+			for _, path := range []string{wire.PathHello, wire.PathDesired, "/"} {
+				if c := ask(h, http.MethodGet, path, nil); c != code {
+					t.Errorf("%s: %s answers %d, want %d", when, path, c, code)
+				}
+			}
+		}
+		want("before", mine, http.StatusNotFound)
+		bad := wire.EnrollVerdict{State: wire.EnrollGranted, Chain: identitytest.NewCA(t).Issue(t, p.id)}
+		if c := ask(mine, http.MethodPut, wire.PathEnroll, bad); c != http.StatusUnprocessableEntity {
+			t.Errorf("a chain of another authority: %d", c)
+		}
+		want("after a grant that is no good", mine, http.StatusNotFound)
+		if c := ask(mine, http.MethodPut, wire.PathEnroll, wire.EnrollVerdict{State: wire.EnrollPending}); c != http.StatusNoContent {
+			t.Errorf("pending: %d", c)
+		}
+		want("while it waits", mine, http.StatusNotFound)
+		if c := ask(mine, http.MethodPut, wire.PathEnroll, wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, p.id)}); c != http.StatusNoContent {
+			t.Fatalf("grant: %d", c)
+		}
+		want("after the grant", mine, http.StatusTeapot)
+		want("in another session", another, http.StatusNotFound)
+		want("of a party that is asked nothing else", p.Handler(nil), http.StatusNotFound)
+		set := ca.Revoke(t, 3, p.id.KeyHash())
+		if _, err := p.id.ApplyRevocations(set); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		want("when it is revoked", mine, http.StatusNotFound)
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // mayTry tells whether Wait returns within d of the bubble's time.
@@ -475,13 +530,13 @@ func TestHandlerServesNothingElse(t *testing.T) {
 			httptest.NewRequest(http.MethodPut, wire.PathCertificate, nil),
 		} {
 			w := httptest.NewRecorder()
-			p.Handler().ServeHTTP(w, r)
+			p.Handler(nil).ServeHTTP(w, r)
 			if w.Code != http.StatusNotFound && w.Code != http.StatusMethodNotAllowed {
 				t.Errorf("%s %s: %d", r.Method, r.URL, w.Code)
 			}
 		}
 		w := httptest.NewRecorder()
-		p.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, io.LimitReader(zeros{}, 100<<20)))
+		p.Handler(nil).ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, io.LimitReader(zeros{}, 100<<20)))
 		if w.Code != http.StatusBadRequest {
 			t.Errorf("a body of 100 MB: %d", w.Code)
 		}
@@ -513,7 +568,7 @@ func FuzzVerdict(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		w := httptest.NewRecorder()
-		a.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
+		a.Handler(nil).ServeHTTP(w, httptest.NewRequest(http.MethodPut, wire.PathEnroll, bytes.NewReader(b)))
 		if _, ok := id.Party(); ok {
 			t.Fatalf("enrolled by %s", b)
 		}

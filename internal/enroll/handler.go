@@ -6,19 +6,34 @@ import (
 	"errors"
 	"net/http"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
-// Handler serves the enrolment session and nothing else: GET and PUT
-// /v1/enroll. It hands out the token, so it must only be reached through a
-// session whose other end was verified as a gateway below the pinned root.
-func (a *Applicant) Handler() http.Handler {
+// Handler serves one enrolment session: GET and PUT /v1/enroll. It hands out the
+// token, so it must only be reached through a session whose other end was
+// verified as a gateway below the pinned root. Once that gateway has granted the
+// certificate it may go on with what it would ask in the next session, which
+// could prove no more of either side; nil: with nothing.
+func (a *Applicant) Handler(granted http.Handler) http.Handler {
+	var certified atomic.Bool
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+wire.PathEnroll, a.get)
-	mux.HandleFunc("PUT "+wire.PathEnroll, a.put)
+	mux.HandleFunc("PUT "+wire.PathEnroll, func(w http.ResponseWriter, r *http.Request) {
+		if v, ok := a.put(w, r); ok && v.State == wire.EnrollGranted {
+			certified.Store(true)
+		}
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		if granted == nil || !certified.Load() || a.Ready() != nil {
+			http.NotFound(w, r)
+			return
+		}
+		granted.ServeHTTP(w, r)
+	})
 	return mux
 }
 
@@ -68,18 +83,18 @@ func (a *Applicant) attest(challenge string, id wire.ID) *wire.Envelope {
 	return env
 }
 
-func (a *Applicant) put(w http.ResponseWriter, r *http.Request) {
-	var v wire.EnrollVerdict
+func (a *Applicant) put(w http.ResponseWriter, r *http.Request) (v wire.EnrollVerdict, ok bool) {
 	if err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, wire.MaxEnrollBody+1), wire.MaxEnrollBody, &v); err != nil {
 		http.Error(w, "verdict: "+err.Error(), http.StatusBadRequest)
-		return
+		return v, false
 	}
 	if err := a.verdict(v); err != nil {
 		a.cfg.Log.Warn("the gateway's verdict cannot be used", "state", wire.Quotable(v.State), "error", err)
 		http.Error(w, "verdict: "+err.Error(), verdictStatus(err))
-		return
+		return v, false
 	}
 	w.WriteHeader(http.StatusNoContent)
+	return v, true
 }
 
 // verdictStatus tells the gateway whether the same verdict may help later.

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"time"
@@ -30,7 +29,6 @@ type Session struct {
 	since   time.Time
 	client  *channel.ClientConn
 	expiry  *time.Timer
-	maxBody int64 // of a response; 0: no limit here
 }
 
 // Dial opens a session with peer over a stream that leads to it, and owns the
@@ -143,9 +141,6 @@ func (s *Session) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", s.peer, err)
 	}
-	if s.maxBody > 0 {
-		res.Body = &limitedBody{ReadCloser: res.Body, left: s.maxBody}
-	}
 	return res, nil
 }
 
@@ -155,22 +150,4 @@ func (s *Session) Close() error {
 		s.expiry.Stop()
 	}
 	return s.client.Close()
-}
-
-// limitedBody fails above its limit.
-type limitedBody struct {
-	io.ReadCloser
-	left int64
-}
-
-func (b *limitedBody) Read(p []byte) (int, error) {
-	if int64(len(p)) > b.left+1 {
-		p = p[:b.left+1]
-	}
-	n, err := b.ReadCloser.Read(p)
-	if int64(n) > b.left {
-		return 0, fmt.Errorf("response: %w", wire.ErrTooLarge)
-	}
-	b.left -= int64(n)
-	return n, err
 }

@@ -14,8 +14,8 @@ import (
 
 // DialEnroll opens an enrolment session with the waiting party whose key
 // hashes to key, and owns the stream from then on. The party's certificate is
-// self-signed or expired: it proves the key and nothing else. A response above
-// wire.MaxEnrollBody fails.
+// self-signed or expired: it proves the key and nothing else. What a response may
+// be long is for its reader to say.
 func DialEnroll(ctx context.Context, stream net.Conn, id *identity.Identity, key wire.KeyHash) (*Session, error) {
 	who := "pending " + key.Fingerprint()
 	cert, err := id.Certificate()
@@ -39,7 +39,6 @@ func DialEnroll(ctx context.Context, stream net.Conn, id *identity.Identity, key
 	if err != nil {
 		return nil, fmt.Errorf("enrolment session with %s: %w", who, err)
 	}
-	s.maxBody = wire.MaxEnrollBody
 	return s, nil
 }
 

@@ -65,7 +65,7 @@ func (h *channelHandler) connect(w http.ResponseWriter, r *http.Request) {
 	}
 	defer func() { _ = stream.Close() }()
 	if key != "" {
-		_ = session.ServeEnroll(r.Context(), stream, n.id, applicant.Handler()) // the gateway comes again
+		_ = session.ServeEnroll(r.Context(), stream, n.id, applicant.Handler(n)) // the gateway comes again
 		return
 	}
 	n.w.count.sessions.Add(1)
