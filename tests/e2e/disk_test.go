@@ -366,7 +366,7 @@ func TestUnusableDirectory(t *testing.T) {
 	node.WaitRunning(runningWithin)
 	used := map[string]string{"gateway": gateway.Data, "rcp": relay.Data, "node": node.Data}
 	roles["node"]["SALLYPORT_NODE_JOIN"] = node.Environment()["SALLYPORT_NODE_JOIN"]
-	for _, p := range []*harness.Role{gateway.Role, relay.Role, node.Role} {
+	for _, p := range []*harness.Role{node.Role, relay.Role, gateway.Role} { // so that nobody has anybody to drain
 		p.Stop()
 	}
 	dir := func(t *testing.T, name string, mode os.FileMode) string {

@@ -88,7 +88,7 @@ func TestManualGrant(t *testing.T) {
 // TestBadCodes: expired, used, revoked and foreign codes are refused with a reason on
 // the node, which stays up and takes a better code without a restart.
 func TestBadCodes(t *testing.T) {
-	harness.Long(t)
+	harness.LongWait(t)
 	site := harness.New(t)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
