@@ -26,6 +26,7 @@ func TestKill(t *testing.T) {
 	harness.Long(t)
 	for _, victim := range []string{"gateway", "rcp", "node"} {
 		t.Run(victim, func(t *testing.T) {
+			t.Parallel() // with the other two: most of it is waiting for who comes back
 			site := harness.New(t)
 			gateway := site.Gateway()
 			relay := site.RCP(gateway, "dmz-1")
