@@ -306,7 +306,7 @@ func (c *clones) open(ctx context.Context, id wire.ID, d door) (*conversation, e
 		return nil, err
 	}
 	now := time.Now()
-	return &conversation{party: party, via: d.route, since: now, rt: rt, used: now}, nil
+	return &conversation{party: party, via: d.route, since: now, rt: rt}, nil
 }
 
 // Bounds on the search for one process of several.

@@ -72,9 +72,7 @@ func (s *sessions) lend(party wire.Party, rt endToEnd, fn func()) {
 	c := &conversation{party: party, since: time.Now(), rt: rt, users: 1}
 	s.mu.Lock()
 	if s.warm[party.ID] == nil && !s.closed {
-		s.warm[party.ID] = c
-		s.metrics.warm.Set(float64(len(s.warm)))
-		s.evictLocked()
+		s.keepLocked(c)
 	}
 	s.unlock()
 	fn()

@@ -345,25 +345,26 @@ func TestWarmSessionsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newSessions(f, m, 0, nil, nil)
+	var all []*conversation
 	for i := range defaultWarm + 50 {
 		s.mu.Lock()
-		c := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}, used: time.Now().Add(time.Duration(i) * time.Second)}
+		c := &conversation{party: wire.Party{ID: wire.NewID()}, rt: nopSession{}}
 		if i < 10 {
-			c.users = 1
+			s.useLocked(c)
+		} else {
+			s.restLocked(c)
 		}
-		s.warm[c.party.ID] = c
-		s.evictLocked()
+		s.keepLocked(c)
 		s.unlock()
+		all = append(all, c)
 	}
 	if len(s.warm) != defaultWarm {
 		t.Fatalf("%d sessions are warm", len(s.warm))
 	}
-	used := 0
-	for _, c := range s.warm {
-		used += c.users
-	}
-	if used != 10 {
-		t.Fatalf("%d of 10 sessions in use were left", used)
+	for i, c := range all {
+		if warm, want := s.warm[c.party.ID] == c, i < 10 || i >= 60; warm != want {
+			t.Errorf("session %d is warm: %v, want %v: those in use stay, and those that were used last", i, warm, want)
+		}
 	}
 }
 

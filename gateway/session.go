@@ -3,6 +3,7 @@ package gateway
 import (
 	"bytes"
 	"cmp"
+	lists "container/list"
 	"context"
 	"encoding/json"
 	"errors"
@@ -52,6 +53,7 @@ type sessions struct {
 	mu      sync.Mutex
 	closed  bool
 	warm    map[wire.ID]*conversation
+	idle    lists.List       // of those that are warm and that nobody uses; the longest first
 	opening map[wire.ID]*try // those that others wait for
 	tries   map[*try]bool    // all that are under way
 	over    []*conversation  // to be closed by unlock
@@ -82,8 +84,9 @@ type conversation struct {
 	broken atomic.Bool // a request failed in transport
 	blame  func(error) // tells the fleet that its way is bad; nil in tests
 
-	users int       // under sessions.mu
-	used  time.Time // likewise: when the last user left
+	users  int            // under sessions.mu, as what follows
+	used   time.Time      // when the last user left
+	unused *lists.Element // in sessions.idle; nil while it is used
 }
 
 // RoundTrip sends a request inside the session; host and scheme of its URL do
@@ -275,7 +278,7 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 		}
 		if c := s.warm[party.ID]; c != nil {
 			if c.party == party && !c.dead() {
-				c.users++
+				s.useLocked(c)
 				s.mu.Unlock()
 				return c, true, nil
 			}
@@ -304,10 +307,8 @@ func (s *sessions) get(ctx context.Context, party wire.Party) (c *conversation, 
 	if c, err = s.endLocked(t, c, err); err != nil {
 		return nil, false, err
 	}
-	c.users++
-	s.warm[party.ID] = c
-	s.metrics.warm.Set(float64(len(s.warm)))
-	s.evictLocked()
+	s.useLocked(c)
+	s.keepLocked(c)
 	return c, false, nil
 }
 
@@ -362,10 +363,8 @@ func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx cont
 		s.over = append(s.over, c)
 		return nil
 	}
-	c.used = time.Now()
-	s.warm[party.ID] = c
-	s.metrics.warm.Set(float64(len(s.warm)))
-	s.evictLocked()
+	s.restLocked(c)
+	s.keepLocked(c)
 	return nil
 }
 
@@ -374,10 +373,38 @@ func (s *sessions) put(c *conversation) {
 	s.mu.Lock()
 	defer s.unlock()
 	c.users--
-	c.used = time.Now()
-	if c.dead() || s.closed {
+	switch {
+	case c.dead() || s.closed:
 		s.removeLocked(c)
+	case c.users == 0 && s.warm[c.party.ID] == c:
+		s.restLocked(c)
 	}
+}
+
+// useLocked notes one more user of a session.
+func (s *sessions) useLocked(c *conversation) {
+	c.users++
+	s.stirLocked(c)
+}
+
+// stirLocked takes a session out of those that nobody uses.
+func (s *sessions) stirLocked(c *conversation) {
+	if c.unused != nil {
+		s.idle.Remove(c.unused)
+		c.unused = nil
+	}
+}
+
+// restLocked puts a session behind those that were unused for longer.
+func (s *sessions) restLocked(c *conversation) {
+	c.used, c.unused = time.Now(), s.idle.PushBack(c)
+}
+
+// keepLocked keeps a session warm.
+func (s *sessions) keepLocked(c *conversation) {
+	s.warm[c.party.ID] = c
+	s.metrics.warm.Set(float64(len(s.warm)))
+	s.evictLocked()
 }
 
 // removeLocked forgets a session if it is the warm one, and leaves it to
@@ -387,6 +414,7 @@ func (s *sessions) removeLocked(c *conversation) {
 		delete(s.warm, c.party.ID)
 		s.metrics.warm.Set(float64(len(s.warm)))
 	}
+	s.stirLocked(c)
 	s.over = append(s.over, c)
 }
 
@@ -406,17 +434,8 @@ func (s *sessions) unlock() {
 
 // evictLocked holds the bound on warm sessions; those in use stay.
 func (s *sessions) evictLocked() {
-	for len(s.warm) > s.most {
-		var oldest *conversation
-		for _, c := range s.warm {
-			if c.users == 0 && (oldest == nil || c.used.Before(oldest.used)) {
-				oldest = c
-			}
-		}
-		if oldest == nil {
-			return
-		}
-		s.removeLocked(oldest)
+	for len(s.warm) > s.most && s.idle.Len() > 0 {
+		s.removeLocked(s.idle.Front().Value.(*conversation)) //nolint:errcheck,forcetypeassert // nothing else is in it
 	}
 }
 
@@ -481,7 +500,7 @@ func (s *sessions) open(ctx context.Context, party wire.Party, avoid wire.ID) (*
 		if err == nil {
 			s.metrics.opened.WithLabelValues("ok").Inc()
 			s.metrics.opening.Observe(time.Since(began).Seconds())
-			return &conversation{party: party, via: r, since: time.Now(), rt: rt, used: time.Now(),
+			return &conversation{party: party, via: r, since: time.Now(), rt: rt,
 				blame: func(err error) { s.fleet.tried(party.ID, r, err) }}, nil
 		}
 		errs = append(errs, fmt.Errorf("%s: %w", r.name, err))
