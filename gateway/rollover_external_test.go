@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -15,10 +16,19 @@ import (
 type followingCA struct {
 	*rollingCA
 
-	named []string
+	turning sync.Mutex
+	named   []string
+}
+
+func (c *followingCA) State() wire.CAState {
+	c.turning.Lock()
+	defer c.turning.Unlock()
+	return c.state
 }
 
 func (c *followingCA) Follow(_ context.Context, root []byte, alone bool, _ int64) (wire.CAState, error) {
+	c.turning.Lock()
+	defer c.turning.Unlock()
 	c.named = append(c.named, strings.ToUpper(string(root[:1])))
 	if alone {
 		c.named = append(c.named, "alone")
