@@ -43,6 +43,7 @@ type rest struct {
 	mux     *http.ServeMux
 	tokens  *tokenGate
 	relay   *relay
+	pages   nodePages
 	streams context.Context // ends the live streams when the server stops
 }
 

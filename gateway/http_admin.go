@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -97,7 +98,12 @@ func slicePage[T any](items []T, p Page, key func(T) string) (out api.List[T], e
 			return out, badCursor(p.Cursor)
 		}
 		start = slices.IndexFunc(items, func(v T) bool { return key(v) == string(b) }) + 1
-		if start == 0 {
+		byKey := func(a, b T) int { return cmp.Compare(key(a), key(b)) }
+		switch {
+		case start > 0:
+		case slices.IsSortedFunc(items, byKey): // that one has left the list: go on behind where it was
+			start, _ = slices.BinarySearchFunc(items, string(b), func(v T, at string) int { return cmp.Compare(key(v), at) })
+		default:
 			return out, api.NewProblem(api.CodeInvalid, "the list has changed at the cursor: begin again")
 		}
 	}

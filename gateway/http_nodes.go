@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -124,6 +125,48 @@ func strangerView(p presence) api.Node {
 	return v
 }
 
+// nodePages keeps the nodes of the last first page for the pages that follow it:
+// to put the list together takes a second for tens of thousands of nodes, which
+// have dozens of pages.
+type nodePages struct {
+	mu   sync.Mutex
+	all  []api.Node // not to be changed; nil when it is too old
+	last *time.Timer
+}
+
+// pagesLife is how old a page may be when it is handed out.
+const pagesLife = 10 * time.Second
+
+func (p *nodePages) nodes(page Page, fresh func() ([]api.Node, error)) ([]api.Node, error) {
+	if page.Cursor != "" {
+		p.mu.Lock()
+		all := p.all
+		p.mu.Unlock()
+		if all != nil {
+			return all, nil
+		}
+	}
+	all, err := fresh()
+	if err != nil || len(all) <= page.Limit {
+		return all, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.last != nil {
+		p.last.Stop()
+	}
+	var own *time.Timer
+	own = time.AfterFunc(pagesLife, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.last == own {
+			p.all, p.last = nil, nil
+		}
+	})
+	p.all, p.last = all, own
+	return all, nil
+}
+
 type listNodesInput struct {
 	Page
 	NodeFilter
@@ -134,12 +177,17 @@ func (r *rest) listNodes(ctx context.Context, in *listNodesInput) (*body[api.Lis
 	if err != nil {
 		return nil, err
 	}
-	all, err := r.nodeViews(ctx)
+	all, err := r.pages.nodes(in.Page, func() ([]api.Node, error) { return r.nodeViews(ctx) })
 	if err != nil {
 		return nil, err
 	}
-	all = slices.DeleteFunc(all, func(n api.Node) bool { return !fits(n) })
-	list, err := slicePage(all, in.Page, func(n api.Node) string { return n.Name + "\x00" + string(n.ID) })
+	var some []api.Node
+	for _, n := range all {
+		if fits(n) {
+			some = append(some, n)
+		}
+	}
+	list, err := slicePage(some, in.Page, func(n api.Node) string { return n.Name + "\x00" + string(n.ID) })
 	return answer(list), err
 }
 

@@ -16,9 +16,11 @@ const (
 	look      = time.Second
 	// A calm look sees at most one channel in calmShare come or go.
 	calmShare = 256
-	// After this many channels came or went, and trimCalm calm looks, what they
-	// needed meanwhile (handshakes above all) is given back.
+	// After this many channels came or went, or a share of those that there are,
+	// and trimCalm calm looks, what they needed meanwhile (handshakes above all) is
+	// given back: trimming costs as much as there is of all of them.
 	trimAfter = 256
+	trimShare = 8
 	trimCalm  = 3
 	// A collection halves a stack that grew and is little used now; those of a
 	// handshake and a first request grew two or three times.
@@ -57,7 +59,7 @@ func (t *trimmer) see(now time.Time, is tide) (due bool) {
 	}
 	t.last = is
 	t.crest = max(t.crest, is.open)
-	due = t.calm >= trimCalm && is.moved-t.done.moved >= trimAfter
+	due = t.calm >= trimCalm && is.moved-t.done.moved >= max(trimAfter, is.channels/trimShare)
 	if !due && now.Sub(t.at) >= trimStreams && is.ended-t.done.ended >= trimAfter {
 		due = is.ended-t.done.ended >= is.channels || t.crest >= trimWave && is.open <= t.crest/16
 	}

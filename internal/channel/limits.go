@@ -35,9 +35,9 @@ type Limits struct {
 	// HeaderTimeout is how long a peer may take to send response headers.
 	HeaderTimeout time.Duration
 
-	// KeepAlive is the silence after which a PING is sent. A peer that then
-	// stays silent for as long again is dead: noticed within 30 s. Negative:
-	// no PINGs.
+	// KeepAlive is the silence after which a PING is sent: by HTTP/2's client, and
+	// by its server after half as long again. A peer that stays silent for twice
+	// KeepAlive is dead: noticed within 30 s. Negative: no PINGs.
 	KeepAlive time.Duration
 
 	// Pending connections (enrolment protocols) in total and per source. A

@@ -267,6 +267,9 @@ func (b *bench) restart(ctx context.Context, c *crowd, rest time.Duration) (r re
 	if err == nil {
 		r.memory, err = c.rcpMemory()
 	}
+	if over { // which is why ctx ended
+		err = fmt.Errorf("sim ended: %w: %s", simErr, lastOf(stderr.String()))
+	}
 	return r, err
 }
 
@@ -349,16 +352,19 @@ func (b *bench) crowd(ctx context.Context) error {
 // point measures one number of nodes and notes it.
 func (b *bench) point(ctx context.Context, plan scalePlan, changes int) (crowdFigures, error) {
 	f, err := b.crowdRun(ctx, plan, changes)
-	if err != nil {
+	if err != nil && f.first.Connected == 0 {
 		return f, err
 	}
-	p := scalePoint{Nodes: plan.nodes, RCPs: plan.rcps, Connect: f.first.ConnectSeconds, Reconnect: f.reconnect.took.Seconds(),
-		RSS: kib(f.reconnect.memory.RSS), Anonymous: kib(f.reconnect.memory.Anonymous), Desired: -1}
+	p := scalePoint{Nodes: plan.nodes, RCPs: plan.rcps, Connect: f.first.ConnectSeconds, Reconnect: -1,
+		RSS: f.first.RCP.RSSPerNode, Anonymous: f.first.RCP.AnonPerNode, Desired: -1}
+	if err == nil {
+		p.Reconnect, p.RSS, p.Anonymous = f.reconnect.took.Seconds(), kib(f.reconnect.memory.RSS), kib(f.reconnect.memory.Anonymous)
+	}
 	if len(f.first.Fanout) > 0 {
 		p.Desired = f.first.Fanout[0].Acked
 	}
 	b.putScale(p)
-	return f, nil
+	return f, err
 }
 
 // scale measures the numbers of nodes that the rows with many nodes have not.

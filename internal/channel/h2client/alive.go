@@ -35,7 +35,7 @@ func (c *Conn) look() {
 	next := read + every - now
 	if c.aliveAt != 0 {
 		next = c.aliveAt + every - now
-	} else if next <= 0 {
+	} else if next <= every/16 { // the answer to the last PING, for one: not worth another look
 		c.aliveAt, next = now, every
 		c.pinged++
 		c.control = appendPing(c.control, 0, c.pinged)
