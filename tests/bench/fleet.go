@@ -150,7 +150,7 @@ const settled = 75 * time.Second
 
 // proving is how long the gateway takes to prove, in sessions, all nodes that
 // have come back.
-const proving = time.Minute
+const proving = 2 * time.Minute
 
 // crowdFigures is what one number of nodes gave.
 type crowdFigures struct {
