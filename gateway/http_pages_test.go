@@ -68,7 +68,11 @@ func TestNodesArePutTogetherOnceForAllPages(t *testing.T) {
 		time.Sleep(pagesLife - time.Second)
 		want("nearly too old", ask("y", 1), 4)
 		time.Sleep(2 * time.Second)
-		if p.all != nil {
+		synctest.Wait()
+		p.mu.Lock()
+		kept := p.all
+		p.mu.Unlock()
+		if kept != nil {
 			t.Error("the list is kept although nobody pages through it")
 		}
 		want("too old", ask("y", 1), 5)

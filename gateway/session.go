@@ -435,7 +435,7 @@ func (s *sessions) unlock() {
 // evictLocked holds the bound on warm sessions; those in use stay.
 func (s *sessions) evictLocked() {
 	for len(s.warm) > s.most && s.idle.Len() > 0 {
-		s.removeLocked(s.idle.Front().Value.(*conversation)) //nolint:errcheck,forcetypeassert // nothing else is in it
+		s.removeLocked(s.idle.Front().Value.(*conversation)) //nolint:forcetypeassert // nothing else is in it
 	}
 }
 
