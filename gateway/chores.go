@@ -200,11 +200,17 @@ func (f *fleet) done(c chore, t task, again want, delay time.Duration) {
 		f.enqueue(m, c)
 	}
 	if again != 0 {
-		now := time.Now()
-		if at := now.Add(delay); m.retry == 0 || at.Before(m.retryAt) {
-			m.retryAt = at
-		}
-		m.retry |= again
-		f.judgeNow(m, now)
+		f.later(m, again, delay)
 	}
+}
+
+// later wants something of m after a delay, apart from hints: those are not to
+// wait for it.
+func (f *fleet) later(m *member, w want, delay time.Duration) {
+	now := time.Now()
+	if at := now.Add(delay); m.retry == 0 || at.Before(m.retryAt) {
+		m.retryAt = at
+	}
+	m.retry |= w
+	f.judgeNow(m, now)
 }

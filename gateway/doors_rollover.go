@@ -88,23 +88,11 @@ func (s *Server) tellDoors(ctx context.Context, c *api.CAChange, root wire.KeyHa
 
 // someCertificates names the first few.
 func someCertificates(list []api.Certificate) string {
-	const most = 5
-	text := ""
-	for i, c := range list {
-		if i == most {
-			return text + fmt.Sprintf(" and %d more", len(list)-most)
+	return fewOf(list, func(c api.Certificate) string {
+		name := "without a name"
+		if len(c.Names) > 0 {
+			name = c.Names[0]
 		}
-		if i > 0 {
-			text += ", "
-		}
-		text += fmt.Sprintf("%s (%s)", first(c.Names), c.Door)
-	}
-	return text
-}
-
-func first(names []string) string {
-	if len(names) == 0 {
-		return "without a name"
-	}
-	return names[0]
+		return fmt.Sprintf("%s (%s)", name, c.Door)
+	})
 }

@@ -94,6 +94,24 @@ func newDoorStatus(db *store.DB, ca doors.Authority, log *slog.Logger) *doorStat
 	return &doorStatus{store: db, ca: ca, log: log, now: time.Now, crls: map[wire.KeyHash]*signedCRL{}, nonces: rate.NewLimiter(nonceRate, nonceBurst), responses: map[ocspKey]signedOCSP{}}
 }
 
+// revokedOf are the revoked leaves of an issuer that are good after since, as
+// its CRL lists them.
+func revokedOf(ctx context.Context, db *store.DB, issuer wire.KeyHash, since time.Time) ([]doors.Revoked, error) {
+	rows, err := db.RevokedCertificates(ctx, issuer, since)
+	if err != nil {
+		return nil, err
+	}
+	list := make([]doors.Revoked, 0, len(rows))
+	for _, r := range rows {
+		serial, ok := new(big.Int).SetString(r.Serial, 16)
+		if !ok {
+			return nil, fmt.Errorf("serial number %q in the database", wire.Quotable(r.Serial))
+		}
+		list = append(list, doors.Revoked{Serial: serial, At: r.RevokedAt, Reason: r.Reason})
+	}
+	return list, nil
+}
+
 // serveCRL answers GET /crl/<issuer>.crl in DER.
 func (d *doorStatus) serveCRL(w http.ResponseWriter, req *http.Request) {
 	for _, issuer := range d.ca.Issuers() {
@@ -126,19 +144,13 @@ func (d *doorStatus) crl(ctx context.Context, issuer wire.KeyHash) ([]byte, erro
 	if have != nil && now.Sub(have.looked) < crlLook && !now.Before(have.looked) {
 		return have.der, nil
 	}
-	rows, err := d.store.RevokedCertificates(ctx, issuer, now.Add(-certificateMemory))
+	list, err := revokedOf(ctx, d.store, issuer, now.Add(-certificateMemory))
 	if err != nil {
 		return nil, err
 	}
 	var names strings.Builder
-	list := make([]doors.Revoked, 0, len(rows))
-	for _, r := range rows {
-		serial, ok := new(big.Int).SetString(r.Serial, 16)
-		if !ok {
-			return nil, fmt.Errorf("serial number %q in the database", wire.Quotable(r.Serial))
-		}
-		list = append(list, doors.Revoked{Serial: serial, At: r.RevokedAt, Reason: r.Reason})
-		fmt.Fprintf(&names, "%s %d\n", r.Serial, r.Reason)
+	for _, r := range list {
+		fmt.Fprintf(&names, "%s %d\n", doors.Serial(r.Serial), r.Reason)
 	}
 	if have != nil && have.names == names.String() && now.Sub(have.made) < crlAge && !now.Before(have.made) {
 		have.looked = now

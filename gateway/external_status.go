@@ -2,9 +2,7 @@ package gateway
 
 import (
 	"context"
-	"fmt"
 	"log/slog"
-	"math/big"
 	"net/http"
 	"sync"
 	"time"
@@ -100,17 +98,9 @@ func (x *externalStatus) turn(ctx context.Context) {
 }
 
 func (x *externalStatus) one(ctx context.Context, issuer wire.KeyHash) (st wire.CAStatus, err error) {
-	rows, err := x.store.RevokedCertificates(ctx, issuer, time.Now())
+	list, err := revokedOf(ctx, x.store, issuer, time.Now())
 	if err != nil {
 		return st, err
-	}
-	list := make([]doors.Revoked, 0, len(rows))
-	for _, r := range rows {
-		serial, ok := new(big.Int).SetString(r.Serial, 16)
-		if !ok {
-			return st, fmt.Errorf("serial number %q in the database", wire.Quotable(r.Serial))
-		}
-		list = append(list, doors.Revoked{Serial: serial, At: r.RevokedAt, Reason: r.Reason})
 	}
 	return x.ca.ExternalCRL(ctx, issuer, list)
 }

@@ -59,10 +59,7 @@ func (f *fleet) endFirst(id wire.ID, again want) {
 	}
 	if w := m.wants[choreVisit]; w != 0 && again == 0 {
 		m.wants[choreVisit] = 0
-		now := time.Now()
-		m.retry |= w // apart from hints, which are not to wait for it
-		m.retryAt = now.Add(f.t.retryMin)
-		f.judgeNow(m, now)
+		f.later(m, w, f.t.retryMin)
 	}
 }
 

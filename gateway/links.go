@@ -321,8 +321,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 // nothing, so that the proof can wait for its turn. An RCP that was started
 // again brings back thousands at once, when there is enough to do.
 func (f *fleet) same(m *member, digest string, now time.Time) bool {
-	there := up(m.state) || !m.verified.Before(m.since) // or it was just enrolled
-	return m.role == wire.RoleNode && m.known && m.hello != nil && there && m.failures == 0 && m.owed == 0 &&
+	return m.role == wire.RoleNode && m.known && m.hello != nil && m.spoken() && m.failures == 0 && m.owed == 0 &&
 		now.Sub(m.verified) < f.stretched(f.t.proveMin) && (digest == "" || digest == m.digest)
 }
 

@@ -154,6 +154,9 @@ func up(s wire.NodeState) bool {
 	return true
 }
 
+// spoken tells whether a session has succeeded since m was last out of reach.
+func (m *member) spoken() bool { return up(m.state) || !m.verified.Before(m.since) }
+
 // verdict is what judge finds.
 type verdict struct {
 	state  wire.NodeState
@@ -203,7 +206,7 @@ func keepAbsent(s wire.NodeState) wire.NodeState {
 // judgeLive is judge for a party that some first hop reports.
 func (f *fleet) judgeLive(m *member, live []*way, now time.Time) verdict {
 	until := m.verified.Add(f.stretched(f.t.window))
-	proven := now.Before(until) && (up(m.state) || !m.verified.Before(m.since))
+	proven := now.Before(until) && m.spoken()
 	if m.role == wire.RoleRCP && slices.ContainsFunc(live, func(w *way) bool { return w.link == m.id }) {
 		proven, until = true, time.Time{} // the channel itself is verified
 	}

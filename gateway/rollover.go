@@ -467,17 +467,22 @@ func finishNotes(v api.CA, forget bool) []string {
 
 // someOf names the first few.
 func someOf(parties []api.CAParty) string {
-	const most = 5
 	slices.SortStableFunc(parties, func(a, b api.CAParty) int { return cmp.Compare(a.Role, b.Role) })
+	return fewOf(parties, func(p api.CAParty) string { return fmt.Sprintf("%s %s", p.Role, p.Name) })
+}
+
+// fewOf names the first few of a list, and says how many more there are.
+func fewOf[T any](list []T, name func(T) string) string {
+	const most = 5
 	text := ""
-	for i, p := range parties {
+	for i, v := range list {
 		if i == most {
-			return text + fmt.Sprintf(" and %d more", len(parties)-most)
+			return text + fmt.Sprintf(" and %d more", len(list)-most)
 		}
 		if i > 0 {
 			text += ", "
 		}
-		text += fmt.Sprintf("%s %s", p.Role, p.Name)
+		text += name(v)
 	}
 	return text
 }

@@ -128,21 +128,22 @@ func (r *remoteDoors) certify(ctx context.Context, req doorRequest) ([]*x509.Cer
 
 // SignCRL has a CRL signed by the process that holds the issuer's key.
 func (r *remoteDoors) SignCRL(ctx context.Context, issuer wire.KeyHash, crl doors.CRL) ([]byte, error) {
-	req := crlRequest{Issuer: issuer, Number: crl.Number.Int64(), This: crl.This, Next: crl.Next}
-	for _, e := range crl.Revoked {
-		req.Revoked = append(req.Revoked, revokedEntry{doors.Serial(e.Serial), e.At, e.Reason})
-	}
+	req := crlRequest{Issuer: issuer, Number: crl.Number.Int64(), This: crl.This, Next: crl.Next, Revoked: entriesOf(crl.Revoked)}
 	a, err := ask[derAnswer](ctx, r.c, pathDoorsCRL, req, maxDoorCRL)
 	return a.DER, err
 }
 
 // ExternalCRL is [Authority.ExternalCRL].
 func (c *Client) ExternalCRL(ctx context.Context, issuer wire.KeyHash, revoked []doors.Revoked) (wire.CAStatus, error) {
-	req := crlRequest{Issuer: issuer}
+	return ask[wire.CAStatus](ctx, c, pathExternalCRL, crlRequest{Issuer: issuer, Revoked: entriesOf(revoked)}, maxDoorCRL)
+}
+
+// entriesOf is what crlRequest.entries undoes.
+func entriesOf(revoked []doors.Revoked) (out []revokedEntry) {
 	for _, e := range revoked {
-		req.Revoked = append(req.Revoked, revokedEntry{doors.Serial(e.Serial), e.At, e.Reason})
+		out = append(out, revokedEntry{doors.Serial(e.Serial), e.At, e.Reason})
 	}
-	return ask[wire.CAStatus](ctx, c, pathExternalCRL, req, maxDoorCRL)
+	return out
 }
 
 // SignOCSP is the same for what is known of one leaf.

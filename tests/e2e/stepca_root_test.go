@@ -21,13 +21,7 @@ func TestStepCARoot(t *testing.T) {
 	harness.LongWait(t)
 	site := harness.New(t)
 	ca := startStepCA(t, site, "corp.example")
-	gateway := site.Gateway(
-		harness.Env("SALLYPORT_PKI_CA", ca.url), harness.Env("SALLYPORT_PKI_CA_FINGERPRINT", fingerprint(t, ca.root)),
-		harness.Env("SALLYPORT_PKI_CA_PROVISIONER", "sallyport"), harness.Env("SALLYPORT_PKI_CA_KEY_FILE", ca.key))
-	site.RCP(gateway, "dmz-1")
-	first, second := site.Node(gateway, "web-1"), site.Node(gateway, "web-2")
-	first.WaitRunning(runningWithin)
-	second.WaitRunning(runningWithin)
+	gateway, second := ca.plant(t)
 	code := site.File("old.join", gateway.Run("join", "create", "--name", "web-3").Exits(0).Stdout)
 	second.Stop()
 

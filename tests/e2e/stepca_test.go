@@ -130,6 +130,20 @@ func startStepCA(t *testing.T, site *harness.Site, trustDomain string) *stepCA {
 	return s
 }
 
+// plant is a gateway that has its certificates from this CA, with an RCP and the
+// running nodes web-1 and web-2.
+func (s *stepCA) plant(t *testing.T) (gateway *harness.Gateway, second *harness.Node) {
+	t.Helper()
+	gateway = s.site.Gateway(
+		harness.Env("SALLYPORT_PKI_CA", s.url), harness.Env("SALLYPORT_PKI_CA_FINGERPRINT", fingerprint(t, s.root)),
+		harness.Env("SALLYPORT_PKI_CA_PROVISIONER", "sallyport"), harness.Env("SALLYPORT_PKI_CA_KEY_FILE", s.key))
+	s.site.RCP(gateway, "dmz-1")
+	first, second := s.site.Node(gateway, "web-1"), s.site.Node(gateway, "web-2")
+	first.WaitRunning(runningWithin)
+	second.WaitRunning(runningWithin)
+	return gateway, second
+}
+
 // restart has it take what stands in config now.
 func (s *stepCA) restart(t *testing.T) {
 	t.Helper()
@@ -159,13 +173,7 @@ func TestStepCA(t *testing.T) {
 	harness.LongWait(t)
 	site := harness.New(t)
 	ca := startStepCA(t, site, "corp.example")
-	gateway := site.Gateway(
-		harness.Env("SALLYPORT_PKI_CA", ca.url), harness.Env("SALLYPORT_PKI_CA_FINGERPRINT", fingerprint(t, ca.root)),
-		harness.Env("SALLYPORT_PKI_CA_PROVISIONER", "sallyport"), harness.Env("SALLYPORT_PKI_CA_KEY_FILE", ca.key))
-	site.RCP(gateway, "dmz-1")
-	first, second := site.Node(gateway, "web-1"), site.Node(gateway, "web-2")
-	first.WaitRunning(runningWithin)
-	second.WaitRunning(runningWithin)
+	gateway, second := ca.plant(t)
 	gateway.Run("node", "renew", "web-1").Exits(0)
 	for _, name := range []string{"root.key", "intermediate.key"} {
 		if found, err := filepath.Glob(filepath.Join(gateway.Data, "pki", name)); err != nil || len(found) > 0 {
