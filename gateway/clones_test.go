@@ -145,6 +145,10 @@ func TestClonesAreQuarantined(t *testing.T) {
 	eventually(t, "it is loaded again", func() bool { return w.s.fleet.quarantined(id) != "" })
 	w.state(id, wire.StateQuarantined)
 	rcps[1].drop(two)
+	eventually(t, "it has one way left", func() bool {
+		doors, _ := w.s.clones.doors(id)
+		return len(doors) == 1 && doors[0].route.link == rcps[0].id.ID()
+	})
 	if n, err = w.db.Node(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}

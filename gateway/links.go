@@ -297,17 +297,17 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	}
 	w.carrier, w.source, w.dialled = carrierOf(p.Carrier), clip(p.Source), p.Dialled
 	w.since, w.draining, w.boot, w.generation = p.Since, p.Draining, clip(p.Boot), p.Generation
+	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
+	if m.role == wire.RoleRCP && fresh {
+		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
+	}
+	f.arrive(m, w, p.Digest, fresh, now)
 	if watched && f.twoBoots(m) {
 		why = doubtTwo
 	}
 	if watched && (renewed || why != doubtNone) {
 		f.onChannel(m.id, why)
 	}
-	w.rtt = time.Duration(min(max(p.RTT, 0), 3600) * float64(time.Second))
-	if m.role == wire.RoleRCP && fresh {
-		f.settleBehind(l.id, slices.Concat(p.Path, []wire.ID{p.ID}))
-	}
-	f.arrive(m, w, p.Digest, fresh, now)
 	if held := m.held | m.retry; renewed && held != 0 { // the limit on hints still holds
 		m.held, m.retry = 0, 0
 		f.want(m, held, true)

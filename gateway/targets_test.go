@@ -124,6 +124,10 @@ func (st *site) says(id wire.ID, ps wire.PolicyStatus) {
 	})
 }
 
+// plain is a TCP connection as a stream. It has a stream's methods only: where a
+// TCPConn copies from another by itself, each failure looks like its own.
+type plain struct{ targetStream }
+
 // to is a target behind a TCP address.
 func to(addr string) func() (targetStream, error) {
 	return func() (targetStream, error) {
@@ -131,7 +135,7 @@ func to(addr string) func() (targetStream, error) {
 		if err != nil {
 			return nil, err
 		}
-		return c.(*net.TCPConn), nil
+		return plain{c.(*net.TCPConn)}, nil
 	}
 }
 
