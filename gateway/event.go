@@ -130,6 +130,7 @@ type pull struct {
 	spool   string
 	last    wire.OutboxState
 	mark    int64 // on disk
+	told    int64 // of it, what the node knows
 	batch   []wire.OutboxUp
 }
 
@@ -139,7 +140,7 @@ func (p *pull) state(ctx context.Context, st wire.OutboxState) error {
 	if err != nil {
 		return fmt.Errorf("look up spool %s: %w", wire.Quotable(st.Spool), err)
 	}
-	p.spool, p.last, p.mark = st.Spool, st, mark
+	p.spool, p.last, p.mark, p.told = st.Spool, st, mark, mark
 	return p.send(wire.OutboxDown{Watermark: &wire.OutboxMark{Spool: st.Spool, Seq: mark}})
 }
 
@@ -210,12 +211,9 @@ func (p *pull) run(ctx context.Context, lines *intake[outboxLine], answer *time.
 	}
 }
 
-func (p *pull) left() int64 {
-	if p.mark >= p.last.Next-1 {
-		return 0
-	}
-	return p.last.Next - 1 - p.mark
-}
+// left is how many events the node still has to keep, as far as it was told: what
+// was stored after we ended our side is told by the next pull.
+func (p *pull) left() int64 { return max(p.last.Next-1, p.mark) - p.told }
 
 // collect takes lines into the batch. The error is why there will be no more.
 func (p *pull) collect(ctx context.Context, lines []outboxLine) error {
@@ -272,6 +270,7 @@ func (p *pull) commit(ctx context.Context, silent bool) error {
 	if silent { // our side is closed; the next watermark acknowledges it
 		return nil
 	}
+	p.told = p.mark
 	return p.send(wire.OutboxDown{Ack: &wire.OutboxMark{Spool: p.spool, Seq: stored.Ack}})
 }
 

@@ -216,6 +216,7 @@ type fakeNode struct {
 	events   []wire.Event
 	acked    int64
 	pulls    int
+	late     bool // send the events only after the gateway has ended its side, once
 	runs     map[wire.ID]*fakeRun
 	cutAfter int64 // end the answer to an action after this frame, once
 	cancels  int
@@ -333,7 +334,14 @@ func (n *fakeNode) outbox(rw http.ResponseWriter, r *http.Request) {
 	}
 	todo := slices.Clone(n.events[min(int(first.Watermark.Seq), len(n.events)):])
 	n.acked = max(n.acked, first.Watermark.Seq)
+	late := n.late
+	n.late = false
 	n.mu.Unlock()
+	if late {
+		var d wire.OutboxDown
+		for lines.Next(&d) == nil {
+		}
+	}
 	var sending sync.WaitGroup
 	defer sending.Wait()
 	sending.Go(func() {

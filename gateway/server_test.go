@@ -45,6 +45,26 @@ func TestNodeBehindAnRCP(t *testing.T) {
 	})
 }
 
+// What arrives after the gateway has ended its side of the stream is stored
+// without an answer: the node must not keep it for ever.
+func TestEventsThatComeLateAreAcknowledgedByTheNextPull(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	n.emit(3)
+	n.late = true
+	r.hold(n)
+	w.run()
+	eventually(t, "all events are acknowledged", func() bool {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		return n.acked == 3
+	})
+	if got := w.events(n.id.ID()); len(got) != 3 {
+		t.Errorf("%d events are stored", len(got))
+	}
+}
+
 func TestDownAndUpAgainIsOnePairOfEvents(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
