@@ -116,16 +116,15 @@ func (b *endedBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// readier is the body of a channel's response.
-type readier interface {
-	Ready() (wait <-chan struct{}, ok bool)
+// notifier is the body of a channel's response: f is called when there is
+// something to read, or the end, unless that is so already.
+type notifier interface {
+	Notify(f func()) (later bool)
 }
 
-func (b *endedBody) Ready() (wait <-chan struct{}, ok bool) {
-	if r, ok := b.ReadCloser.(readier); ok {
-		return r.Ready()
-	}
-	return nil, false
+func (b *endedBody) Notify(f func()) (later bool) {
+	n, ok := b.ReadCloser.(notifier)
+	return ok && n.Notify(f)
 }
 
 // tell sends one small document whose answer does not matter.
@@ -141,25 +140,20 @@ func (a *attached) tell(ctx context.Context, method, path string, v any) error {
 	return resp.Body.Close()
 }
 
-// aside runs f on a stack of its own. A goroutine that lives as long as a
-// channel waits nearly all of that time, and its stack keeps the size that its
-// deepest call ever needed: thousands of them are what an RCP's memory is made of.
-func aside(f func()) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		f()
-	}()
-	<-done
-}
-
 // serveDownstream keeps company with one channel whose other side is
-// downstream, from its first moment to its end.
+// downstream, from its first moment to its end; or, where the channel can stay by
+// itself, until there is nothing to do.
 func (r *Relay) serveDownstream(ctx context.Context, conn link) {
-	var a *attached
-	aside(func() { a = r.welcome(ctx, conn) })
+	a := r.welcome(ctx, conn)
 	if a == nil {
 		return
+	}
+	if a.peer.Pending || a.peer.Party.Role == wire.RoleNode {
+		e := &ear{r: r, a: a, retry: retryFirst}
+		if conn.Stay(e.end) {
+			e.open()
+			return
+		}
 	}
 	if err := r.listenTo(a); err != nil {
 		r.cut(a, err)
@@ -170,8 +164,12 @@ func (r *Relay) serveDownstream(ctx context.Context, conn link) {
 		conn.Close(context.Cause(ctx))
 		<-conn.Done()
 	}
-	r.roster.leave(a, reasonText(conn.Err()))
-	r.logOf(conn).Info("channel down", "reason", conn.Err())
+	r.farewell(a)
+}
+
+func (r *Relay) farewell(a *attached) {
+	r.roster.leave(a, reasonText(a.conn.Err()))
+	r.logOf(a.conn).Info("channel down", "reason", a.conn.Err())
 }
 
 func (r *Relay) logOf(conn link) *slog.Logger {
@@ -232,11 +230,8 @@ func (r *Relay) listenTo(a *attached) error {
 	for {
 		began := time.Now()
 		err := read(ctx, a)
-		if errors.Is(err, errForged) {
+		if err := forged(err); err != nil {
 			return err
-		}
-		if errors.Is(err, wire.ErrTooLarge) || errors.Is(err, wire.ErrMalformed) {
-			return fmt.Errorf("%w: %w", errForged, err)
 		}
 		if time.Since(began) > retryMost {
 			wait = retryFirst
@@ -256,26 +251,28 @@ func (r *Relay) listenTo(a *attached) error {
 	}
 }
 
+// forged is why a channel must be cut on which reading ended with err; nil: it
+// need not be.
+func forged(err error) error {
+	switch {
+	case errors.Is(err, errForged):
+		return err
+	case errors.Is(err, wire.ErrTooLarge), errors.Is(err, wire.ErrMalformed):
+		return fmt.Errorf("%w: %w", errForged, err)
+	}
+	return nil
+}
+
 // readSignals holds GET /v1/signals of a node. Its lines are taken at
 // signalRate; a node that sends more waits.
 func (r *Relay) readSignals(ctx context.Context, a *attached) error {
-	var s *signals
-	var err error
-	aside(func() { s, err = r.openSignals(ctx, a) })
+	s, err := r.openSignals(ctx, a)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = s.body.Close() }()
 	for err == nil {
-		more, ok := s.wait()
-		if more != nil {
-			<-more // also when ctx ends, as that ends the body
-		}
-		if ok {
-			aside(func() { err = r.nextSignal(ctx, a, s) })
-		} else {
-			err = r.nextSignal(ctx, a, s) // which waits
-		}
+		err = r.nextSignal(ctx, a, s)
 	}
 	return err
 }
@@ -293,18 +290,6 @@ func (r *Relay) openSignals(ctx context.Context, a *attached) (*signals, error) 
 		return nil, err
 	}
 	return &signals{body: resp.Body, lines: wire.NewLineReader(resp.Body, wire.MaxSignalLine), pace: rate.NewLimiter(signalRate, signalBurst)}, nil
-}
-
-// wait returns what to wait for before the next line is read, so that nobody
-// waits in the middle of that. Not ok: the carrier cannot tell.
-func (s *signals) wait() (more <-chan struct{}, ok bool) {
-	if s.lines.Buffered() > 0 {
-		return nil, true
-	}
-	if b, ok := s.body.(readier); ok {
-		return b.Ready()
-	}
-	return nil, false
 }
 
 func (r *Relay) nextSignal(ctx context.Context, a *attached, s *signals) error {

@@ -31,6 +31,7 @@ type link interface {
 	Close(cause error)
 	Done() <-chan struct{}
 	Err() error
+	Stay(end func()) bool
 }
 
 // channelLink makes one of a channel.

@@ -54,6 +54,7 @@ func (f *fakeLink) RemoteAddr() string    { return f.remote }
 func (f *fakeLink) Since() time.Time      { return time.Time{} }
 func (f *fakeLink) RTT() time.Duration    { return 0 }
 func (f *fakeLink) Done() <-chan struct{} { return f.done }
+func (f *fakeLink) Stay(func()) bool      { return false }
 
 func (f *fakeLink) note(s string) {
 	f.mu.Lock()

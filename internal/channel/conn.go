@@ -74,6 +74,7 @@ type Conn struct {
 	outlived bool        // its peer's intermediate was given up; of registry.watch
 	drained  atomic.Bool // takes no more
 	drainOne sync.Once
+	stays    bool // Stay is possible
 
 	mu     sync.Mutex
 	err    error
@@ -81,6 +82,8 @@ type Conn struct {
 	expiry *time.Timer
 	idle   chan struct{} // closed when streams falls to 0; made on demand
 	tails  tails         // closed streams that still hand over their last bytes
+	last   func()        // of Stay
+	after  func()        // comes when it has ended
 }
 
 // newConn makes a Conn; attach gives it its transport.
@@ -175,11 +178,47 @@ func (c *Conn) Close(cause error) {
 		if c.expiry != nil {
 			c.expiry.Stop()
 		}
+		if c.after != nil {
+			go c.after()
+		}
 	}
 	c.mu.Unlock()
 	if t != nil {
 		t.close()
 	}
+}
+
+// Stay is for the one who serves a connection that its port accepted: it has the
+// connection go on when he returns. When that has ended, end is called in a goroutine
+// of its own, and must have stopped what he began when it returns. Until then no
+// goroutine waits, which of thousands of connections at rest is what their memory
+// is made of. False: he has to serve it until it ends, as any other.
+func (c *Conn) Stay(end func()) bool {
+	if !c.stays {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.last = end
+	return true
+}
+
+// stayed returns what Stay was given; nil: it was not called.
+func (c *Conn) stayed() func() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.last
+}
+
+// ended has f called, in a goroutine of its own, when the connection has ended.
+func (c *Conn) ended(f func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		go f()
+		return
+	}
+	c.after = f
 }
 
 // live returns why a new request cannot start.

@@ -141,8 +141,9 @@ func (l *Listener) stopAccepting() {
 }
 
 // Run answers until ctx is done, and calls f for each verified connection in a
-// goroutine of its own; when f returns, the connection is closed. For an
-// upstream peer f calls Serve. Run returns when every f has.
+// goroutine of its own; when f returns, the connection is closed, unless f had it
+// stay ([Conn.Stay]). For an upstream peer f calls Serve. Run returns when every f has,
+// and what stayed has ended.
 func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer func() { _ = l.Close() }() // after the last connection: without the UDP socket it could not say that it ends
@@ -154,7 +155,7 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 	wg.Go(func() { l.conns.watch(ctx) })
 	if l.udp != nil {
 		wg.Go(func() {
-			if err := l.udp.accept(ctx, func(c *Conn) { l.run(ctx, c, f) }); err != nil {
+			if err := l.udp.accept(ctx, func(c *Conn) { l.run(ctx, &wg, c, f) }); err != nil {
 				cancel(fmt.Errorf("QUIC on %s: %w", l.Addr(), err))
 			}
 		})
@@ -200,7 +201,7 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 				return
 			}
 			if c != nil { // the handshake has grown this goroutine's stack: another takes over
-				wg.Go(func() { l.run(ctx, c, f) })
+				wg.Go(func() { l.run(ctx, &wg, c, f) })
 			}
 		})
 	}
@@ -216,24 +217,41 @@ func (l *Listener) refused(remote net.Addr, err error) {
 	l.log.Log(context.Background(), level, "connection refused", "remote", remote.String(), "err", err)
 }
 
-// run owns a verified connection until it has ended.
-func (l *Listener) run(ctx context.Context, c *Conn, f func(context.Context, *Conn)) {
+// run owns a verified connection until it has ended: itself, or, where f lets the
+// connection stay, without a goroutine, as one of wg.
+func (l *Listener) run(ctx context.Context, wg *sync.WaitGroup, c *Conn, f func(context.Context, *Conn)) {
 	stop := context.AfterFunc(ctx, func() { c.Close(context.Cause(ctx)) })
-	defer stop()
 	l.conns.add(c)
-	defer l.conns.remove(c)
-	defer c.tails.Wait()
-	defer c.Close(nil)
+	leave := func() {}
+	end := func() {
+		c.Close(nil)
+		c.tails.Wait()
+		leave()
+		l.conns.remove(c)
+		stop()
+	}
 	if c.Enrolling() && c.dir == PeerDownstream {
-		leave, ok := l.pending.enter(c.remote)
-		if !ok {
+		var ok bool
+		if leave, ok = l.pending.enter(c.remote); !ok {
 			l.log.Warn("too many pending parties: raise the limit if they are honest", "remote", c.RemoteAddr(), "pending", l.pending.count())
 			c.Close(ErrTooManyPeers)
+			leave = func() {}
+			end()
 			return
 		}
-		defer leave()
 	}
 	f(ctx, c)
+	last := c.stayed()
+	if last == nil {
+		end()
+		return
+	}
+	wg.Add(1)
+	c.ended(func() {
+		defer wg.Done()
+		last()
+		end()
+	})
 }
 
 // handshake makes a Conn of an accepted TCP connection, or none of a lane's
@@ -288,7 +306,7 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn, g *guest) (*Conn
 	}
 	c, err := connH2(l.cfg.Identity, p, v, false, established, l.limits, l.log)
 	if err == nil {
-		c.legs = l.legs
+		c.legs, c.stays = l.legs, v.dir == PeerDownstream
 	}
 	return c, err
 }

@@ -6,9 +6,9 @@ import (
 	"testing"
 )
 
-// The body of a response says when there is something to read, so that nobody
-// waits for that in the depth of a reader. HTTP/3 cannot tell.
-func TestBodySaysWhenItIsReady(t *testing.T) {
+// The body of a response tells when there is something to read, so that nobody
+// has to wait for that. HTTP/3 cannot tell.
+func TestBodyTellsWhenThereIsSomethingToRead(t *testing.T) {
 	each(t, func(t *testing.T, v variant) {
 		more := make(chan string)
 		p := newPlant(t, v, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -24,36 +24,36 @@ func TestBodySaysWhenItIsReady(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = res.Body.Close() }()
-		body := res.Body.(interface {
-			Ready() (<-chan struct{}, bool)
-		})
-		wait, ok := body.Ready()
-		if ok != (v.carrier != "h3") || ok && wait == nil {
-			t.Errorf("with nothing to read: %v %v", wait, ok)
-		}
-		more <- "hello"
-		if ok {
-			<-wait
-			if wait, ok := body.Ready(); !ok || wait != nil {
-				t.Errorf("with something to read: %v %v", wait, ok)
+		body := res.Body.(interface{ Notify(func()) bool })
+		told := make(chan bool, 8)
+		notify := func(when string, later bool) {
+			t.Helper()
+			if got := body.Notify(func() { told <- true }); got != (later && v.carrier != "h3") {
+				t.Errorf("%s: told later: %v", when, got)
 			}
 		}
+		await := func() {
+			if v.carrier != "h3" {
+				<-told
+			}
+		}
+		notify("with nothing to read", true)
+		more <- "hello"
+		await()
+		notify("with something to read", false)
 		b := make([]byte, 5)
 		if _, err := io.ReadFull(res.Body, b); err != nil || string(b) != "hello" {
 			t.Errorf("%q %v", b, err)
 		}
-		if wait, ok = body.Ready(); ok && wait == nil {
-			t.Error("with all of it read there is something to read")
-		}
+		notify("with all of it read", true)
 		close(more)
-		if ok {
-			<-wait // the end is something to read, too
-			if wait, _ := body.Ready(); wait != nil {
-				t.Error("at the end there is something to wait for")
-			}
-		}
+		await() // the end is something to read, too
 		if n, err := res.Body.Read(b); n != 0 || err != io.EOF {
 			t.Errorf("%d %v", n, err)
+		}
+		notify("at the end", false)
+		if len(told) > 0 {
+			t.Error("told twice")
 		}
 	})
 }

@@ -83,16 +83,13 @@ func (b *responseBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Ready returns what to wait for until a Read does not wait: nil if there is
-// something to read, or the end. Not ok: the carrier cannot tell. It is for
-// bodies that come in small pieces over a very long time.
-func (b *responseBody) Ready() (wait <-chan struct{}, ok bool) {
-	p, ok := b.ReadCloser.(poller)
-	if !ok {
-		return nil, false
-	}
-	_, wait, _ = p.TryRead(nil)
-	return wait, true
+// Notify calls f, once and in a goroutine of its own, when a Read has something to
+// return. Where it has already, or the carrier cannot tell, it does not and returns
+// false: a Read tells. It is for bodies that come in small pieces over a very
+// long time.
+func (b *responseBody) Notify(f func()) (later bool) {
+	n, ok := b.ReadCloser.(interface{ Notify(func()) bool })
+	return ok && n.Notify(f)
 }
 
 func (b *responseBody) Close() error {

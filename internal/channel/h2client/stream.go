@@ -35,6 +35,7 @@ type Stream struct {
 	err  error // what Read returns when buf is empty
 	werr error // what Write returns
 	wait chan struct{}
+	news func() // of Notify
 
 	body *sentBody   // that is being sent
 	stop func() bool // of the context that cancels it
@@ -51,6 +52,10 @@ func (s *Stream) wakeLocked() {
 	if s.wait != nil {
 		close(s.wait)
 		s.wait = nil
+	}
+	if s.news != nil && (s.buf.n > 0 || s.err != nil) {
+		go s.news()
+		s.news = nil
 	}
 }
 
@@ -135,6 +140,19 @@ func (s *Stream) TryRead(p []byte) (n int, wait <-chan struct{}, err error) {
 		s.c.kick()
 	}
 	return n, wait, err
+}
+
+// Notify calls f, once and in a goroutine of its own, when there is something to
+// read or nothing more will come: nobody has to wait. Where that is so already it
+// does not, and returns false. It is for the one who reads.
+func (s *Stream) Notify(f func()) (later bool) {
+	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	if s.buf.n > 0 || s.err != nil {
+		return false
+	}
+	s.news = f
+	return true
 }
 
 func (s *Stream) read(p []byte) (n int, wait <-chan struct{}, err error) {
