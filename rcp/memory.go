@@ -9,10 +9,11 @@ import (
 const (
 	// gcPercent is the heap's growth between two collections. Channels at rest
 	// are most of an RCP's heap and allocate next to nothing, so that the usual
-	// 100 would keep as much memory again for nothing. A higher one while
-	// channels storm was tried: it takes a quarter of their time away, and leaves
-	// 4 KiB for each of them between what lives, which no trimming brings back.
-	gcPercent = 25
+	// 100 would keep as much memory again for nothing; and what a storm of channels
+	// leaves between what lives no trimming brings back. With 25, 50 and 100 a node at rest
+	// is 35, 38 and 41 KiB, and 1,500 of them that come back at once cost 1.0, 0.8
+	// and 0.7 ms of CPU each.
+	gcPercent = 50
 	look      = time.Second
 	// A calm look sees at most one channel in calmShare come or go.
 	calmShare = 256
