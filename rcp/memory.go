@@ -13,7 +13,7 @@ const (
 	// leaves between what lives no trimming brings back. With 25, 50 and 100 a node at rest
 	// is 35, 38 and 41 KiB, and 1,500 of them that come back at once cost 1.0, 0.8
 	// and 0.7 ms of CPU each.
-	gcPercent = 50
+	gcPercent = 80
 	look      = time.Second
 	// A calm look sees at most one channel in calmShare come or go.
 	calmShare = 256
