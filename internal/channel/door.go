@@ -10,16 +10,18 @@ import (
 )
 
 const (
-	// helloPatience is how long a connection without a ClientHello keeps its place
-	// when others want it: that is sent with the last packet of TCP's handshake.
-	helloPatience = 100 * time.Millisecond
-	// answerPatience is the same for what comes after: a round trip by way of a
-	// satellite and the other side's signature.
+	// answerPatience is how long a connection keeps its place when others want it and
+	// we wait for its next message: a round trip by way of a satellite and the other
+	// side's signature. A ClientHello is sent with the last packet of TCP's
+	// handshake, but by a thousand parties on one machine not at once.
 	answerPatience = time.Second
 	// doorLook is how often a newcomer looks who keeps us waiting now.
 	doorLook = 20 * time.Millisecond
 	// doorTries bounds the connections that one look examines closely.
 	doorTries = 8
+	// doorFlow is the share of the places whose parties must wait for us, or must have
+	// come in, certified, in one second or the one before, for the door to count as moving.
+	doorFlow = 32
 )
 
 // errGaveWay is why a handshake was cut.
@@ -35,7 +37,10 @@ var errGaveWay = errors.New("it kept us waiting while all places for handshakes 
 // within its share does not wait for the patience that those above theirs would
 // have. Nobody gives way for our own slowness: when a plant comes back at once, all
 // places are taken by parties that wait for us, and the others wait in the
-// kernel's queue and lose nothing.
+// kernel's queue and lose nothing. Parties can be slow as well, all at once where they
+// share a busy machine or line, and would be slower yet if they had to begin anew: while
+// the door moves nobody gives way at all. What moves it is parties with certificates, and
+// our own work, of which strangers must make as much as there is to stop it.
 //
 // So who stands in the door behind a party's own address does not matter to
 // it: what strangers need to keep it out is not sockets but to say hello, over and over,
@@ -47,6 +52,9 @@ type door struct {
 	mu     sync.Mutex
 	guests []*guest
 	shares map[netip.Prefix]*share
+	busy   int       // guests that wait for us
+	second time.Time // that is counted
+	passed [2]int    // certified parties that were let in: in it, in the one before
 }
 
 // share is what a source has of a door.
@@ -72,8 +80,8 @@ func newDoor(total, each int) *door {
 }
 
 // enter takes a place for a connection that was just accepted. Without one it waits, unless
-// the source has its share already: then a newcomer is turned away. One at a time
-// may enter.
+// the door does not move and the source has its share already: then a newcomer is
+// turned away. One at a time may enter.
 func (d *door) enter(ctx context.Context, conn net.Conn) (*guest, error) {
 	source := sourceOf(conn.RemoteAddr())
 	for {
@@ -103,7 +111,11 @@ func (d *door) take(conn net.Conn, source netip.Prefix) (g *guest, crowded bool)
 	s := d.shares[source]
 	crowded = s != nil && s.n >= d.each
 	if len(d.guests) >= d.total {
-		loser := d.loser(crowded, time.Now())
+		now := time.Now()
+		if d.moves(now) {
+			return nil, false
+		}
+		loser := d.loser(crowded, now)
 		if loser == nil {
 			return nil, crowded
 		}
@@ -120,6 +132,30 @@ func (d *door) take(conn net.Conn, source netip.Prefix) (g *guest, crowded bool)
 	g = &guest{d: d, conn: conn, source: source, share: s, at: len(d.guests), since: time.Now()}
 	d.guests = append(d.guests, g)
 	return g, false
+}
+
+// pass counts a certified party that was let in.
+func (d *door) pass() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.turn(time.Now())
+	d.passed[0]++
+}
+
+// moves tells whether newcomers may as well wait; mu is held.
+func (d *door) moves(now time.Time) bool {
+	d.turn(now)
+	return max(d.busy, d.passed[0], d.passed[1]) >= max(d.total/doorFlow, 1)
+}
+
+// turn begins to count another second when it is time; mu is held.
+func (d *door) turn(now time.Time) {
+	switch past := now.Sub(d.second); {
+	case past >= 2*time.Second:
+		d.second, d.passed = now, [2]int{}
+	case past >= time.Second:
+		d.second, d.passed = now, [2]int{0, d.passed[0]}
+	}
 }
 
 // loser finds who gives way to a newcomer, whose source may have its share
@@ -146,10 +182,7 @@ func (d *door) loser(crowded bool, now time.Time) *guest {
 
 // patience is how long we wait for a guest when its place is wanted.
 func (g *guest) patience(crowded bool) time.Duration {
-	switch {
-	case !g.hello:
-		return helloPatience
-	case !crowded && g.share.n > g.d.each:
+	if g.hello && !crowded && g.share.n > g.d.each {
 		return 0
 	}
 	return answerPatience
@@ -180,6 +213,9 @@ func (d *door) out(g *guest) {
 	d.guests[last] = nil
 	d.guests = d.guests[:last]
 	g.at = -1
+	if g.since.IsZero() {
+		d.busy--
+	}
 	if g.share.n--; g.share.n == 0 {
 		delete(d.shares, g.source)
 	}
@@ -206,6 +242,9 @@ func (g *guest) waits() {
 	}
 	g.d.mu.Lock()
 	defer g.d.mu.Unlock()
+	if g.since.IsZero() && g.at >= 0 {
+		g.d.busy--
+	}
 	g.since = time.Now()
 }
 
@@ -218,6 +257,9 @@ func (g *guest) works() {
 	if !g.since.IsZero() {
 		g.waited += time.Since(g.since)
 		g.since = time.Time{}
+		if g.at >= 0 {
+			g.d.busy++
+		}
 	}
 }
 

@@ -135,8 +135,10 @@ func TestNobodyGivesWayForOurSlowness(t *testing.T) {
 			plant, guests = append(plant, c), append(guests, g)
 		}
 		time.Sleep(10 * answerPatience)
-		if _, err := d.enter(t.Context(), from(1, 1)); err == nil {
-			t.Error("one more of the same source")
+		hurried, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := d.enter(hurried, from(1, 1)); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("one more of the same source does not wait: %v", err)
 		}
 		began := time.Now()
 		go func() {
@@ -158,6 +160,46 @@ func TestNobodyGivesWayForOurSlowness(t *testing.T) {
 }
 
 // A source above its share has no claim to be waited for against one below.
+// Parties that are slow because all of them come at once, from a machine or by way of a
+// line that they share, do not give way to each other: that would make all of them
+// begin anew. They do again when nobody comes in any more.
+func TestNobodyGivesWayWhileTheDoorMoves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const total, each = 64, 16
+		d := newDoor(total, each)
+		var guests []*guest
+		for range total {
+			guests = append(guests, mustEnter(t, d, from(1, 1), time.Second))
+		}
+		for range 10 { // seconds, in each of which as few come in as count
+			for range total / doorFlow {
+				d.pass()
+			}
+			time.Sleep(answerPatience - time.Millisecond)
+			for range total / doorFlow {
+				time.AfterFunc(answerPatience/4, func() {
+					if guests[0].leave() {
+						t.Error("one gave way")
+					}
+				})
+				g := mustEnter(t, d, from(1, 1), time.Second)
+				guests = append(guests[1:], g)
+			}
+		}
+		time.Sleep(2 * time.Second) // and nobody comes in
+		mustEnter(t, d, from(2, 1), time.Second)
+		gone := 0
+		for _, g := range guests {
+			if g.conn.(*fakeConn).closed {
+				gone++
+			}
+		}
+		if gone != 1 {
+			t.Errorf("%d gave way to one newcomer", gone)
+		}
+	})
+}
+
 func TestShareOfASource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const total, each = 8, 4
@@ -177,7 +219,7 @@ func TestShareOfASource(t *testing.T) {
 		for i := range total - each {
 			said(mustEnter(t, d, from(2, i), time.Second))
 		}
-		if took := time.Since(began); took > helloPatience {
+		if took := time.Since(began); took > answerPatience {
 			t.Errorf("newcomers waited %v for a source above its share", took)
 		}
 		gone := 0
@@ -220,8 +262,8 @@ func TestDoorCounts(t *testing.T) {
 		for _, s := range d.shares {
 			shares += s.n
 		}
-		if len(d.guests) != len(in) || shares != len(in) {
-			t.Fatalf("after %d: %d guests, shares of %d, want %d", i, len(d.guests), shares, len(in))
+		if len(d.guests) != len(in) || shares != len(in) || d.busy != len(in) {
+			t.Fatalf("after %d: %d guests, shares of %d, %d at work, want %d", i, len(d.guests), shares, d.busy, len(in))
 		}
 		for at, g := range d.guests {
 			if g.at != at {
@@ -232,7 +274,7 @@ func TestDoorCounts(t *testing.T) {
 	for _, g := range in {
 		g.leave()
 	}
-	if len(d.guests) != 0 || len(d.shares) != 0 {
-		t.Errorf("%d guests, %d shares are left", len(d.guests), len(d.shares))
+	if len(d.guests) != 0 || len(d.shares) != 0 || d.busy != 0 {
+		t.Errorf("%d guests, %d shares, %d at work are left", len(d.guests), len(d.shares), d.busy)
 	}
 }

@@ -200,6 +200,9 @@ func (l *Listener) Run(ctx context.Context, f func(context.Context, *Conn)) erro
 				l.refused(raw.RemoteAddr(), err)
 				return
 			}
+			if c != nil && !c.Enrolling() {
+				l.door.pass()
+			}
 			if c != nil { // the handshake has grown this goroutine's stack: another takes over
 				wg.Go(func() { l.run(ctx, &wg, c, f) })
 			}
