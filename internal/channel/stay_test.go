@@ -82,11 +82,7 @@ func TestConnectionStays(t *testing.T) {
 			t.Errorf("the end of %v, %v", e, e.Err())
 		}
 		ended <- true
-		for deadline := time.Now().Add(10 * time.Second); len(l.Conns()) > 0; time.Sleep(time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatal("the port holds on to it")
-			}
-		}
+		eventually(t, "the port lets go of it", func() bool { return len(l.Conns()) == 0 })
 
 		_, s = dial() // and now the port is closed
 		cancel()
