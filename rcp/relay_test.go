@@ -5,9 +5,11 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -225,6 +227,49 @@ func (p *plant) peer(w *watcher, id wire.ID) wire.Peer {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.v.peers[peerKey{target: target{id: id}}]
+}
+
+// A node whose stream of signals ends, or was refused, is asked for another, and a line
+// may come in pieces.
+func TestSignalsAreAskedForAgain(t *testing.T) {
+	p := newPlant(t)
+	r := p.rcp(nil)
+	w := p.watch(p.gateway(r.addr))
+	id := p.ca.Party(t, wire.RoleNode)
+	var asked atomic.Int32
+	second := make(chan struct{})
+	p.nodeWith(id, r.addr, http.HandlerFunc(func(rw http.ResponseWriter, req *http.Request) {
+		line := func(digest string) string {
+			return fmt.Sprintf(`{"id":%q,"boot":"b","generation":1,"digest":%q}`+"\n", id.ID(), digest)
+		}
+		write := func(text string) {
+			_, _ = io.WriteString(rw, text)
+			_ = http.NewResponseController(rw).Flush()
+		}
+		switch asked.Add(1) {
+		case 1:
+			write(line("first"))
+		case 2:
+			rw.WriteHeader(http.StatusServiceUnavailable)
+		default:
+			write("")
+			<-second
+			text := line("last")
+			write(text[:10])
+			write(text[10:20])
+			write(text[20:])
+			<-req.Context().Done()
+		}
+	}))
+	says := func(digest string) func(view) bool {
+		return func(v view) bool { return v.peers[peerKey{target: target{id: id.ID()}}].Digest == digest }
+	}
+	w.until("its first signal", says("first"))
+	close(second)
+	w.until("what it says on the third stream", says("last"))
+	if n := asked.Load(); n != 3 {
+		t.Errorf("asked %d times", n)
+	}
 }
 
 func TestFloodOfSignalsIsSlowedDown(t *testing.T) {
