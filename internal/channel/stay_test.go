@@ -48,12 +48,12 @@ func TestConnectionStays(t *testing.T) {
 
 		dial := func() (*channel.Conn, served) {
 			t.Helper()
-			c, err := p.dialler(t).Dial(ctx)
+			c, err := p.dialler(t).Dial(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { c.Close(nil) })
-			go func() { _ = c.Serve(ctx, p.handler) }()
+			go func() { _ = c.Serve(t.Context(), p.handler) }()
 			return c, <-got
 		}
 		if v.ordinary || v.carrier == "h3" {
@@ -79,7 +79,7 @@ func TestConnectionStays(t *testing.T) {
 		}
 		c.Close(nil)
 		if e := <-ending; e != s.c || e.Err() == nil {
-			t.Errorf("the end of %v, %v", e, e.Err())
+			t.Errorf("the end of %s: %v", e.Peer(), e.Err())
 		}
 		ended <- true
 		eventually(t, "the port lets go of it", func() bool { return len(l.Conns()) == 0 })
@@ -87,7 +87,7 @@ func TestConnectionStays(t *testing.T) {
 		_, s = dial() // and now the port is closed
 		cancel()
 		if e := <-ending; e != s.c || !errors.Is(e.Err(), context.Canceled) {
-			t.Errorf("the end of %v, %v", e, e.Err())
+			t.Errorf("the end of %s: %v", e.Peer(), e.Err())
 		}
 		select {
 		case <-ran:
