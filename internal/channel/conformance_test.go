@@ -74,8 +74,9 @@ func (p *plant) serve(ctx context.Context, c *channel.Conn) {
 	<-c.Done()
 }
 
-// listen opens the port of the party that does not dial.
-func (p *plant) listen(t *testing.T) {
+// open makes the port of the party that does not dial. Nobody is answered before
+// it runs.
+func (p *plant) open(t *testing.T) {
 	t.Helper()
 	cfg := channel.ListenConfig{Addr: "127.0.0.1:0", Identity: p.down, Log: channeltest.Log(t), Limits: p.limits, Admit: p.admit,
 		AllowUpstream: true, AllowDownstream: true, AllowEnroll: p.enroll}
@@ -90,7 +91,15 @@ func (p *plant) listen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p.listener, p.accepted = l, make(chan *channel.Conn, 16)
+	p.listener = l
+}
+
+// listen opens that port and runs it.
+func (p *plant) listen(t *testing.T) {
+	t.Helper()
+	p.open(t)
+	l := p.listener
+	p.accepted = make(chan *channel.Conn, 16)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {

@@ -74,7 +74,6 @@ type Conn struct {
 	outlived bool        // its peer's intermediate was given up; of registry.watch
 	drained  atomic.Bool // takes no more
 	drainOne sync.Once
-	stays    bool // Stay is possible
 
 	mu     sync.Mutex
 	err    error
@@ -194,7 +193,7 @@ func (c *Conn) Close(cause error) {
 // goroutine waits, which of thousands of connections at rest is what their memory
 // is made of. False: he has to serve it until it ends, as any other.
 func (c *Conn) Stay(end func()) bool {
-	if !c.stays {
+	if c.legs == nil || c.dir != PeerDownstream || c.proto.carrier != CarrierH2 {
 		return false
 	}
 	c.mu.Lock()

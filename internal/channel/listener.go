@@ -309,7 +309,7 @@ func (l *Listener) handshake(ctx context.Context, raw net.Conn, g *guest) (*Conn
 	}
 	c, err := connH2(l.cfg.Identity, p, v, false, established, l.limits, l.log)
 	if err == nil {
-		c.legs, c.stays = l.legs, v.dir == PeerDownstream
+		c.legs = l.legs
 	}
 	return c, err
 }

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"sallyport/internal/channel"
-	"sallyport/internal/channel/channeltest"
 )
 
 // A connection may go on without anybody waiting for its end, where its port
@@ -16,19 +15,8 @@ import (
 func TestConnectionStays(t *testing.T) {
 	each(t, func(t *testing.T, v variant) {
 		p := newPlant(t, v, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }))
-		cfg := channel.ListenConfig{Addr: "127.0.0.1:0", Identity: p.up, Log: channeltest.Log(t), AllowUpstream: true, AllowDownstream: true}
-		if v.ordinary {
-			cfg.Identity = p.down
-		}
-		if v.carrier == "pipe" {
-			p.network = channeltest.NewNetwork()
-			cfg.Listener = p.network
-		}
-		l, err := channel.Listen(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		p.listener = l
+		p.open(t)
+		l := p.listener
 		type served struct {
 			c     *channel.Conn
 			stays bool
