@@ -109,23 +109,29 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 }
 
 // wanted returns what a node should have, computed anew where tags or name
-// have changed since. It is nil for a node that is gone.
+// have changed since. It is nil for a node that is gone or revoked.
 func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error) {
-	n, err := s.store.Node(ctx, id)
-	if errors.Is(err, store.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	rows, err := s.store.NodeTags(ctx, id)
-	if err != nil {
-		return nil, err
-	}
 	d, err := s.store.Desired(ctx, id)
-	fresh := err == nil && d.Content.Name == n.Name && maps.Equal(d.Content.Tags, store.Effective(rows)) && d.Generation == s.store.Installation().Generation
-	if fresh || err != nil && !errors.Is(err, store.ErrNotFound) || !managed(n) {
-		return d, err
+	switch {
+	case errors.Is(err, store.ErrNotFound): // the first, for one that enrolled a moment ago
+	case err != nil:
+		return nil, err
+	default:
+		n, err := s.store.Node(ctx, id)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		rows, err := s.store.NodeTags(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		fresh := d.Content.Name == n.Name && maps.Equal(d.Content.Tags, store.Effective(rows)) && d.Generation == s.store.Installation().Generation
+		if fresh || !managed(n) {
+			return d, nil
+		}
 	}
 	plans, err := s.plan(ctx, id)
 	if err != nil {
@@ -133,7 +139,10 @@ func (s *Server) wanted(ctx context.Context, id wire.ID) (*store.Desired, error)
 	}
 	own := slices.IndexFunc(plans, func(p nodePlan) bool { return p.node.ID == id })
 	if own < 0 {
-		return s.store.Desired(ctx, id)
+		if d, err = s.store.Desired(ctx, id); errors.Is(err, store.ErrNotFound) {
+			return nil, nil
+		}
+		return d, err
 	}
 	s.pushPlans(slices.Concat(plans[:own], plans[own+1:])) // the caller pushes its own
 	return plans[own].desired, nil

@@ -303,10 +303,11 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 	}
 	v.RCPs = waysIn(rcps, enrolledRCP, e.id.ID(), e.public)
 	v.Installation = e.store.Installation().UID
-	v.Chain, err = e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
+	c, err := e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {
 		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+wire.Quotable(err.Error())))
 	}
+	v.Chain = c.chain
 	visit := func(context.Context, endToEnd) {}
 	if d.party.Role == wire.RoleNode && e.first != nil {
 		var end func()
@@ -320,7 +321,7 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 		}
 		return errors.Join(err, e.delivery(ctx, key, state, "not delivered: "+wire.Quotable(err.Error())))
 	}
-	if err := e.delivered(ctx, key, d, v.Chain); err != nil {
+	if err := e.delivered(ctx, key, d, c); err != nil {
 		return err
 	}
 	visit(ctx, s)
@@ -329,9 +330,9 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 }
 
 // delivered notes that the party has its certificate.
-func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision, chain [][]byte) error {
+func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision, c *issued) error {
 	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-		if err := recordCertificate(ctx, tx, d.party, d.name, d.tenant, key, chain); err != nil {
+		if err := c.record(ctx, tx, d.party, d.name, d.tenant); err != nil {
 			return err
 		}
 		if d.party.Role == wire.RoleRCP {
@@ -340,28 +341,15 @@ func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision
 			}
 		}
 		tx.Audit(ctx, "certificate.issue", d.name, fmt.Sprintf("%s, %s", d.party, key.Fingerprint()))
-		return setRequestState(ctx, tx, key, api.RequestDelivered, "")
+		return tx.MoveRequest(ctx, key, api.RequestDelivered, "")
 	})
 }
 
 // delivery notes how far a granted request is.
 func (e *enrolment) delivery(ctx context.Context, key wire.KeyHash, state, reason string) error {
 	return e.store.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *store.Tx) error {
-		return setRequestState(ctx, tx, key, state, reason)
+		return tx.MoveRequest(ctx, key, state, reason)
 	})
-}
-
-// setRequestState moves on the request that led to a grant, if there is one.
-func setRequestState(ctx context.Context, tx *store.Tx, key wire.KeyHash, state, reason string) error {
-	q, err := tx.LastRequest(ctx, key)
-	if errors.Is(err, store.ErrNotFound) {
-		return nil // renewed after expiry, by a party whose request is history
-	}
-	if err != nil || q.State == state && q.Reason == reason || !store.RequestMoves(q.State, state) {
-		return err // an older request of the same key, perhaps
-	}
-	q.State, q.Reason, q.SeenAt = state, reason, tx.Now()
-	return tx.SaveRequest(ctx, q)
 }
 
 // challenged adds a challenge to the requests of a session.

@@ -55,7 +55,7 @@ func newForwards(t *targets, db *store.DB, log *slog.Logger) *forwards {
 // run keeps the listeners as the database says, until ctx ends; what runs then
 // gets drainTime to end by itself.
 func (f *forwards) run(ctx context.Context, b bus.Bus) error {
-	wakes, cancel := b.Subscribe(bus.Targets)
+	wakes, cancel := b.Subscribe(bus.Forwards)
 	defer cancel()
 	retry := time.NewTicker(forwardRetry)
 	defer retry.Stop()

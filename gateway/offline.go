@@ -133,9 +133,11 @@ func (e *enrolment) exportRequest(ctx context.Context, ref string) (out api.Expo
 	if env, ok := e.ca.Revocations(); ok && len(env.Payload) < maxRevocationsInFile {
 		a.Verdict.Revocations = &env
 	}
-	if a.Verdict.Chain, err = e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: q.CSR}); err != nil {
+	c, err := e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: q.CSR})
+	if err != nil {
 		return out, err
 	}
+	a.Verdict.Chain = c.chain
 	env, err := e.id.Sign(wire.TypeOfflineAnswer, a)
 	if err != nil {
 		return out, err
@@ -147,16 +149,16 @@ func (e *enrolment) exportRequest(ctx context.Context, ref string) (out api.Expo
 	if len(file) > wire.MaxOfflineAnswer {
 		return out, fmt.Errorf("answer to request %s: %w", q.ID, wire.ErrTooLarge)
 	}
-	if err := e.exported(ctx, q, d, a.Verdict.Chain); err != nil {
+	if err := e.exported(ctx, q, d, c); err != nil {
 		return out, err
 	}
 	return api.ExportedRequest{Request: requestView(q), Ways: a.Verdict.RCPs, File: string(file)}, nil
 }
 
 // exported writes down that the certificate of q went into a file.
-func (e *enrolment) exported(ctx context.Context, q *store.Request, d *decision, chain [][]byte) error {
+func (e *enrolment) exported(ctx context.Context, q *store.Request, d *decision, c *issued) error {
 	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-		if err := recordCertificate(ctx, tx, d.party, d.name, d.tenant, q.KeyHash, chain); err != nil {
+		if err := c.record(ctx, tx, d.party, d.name, d.tenant); err != nil {
 			return err
 		}
 		if d.party.Role == wire.RoleRCP {

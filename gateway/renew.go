@@ -77,16 +77,16 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		if err := e.keep(ctx, party, name, tenant, key); err != nil {
 			return err
 		}
-		chain, err := e.issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
+		c, err := e.issue(ctx, wire.IssueRequest{Party: party, Name: name, Tenant: tenant, CSR: csr.DER})
 		if err != nil {
 			return err
 		}
-		if err := call(ctx, http.MethodPut, wire.PathCertificate, wire.Certificate{Chain: chain}, nil, 0); err != nil {
+		if err := call(ctx, http.MethodPut, wire.PathCertificate, wire.Certificate{Chain: c.chain}, nil, 0); err != nil {
 			return err
 		}
 		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s", party, key.Fingerprint()))
-			if err := recordCertificate(ctx, tx, party, name, tenant, key, chain); err != nil || !rekey {
+			if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey {
 				return err
 			}
 			ended, err = tx.RevokeOtherKeys(ctx, party.ID, key, "replaced by "+key.Fingerprint())

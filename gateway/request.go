@@ -3,7 +3,6 @@ package gateway
 import (
 	"cmp"
 	"context"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -11,7 +10,6 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
-	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
@@ -187,25 +185,6 @@ func (e *enrolment) makeRCP(ctx context.Context, tx *store.Tx, d *decision, q *s
 	// with the enrolment protocol.
 	r.State, r.StateReason, r.StateSince = api.RCPPending, "granted; its certificate is not delivered yet", tx.Now()
 	return tx.SaveRCP(ctx, r)
-}
-
-// recordCertificate notes a leaf that its party has.
-func recordCertificate(ctx context.Context, tx *store.Tx, party wire.Party, name, tenant string, key wire.KeyHash, chain [][]byte) error {
-	leaf, err := x509.ParseCertificate(chain[0])
-	if err != nil {
-		return fmt.Errorf("own certificate authority: %w", err)
-	}
-	err = tx.PutKey(ctx, &store.Key{KeyHash: key, Role: party.Role, PartyID: party.ID, Name: name, Tenant: tenant, IssuedAt: tx.Now(), NotAfter: leaf.NotAfter})
-	if err != nil {
-		return err
-	}
-	if err := noteIssuer(ctx, tx, party, chain); err != nil {
-		return err
-	}
-	if party.Role == wire.RoleRCP {
-		return tx.SetRCPCertificate(ctx, name, key, leaf.NotAfter, identity.RenewAfter(leaf))
-	}
-	return tx.SetNodeCertificate(ctx, party.ID, key, leaf.NotAfter, identity.RenewAfter(leaf))
 }
 
 // find resolves what an operator calls a request. A name that two requests, or

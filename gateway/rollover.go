@@ -105,18 +105,6 @@ func (e *enrolment) deliverTrust(ctx context.Context, _ wire.ID, hello *wire.Hel
 	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.SetTrust(ctx, hello.Party, number) })
 }
 
-// noteIssuer notes whose leaf a party has.
-func noteIssuer(ctx context.Context, tx *store.Tx, party wire.Party, chain [][]byte) error {
-	if len(chain) < 2 {
-		return nil
-	}
-	issuer, err := x509.ParseCertificate(chain[1])
-	if err != nil {
-		return fmt.Errorf("own certificate authority: %w", err)
-	}
-	return tx.SetIssuer(ctx, party, wire.KeyOf(issuer))
-}
-
 // retiredKeys are the intermediates that were given up: they stand in every
 // revocation set, for parties that missed it.
 func (e *enrolment) retiredKeys() (out []*store.Key) {

@@ -329,7 +329,7 @@ func (s *Server) renewOwn(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renew the gateway's certificate: %w", err)
 	}
-	if err := s.noteOwnLeaf(ctx, chain); err != nil {
+	if _, err := noted(ctx, s.store, chain, s.party(wire.RoleGateway, s.id.ID())); err != nil {
 		return fmt.Errorf("renew the gateway's certificate: %w", err)
 	}
 	if err := s.id.Install(chain); err != nil {

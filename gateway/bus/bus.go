@@ -15,11 +15,12 @@ type Topic string
 
 // Topics without an object.
 const (
-	Events  Topic = "events"  // events were stored
-	Actions Topic = "actions" // an action changed its state
-	Nodes   Topic = "nodes"   // a node changed its state
-	RCPs    Topic = "rcps"    // an RCP changed its state, or the set of RCPs changed
-	Targets Topic = "targets" // what a node should offer or said of its targets changed, or a forward
+	Events   Topic = "events"   // events were stored
+	Actions  Topic = "actions"  // an action changed its state
+	Nodes    Topic = "nodes"    // a node changed its state
+	RCPs     Topic = "rcps"     // an RCP changed its state, or the set of RCPs changed
+	Targets  Topic = "targets"  // what a node should offer or said of its targets changed
+	Forwards Topic = "forwards" // the set of forwards changed
 )
 
 // Action is the topic of one action: output or a new state.

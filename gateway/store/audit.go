@@ -63,6 +63,15 @@ func (tx *Tx) audit(ctx context.Context, what, object, result, detail string) {
 	tx.audits = append(tx.audits, AuditEntry{Time: tx.now, Who: a.Who, Origin: a.Origin, What: what, Object: object, Result: result, Detail: detail})
 }
 
+func (tx *Tx) writeAudit(ctx context.Context, a *AuditEntry) (err error) {
+	if tx.prepared == nil { // of [AuditBeside]
+		_, err = tx.q.NewInsert().Model(a).Exec(ctx)
+	} else {
+		_, err = tx.prepared.addAudit.Exec(ctx, tx.q, a)
+	}
+	return err
+}
+
 // AuditRefusal logs a changing call that came to nothing; result is
 // [ResultRefused] or [ResultFailed].
 func (db *DB) AuditRefusal(ctx context.Context, what, object, result, detail string) error {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -125,6 +126,16 @@ func (tx *Tx) SaveRequest(ctx context.Context, q *Request) error {
 	return fmt.Errorf("request %s is %s and cannot become %s: %w", q.ID, now.State, q.State, ErrChanged)
 }
 
+// MoveRequest moves on the last request of a key, if there is one and its state
+// leads to the new one.
+func (tx *Tx) MoveRequest(ctx context.Context, key wire.KeyHash, state, reason string) error {
+	from, err := json.Marshal(requestMoves[state])
+	if err == nil {
+		_, err = tx.prepared.moveRequest.Exec(ctx, tx.q, state, reason, tx.now, key, string(from), state, reason)
+	}
+	return err
+}
+
 // ExpireRequests ends the requests of parties that were not seen since.
 func (tx *Tx) ExpireRequests(ctx context.Context, since time.Time) (n int64, err error) {
 	res, err := tx.q.NewRaw("UPDATE requests SET state = ?, reason = ?, decided_at = ?, decided_by = ? WHERE state = ? AND seen_at < ?",
@@ -143,16 +154,15 @@ func (r Queries) JoinUsed(ctx context.Context, join string, key wire.KeyHash) (b
 // UseJoin counts a use of a join code by a key, once for each key. A code that
 // is used up is [ErrExists].
 func (tx *Tx) UseJoin(ctx context.Context, join string, key wire.KeyHash, party wire.ID) error {
-	used, err := tx.JoinUsed(ctx, join, key)
-	if err != nil || used {
-		return err
+	err := one(tx.prepared.useJoin.Exec(ctx, tx.q, join, key))
+	if errors.Is(err, ErrNotFound) {
+		if used, err := tx.JoinUsed(ctx, join, key); err != nil || used {
+			return err
+		}
+		return fmt.Errorf("join code %s: %w: all uses are taken", join, ErrExists)
 	}
-	res, err := tx.q.NewRaw("UPDATE joins SET used = used + 1 WHERE id = ? AND used < max_uses", join).Exec(ctx)
 	if err != nil {
 		return err
-	}
-	if n, err := res.RowsAffected(); err != nil || n == 0 {
-		return fmt.Errorf("join code %s: %w: all uses are taken", join, ErrExists)
 	}
 	_, err = tx.prepared.addJoinUse.Exec(ctx, tx.q, &JoinUse{JoinID: join, KeyHash: key, PartyID: party, UsedAt: tx.now})
 	return err
@@ -219,9 +229,8 @@ func (tx *Tx) NextRevocations(ctx context.Context, atLeast int64) (n int64, err 
 
 // SetNodeCertificate writes the key and the life of a node's leaf.
 func (tx *Tx) SetNodeCertificate(ctx context.Context, id wire.ID, key wire.KeyHash, notAfter, renewAfter time.Time) error {
-	n := &Node{ID: id, KeyHash: key, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC()}
 	tx.Wake(bus.Nodes)
-	return one(tx.q.NewUpdate().Model(n).Column("key_hash", "not_after", "renew_after").WherePK().Exec(ctx))
+	return one(tx.prepared.leafOfNode.Exec(ctx, tx.q, &Node{ID: id, KeyHash: key, NotAfter: notAfter.UTC(), RenewAfter: renewAfter.UTC()}))
 }
 
 // SetRCPCertificate writes the key and the life of an RCP's leaf.

@@ -39,13 +39,13 @@ func (tx *Tx) AddForward(ctx context.Context, f *Forward) error {
 	if n, err := res.RowsAffected(); err != nil || n == 0 {
 		return fmt.Errorf("forward on %s: %w", f.Listen, ErrExists)
 	}
-	tx.Wake(bus.Targets)
+	tx.Wake(bus.Forwards)
 	return nil
 }
 
 // RemoveForward deletes a forward.
 func (tx *Tx) RemoveForward(ctx context.Context, listen string) error {
-	tx.Wake(bus.Targets)
+	tx.Wake(bus.Forwards)
 	return one(tx.q.NewRaw("DELETE FROM forwards WHERE listen = ?", listen).Exec(ctx))
 }
 

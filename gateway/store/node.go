@@ -66,7 +66,7 @@ func (r Queries) AnyNode(ctx context.Context, id wire.ID) (*Node, error) {
 
 // NodeByName returns the live node of that name.
 func (r Queries) NodeByName(ctx context.Context, tenant, name string) (*Node, error) {
-	return row[Node](ctx, r, r.prepared.nodeByName, tenant, sqldb.Clean(name))
+	return row[Node](ctx, r, r.prepared.nodeByName, tenant, name)
 }
 
 // Nodes lists all nodes that were not removed, by name.
@@ -97,24 +97,18 @@ func (tx *Tx) AddNode(ctx context.Context, n *Node) error {
 	if n.Tenant == "" {
 		n.Tenant = DefaultTenant
 	}
-	if other, err := tx.NodeByName(ctx, n.Tenant, n.Name); err == nil && other.ID != n.ID {
+	tx.Wake(bus.Nodes)
+	_, err := tx.prepared.putNode.Exec(ctx, tx.q, n)
+	if sqldb.IsTaken(err) {
 		return fmt.Errorf("node %q: %w", n.Name, ErrExists)
 	}
-	if old, err := tx.AnyNode(ctx, n.ID); err == nil {
-		n.CreatedAt, n.Version = old.CreatedAt, old.Version+1
-		n.AppliedGen, n.AppliedN = old.AppliedGen, old.AppliedN
-	}
-	_, err := tx.prepared.putNode.Exec(ctx, tx.q, n)
-	tx.Wake(bus.Nodes)
 	return err
 }
 
 // SetNodeState writes a transition. It reports whether anything changed:
 // since is only moved by a new state.
 func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState, reason string) (changed bool, err error) {
-	res, err := tx.q.NewRaw(`UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
-		WHERE id = ? AND (state <> ? OR state_reason <> ?)`, state, tx.now, state, reason, id, state, reason).Exec(ctx)
-	err = one(res, err)
+	err = one(tx.prepared.setState.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
 	if err == nil {
 		tx.Wake(bus.Nodes)
 		return true, nil
@@ -139,10 +133,7 @@ func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration
 	n.AppliedGen, n.AppliedN = h.Applied.Generation, h.Applied.N
 	n.Outbox, n.SkewSeconds = h.Outbox, skew.Seconds()
 	n.NotAfter, n.RenewAfter, n.LastSeen = h.NotAfter.UTC(), h.RenewAfter.UTC(), tx.now
-	_, err = tx.q.NewUpdate().Model(n).WherePK().
-		Column("installation", "boot", "program", "mode", "os", "arch", "as_root", "version_min", "version_max").
-		Column("applied_gen", "applied_n", "outbox", "skew_seconds", "not_after", "renew_after", "last_seen").Exec(ctx)
-	if err != nil {
+	if _, err := tx.prepared.helloOfNode.Exec(ctx, tx.q, n); err != nil {
 		return false, err
 	}
 	if err := tx.SetPolicyStatus(ctx, id, h.Policies); err != nil {
@@ -210,7 +201,7 @@ func (db *DB) SetLastSeen(ctx context.Context, seen map[wire.ID]time.Time) error
 	}
 	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
 		for _, id := range slices.Sorted(maps.Keys(seen)) {
-			if _, err := tx.q.NewRaw("UPDATE nodes SET last_seen = ? WHERE id = ?", seen[id].UTC(), id).Exec(ctx); err != nil {
+			if _, err := tx.prepared.setSeen.Exec(ctx, tx.q, seen[id], id); err != nil {
 				return err
 			}
 		}

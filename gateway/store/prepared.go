@@ -11,15 +11,17 @@ import (
 // prepared are the queries that every visit of a node and every enrolment
 // make, each for one party.
 type prepared struct {
-	node, anyNode, nodeByName, nodeKey *sqldb.Prepared
-	key, lastRequest, join             *sqldb.Prepared
-	desired, tags, statuses            *sqldb.Prepared
-	rcps, rcpByID                      *sqldb.Prepared
-	policies, deployments, rules       *sqldb.Prepared
-	next, setApplied                   *sqldb.Prepared
+	node, anyNode, nodeByName, nodeKey  *sqldb.Prepared
+	key, lastRequest, join              *sqldb.Prepared
+	desired, tags, statuses             *sqldb.Prepared
+	rcps, rcpByID                       *sqldb.Prepared
+	policies, deployments, rules        *sqldb.Prepared
+	next, setApplied, setState, setSeen *sqldb.Prepared
+	clearTags, useJoin, moveRequest     *sqldb.Prepared
 
-	putKey, putNode, putTag, putDesired, putStatus *sqldb.Insert
-	addRequest, addJoinUse, addCertificate         *sqldb.Insert
+	putKey, putNode, putTag, putDesired, putStatus, putIssuer *sqldb.Bound
+	addRequest, addJoinUse, addCertificate, addAudit          *sqldb.Bound
+	helloOfNode, leafOfNode                                   *sqldb.Bound
 }
 
 const nextQuery = "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value"
@@ -61,13 +63,22 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 	}{
 		{&p.next, nextQuery},
 		{&p.setApplied, "UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?"},
+		{&p.setState, `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
+			WHERE id = ? AND (state <> ? OR state_reason <> ?)`},
+		{&p.setSeen, "UPDATE nodes SET last_seen = ? WHERE id = ?"},
+		{&p.clearTags, "DELETE FROM node_tags WHERE node_id = ? AND source = ?"},
+		{&p.useJoin, `UPDATE joins SET used = used + 1 WHERE id = ? AND used < max_uses
+			AND NOT EXISTS (SELECT 1 FROM join_uses u WHERE u.join_id = joins.id AND u.key_hash = ?)`},
+		{&p.moveRequest, `UPDATE requests SET state = ?, reason = ?, seen_at = ?
+			WHERE id = (SELECT q.id FROM requests q WHERE q.key_hash = ? ORDER BY q.requested_at DESC, q.id DESC LIMIT 1)
+			AND state IN (SELECT value FROM json_each(?)) AND (state <> ? OR reason <> ?)`},
 	} {
 		if *q.to, err = db.Prepare(ctx, q.text); err != nil {
 			return nil, err
 		}
 	}
 	for _, q := range []struct {
-		to         **sqldb.Insert
+		to         **sqldb.Bound
 		model      any
 		onConflict string
 	}{
@@ -78,7 +89,7 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 		{&p.putNode, (*Node)(nil), `ON CONFLICT (id) DO UPDATE SET tenant = EXCLUDED.tenant, name = EXCLUDED.name, state = EXCLUDED.state,
 			state_reason = EXCLUDED.state_reason, state_since = EXCLUDED.state_since, key_hash = EXCLUDED.key_hash, join_id = EXCLUDED.join_id,
 			allow_tags = EXCLUDED.allow_tags, installation = EXCLUDED.installation, boot = EXCLUDED.boot, program = EXCLUDED.program,
-			not_after = EXCLUDED.not_after, renew_after = EXCLUDED.renew_after, removed_at = NULL, version = EXCLUDED.version`},
+			not_after = EXCLUDED.not_after, renew_after = EXCLUDED.renew_after, removed_at = NULL, version = "node".version + 1`},
 		{&p.putTag, (*NodeTag)(nil), `ON CONFLICT (node_id, key, source) DO UPDATE SET value = EXCLUDED.value, hidden = EXCLUDED.hidden`},
 		{&p.putDesired, (*Desired)(nil), `ON CONFLICT (node_id) DO UPDATE SET generation = EXCLUDED.generation, n = EXCLUDED.n, digest = EXCLUDED.digest,
 			content = EXCLUDED.content, changed_at = EXCLUDED.changed_at, refused = EXCLUDED.refused, reason = EXCLUDED.reason`},
@@ -87,10 +98,21 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 		{&p.addRequest, (*Request)(nil), ""},
 		{&p.addJoinUse, (*JoinUse)(nil), ""},
 		{&p.addCertificate, (*Certificate)(nil), "ON CONFLICT (issuer, serial) DO NOTHING"},
+		{&p.putIssuer, (*PartyTrust)(nil), "ON CONFLICT (party_id) DO UPDATE SET role = EXCLUDED.role, issuer = EXCLUDED.issuer, changed_at = EXCLUDED.changed_at"},
+		{&p.addAudit, (*AuditEntry)(nil), ""},
 	} {
 		if *q.to, err = db.PrepareInsert(ctx, q.model, q.onConflict); err != nil {
 			return nil, err
 		}
+	}
+	p.helloOfNode, err = db.PrepareUpdate(ctx, (*Node)(nil),
+		"installation", "boot", "program", "mode", "os", "arch", "as_root", "version_min", "version_max",
+		"applied_gen", "applied_n", "outbox", "skew_seconds", "not_after", "renew_after", "last_seen")
+	if err != nil {
+		return nil, err
+	}
+	if p.leafOfNode, err = db.PrepareUpdate(ctx, (*Node)(nil), "key_hash", "not_after", "renew_after"); err != nil {
+		return nil, err
 	}
 	return p, nil
 }

@@ -222,8 +222,8 @@ func (tx *Tx) flush(ctx context.Context) error {
 			return fmt.Errorf("store annotation: %w", err)
 		}
 	}
-	if len(tx.audits) > 0 {
-		if _, err := tx.q.NewInsert().Model(&tx.audits).Exec(ctx); err != nil {
+	for i := range tx.audits {
+		if err := tx.writeAudit(ctx, &tx.audits[i]); err != nil {
 			return fmt.Errorf("write audit log: %w", err)
 		}
 	}

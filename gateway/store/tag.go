@@ -116,7 +116,7 @@ func (tx *Tx) SetJoinTags(ctx context.Context, id wire.ID, tags map[string]strin
 }
 
 func (tx *Tx) replaceTags(ctx context.Context, id wire.ID, source string, tags map[string]string) error {
-	if _, err := tx.q.NewRaw("DELETE FROM node_tags WHERE node_id = ? AND source = ?", id, source).Exec(ctx); err != nil {
+	if _, err := tx.prepared.clearTags.Exec(ctx, tx.q, id, source); err != nil {
 		return err
 	}
 	for k, v := range tags {

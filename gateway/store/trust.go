@@ -45,8 +45,7 @@ func (r Queries) PartyTrusts(ctx context.Context) (map[wire.ID]PartyTrust, error
 
 // SetIssuer notes which intermediate issued a party's leaf.
 func (tx *Tx) SetIssuer(ctx context.Context, party wire.Party, issuer wire.KeyHash) error {
-	_, err := tx.q.NewInsert().Model(&PartyTrust{PartyID: party.ID, Role: party.Role, Issuer: issuer, ChangedAt: tx.now}).
-		On("CONFLICT (party_id) DO UPDATE").Set("role = EXCLUDED.role, issuer = EXCLUDED.issuer, changed_at = EXCLUDED.changed_at").Exec(ctx)
+	_, err := tx.prepared.putIssuer.Exec(ctx, tx.q, &PartyTrust{PartyID: party.ID, Role: party.Role, Issuer: issuer, ChangedAt: tx.now})
 	return err
 }
 

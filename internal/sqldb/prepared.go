@@ -5,6 +5,9 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"reflect"
+	"strings"
+	"time"
 
 	"github.com/uptrace/bun"
 )
@@ -23,7 +26,7 @@ func (p *Prepared) Exec(ctx context.Context, by bun.IDB, args ...any) (sql.Resul
 	if !ok {
 		return nil, fmt.Errorf("rows are changed in a transaction, not in %T", by)
 	}
-	return tx.StmtContext(ctx, p.write).ExecContext(ctx, args...)
+	return tx.StmtContext(ctx, p.write).ExecContext(ctx, p.db.clean(args)...)
 }
 
 // Prepare parses a query whose values are bound in place of "?". No transaction
@@ -47,9 +50,23 @@ func (p *Prepared) Select(ctx context.Context, by bun.IDB, dest any, args ...any
 	if tx, ok := by.(bun.Tx); ok {
 		stmt = tx.StmtContext(ctx, p.write)
 	}
-	rows, err := stmt.QueryContext(ctx, args...)
+	rows, err := stmt.QueryContext(ctx, p.db.clean(args)...)
 	if err != nil {
 		return err
 	}
 	return p.db.read.ScanRows(ctx, rows, dest) // which closes them
+}
+
+// clean makes of args what [dialect] would write into a text for them.
+func (db *DB) clean(args []any) []any {
+	for n, arg := range args {
+		switch v := reflect.ValueOf(arg); {
+		case v.Kind() == reflect.String:
+			args[n] = Clean(v.String())
+		case v.Type() == reflect.TypeFor[time.Time]():
+			text := db.write.Dialect().AppendTime(nil, arg.(time.Time))
+			args[n] = strings.Trim(string(text), "'")
+		}
+	}
+	return args
 }

@@ -38,10 +38,11 @@ var ErrLocked = errors.New("database is in use by another process")
 // transaction was. The database goes on when there is room again.
 var ErrFull = errors.New("no space left on the disk for the database: free some space where SALLYPORT_DATA is")
 
-// Result codes of SQLite (sqlite.org/rescode.html) that mean a full disk.
+// Result codes of SQLite (sqlite.org/rescode.html).
 const (
-	sqliteFull         = 13
-	sqliteIOErrShmSize = 4874 // the file beside the journal cannot grow
+	sqliteFull             = 13
+	sqliteIOErrShmSize     = 4874 // the file beside the journal cannot grow: a full disk too
+	sqliteConstraintUnique = 2067
 )
 
 // fullEvery spaces the log lines about a full disk: everybody tries again.
@@ -57,10 +58,14 @@ const (
 // DB is an open database.
 type DB struct {
 	write, read *bun.DB
-	changes     *Queue[*change]
-	lock        *os.File
-	log         *slog.Logger
-	told        atomic.Int64 // unix nanoseconds of the last log line about a full disk
+	// savepoint and release stand around each of the changes that share a
+	// transaction.
+	savepoint, release *sql.Stmt
+
+	changes *Queue[*change]
+	lock    *os.File
+	log     *slog.Logger
+	told    atomic.Int64 // unix nanoseconds of the last log line about a full disk
 }
 
 // Config says which database to open.
@@ -118,6 +123,12 @@ func (db *DB) open(ctx context.Context, path string, cfg Config) error {
 	}
 	if len(done) > 0 {
 		cfg.Log.Info("database migrated", "from", have, "to", want)
+	}
+	if db.savepoint, err = w.PrepareContext(ctx, "SAVEPOINT one"); err != nil {
+		return err
+	}
+	if db.release, err = w.PrepareContext(ctx, "RELEASE one"); err != nil {
+		return err
 	}
 	r, err := connect(path, true)
 	if err != nil {
@@ -207,6 +218,13 @@ func full(err error) error {
 		return fmt.Errorf("%w: %w", ErrFull, err)
 	}
 	return err
+}
+
+// IsTaken tells whether a write failed because another row has what a unique
+// index allows once.
+func IsTaken(err error) bool {
+	var e *sqlite.Error
+	return errors.As(err, &e) && e.Code() == sqliteConstraintUnique
 }
 
 // Close closes the database and gives up the lock.

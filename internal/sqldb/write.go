@@ -54,7 +54,7 @@ func (db *DB) commit(group []*Job[*change]) {
 	err := db.write.RunInTx(context.Background(), nil, func(ctx context.Context, tx bun.Tx) error {
 		for _, j := range group {
 			var err error
-			if j.Err, err = j.Work.runBeside(ctx, tx); err != nil {
+			if j.Err, err = db.runBeside(ctx, tx, j.Work); err != nil {
 				return err
 			}
 		}
@@ -72,21 +72,23 @@ func (db *DB) commit(group []*Job[*change]) {
 
 // runBeside runs f within a transaction of several. It returns what f did, and
 // apart from that whether the transaction is lost for all.
-func (c *change) runBeside(ctx context.Context, tx bun.Tx) (failed, lost error) {
+func (db *DB) runBeside(ctx context.Context, tx bun.Tx, c *change) (failed, lost error) {
 	if c.ctx.Err() != nil {
 		return context.Cause(c.ctx), nil
 	}
-	if _, err := tx.Tx.ExecContext(ctx, "SAVEPOINT one"); err != nil {
+	if _, err := tx.StmtContext(ctx, db.savepoint).ExecContext(ctx); err != nil {
 		return nil, err
 	}
 	// Nothing may interrupt a statement: that would take the whole transaction
 	// back (sqlite.org/c3ref/interrupt.html).
 	failed = c.attempt(context.WithoutCancel(c.ctx), tx)
-	end := "RELEASE one"
-	if failed != nil {
-		end = "ROLLBACK TO one; RELEASE one"
+	var err error
+	if failed == nil {
+		_, err = tx.StmtContext(ctx, db.release).ExecContext(ctx)
+	} else {
+		_, err = tx.Tx.ExecContext(ctx, "ROLLBACK TO one; RELEASE one")
 	}
-	if _, err := tx.Tx.ExecContext(ctx, end); err != nil {
+	if err != nil {
 		// A full disk, for one, ends the whole transaction by itself.
 		return failed, fmt.Errorf("shared transaction: %w", errors.Join(failed, err))
 	}
