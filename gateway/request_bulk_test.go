@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -228,6 +229,15 @@ func TestRequestStates(t *testing.T) {
 			})
 			if (err == nil) != store.RequestMoves(from, to) {
 				t.Errorf("%s to %s: %v", from, to, err)
+			}
+			if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+				q.ID, q.State, q.KeyHash = string(wire.NewID()), from, wire.HashSPKI([]byte(from+to))
+				return errors.Join(tx.AddRequest(ctx, q), tx.MoveRequest(ctx, q.KeyHash, to, "moved"))
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if moved, err := d.store.Request(t.Context(), q.ID); err != nil || (moved.State == to && moved.Reason == "moved") != store.RequestMoves(from, to) {
+				t.Errorf("%s moved to %s is %s, %q, %v", from, to, moved.State, moved.Reason, err)
 			}
 			if err == nil {
 				moves++

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -221,16 +222,12 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 	if r.Party.TrustDomain != sg.trustDomain {
 		return nil, fmt.Errorf("%w: %s belongs to %q, this authority to %s", ErrRefused, r.Party, wire.Quotable(r.Party.TrustDomain), sg.trustDomain)
 	}
-	pub, key, err := identity.ParseCSR(r.CSR)
+	csr, pub, key, err := identity.ReadCSR(r.CSR)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	if a.isRevoked(key) {
 		return nil, fmt.Errorf("%w: %s: %w", ErrRefused, key.Fingerprint(), identity.ErrRevoked)
-	}
-	csr, err := x509.ParseCertificateRequest(r.CSR)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
 	}
 	// The template is replaced whole, so that no name, extension or time
 	// of the request can reach the certificate.
@@ -241,6 +238,9 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 		return nil
 	})
 	chain, err := sg.ca.SignWithContext(ctx, csr, provisioner.SignOptions{}, replace)
+	if bad := (interface{ StatusCode() int })(nil); errors.As(err, &bad) && bad.StatusCode() == http.StatusBadRequest { // the signature of the request, above all
+		err = fmt.Errorf("%w: %w", ErrRefused, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("sign certificate of %s: %w", r.Party, err)
 	}

@@ -125,10 +125,16 @@ func TestNodeNamesAndRemoval(t *testing.T) {
 		t.Fatalf("removed: %v", err)
 	}
 	update(t, db, dup) // the name is free
+	was := must[*Node](t)(db.AnyNode(ctx, id))
+	applied := wire.Revision{Generation: 1, N: 7}
+	update(t, db, func(tx *Tx) error { return tx.SetApplied(ctx, id, applied) })
 	update(t, db, func(tx *Tx) error {
 		return tx.AddNode(ctx, &Node{ID: id, Name: "web-2", State: wire.StateRunning})
 	})
 	n := must[*Node](t)(db.Node(ctx, id))
+	if n.Version != was.Version+1 || !n.CreatedAt.Equal(was.CreatedAt) || n.Applied() != applied {
+		t.Errorf("version %d made %s with %v applied, was version %d made %s", n.Version, n.CreatedAt, n.Applied(), was.Version, was.CreatedAt)
+	}
 	if tags := Effective(must[[]NodeTag](t)(db.NodeTags(ctx, id))); n.Name != "web-2" || tags["env"] != "prod" {
 		t.Errorf("enrolled again: %+v, tags %v", n, tags)
 	}

@@ -42,18 +42,27 @@ func (i *Identity) CSR(rekey bool) ([]byte, error) {
 // ParseCSR returns the public key of a request whose signature proves that the
 // sender holds it. Everything else in the request is ignored.
 func ParseCSR(der []byte) (*ecdsa.PublicKey, wire.KeyHash, error) {
-	csr, err := x509.ParseCertificateRequest(der)
+	csr, key, hash, err := ReadCSR(der)
 	if err != nil {
-		return nil, "", fmt.Errorf("certificate request: %w", err)
+		return nil, "", err
 	}
 	if err := csr.CheckSignature(); err != nil {
 		return nil, "", fmt.Errorf("certificate request: %w: %w", ErrSignature, err)
 	}
+	return key, hash, nil
+}
+
+// ReadCSR is [ParseCSR] for a caller that checks the signature itself.
+func ReadCSR(der []byte) (*x509.CertificateRequest, *ecdsa.PublicKey, wire.KeyHash, error) {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, nil, "", fmt.Errorf("certificate request: %w", err)
+	}
 	key, err := checkKey(csr.PublicKey)
 	if err != nil {
-		return nil, "", fmt.Errorf("certificate request: %w", err)
+		return nil, nil, "", fmt.Errorf("certificate request: %w", err)
 	}
-	return key, wire.HashSPKI(csr.RawSubjectPublicKeyInfo), nil
+	return csr, key, wire.HashSPKI(csr.RawSubjectPublicKeyInfo), nil
 }
 
 // checkKey accepts the curves that this program ever makes or will make.

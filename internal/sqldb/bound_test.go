@@ -26,13 +26,21 @@ type everyKind struct {
 	Blob          []byte
 }
 
-// TestInsertAsBun: a row that is bound is the row that bun writes into the text
-// of a query, whatever stands in it.
-func TestInsertAsBun(t *testing.T) {
+// TestBoundAsBun: a row that is bound is the row that bun writes into the text
+// of a query, whatever stands in it; so is one whose columns are bound later.
+func TestBoundAsBun(t *testing.T) {
 	db := open(t, filepath.Join(t.TempDir(), "kinds.db"), `CREATE TABLE kinds (id TEXT PRIMARY KEY, text TEXT, number BIGINT, part DOUBLE, yes BOOLEAN,
 		time TIMESTAMP, never TIMESTAMP, tags TEXT, list TEXT, blob BLOB);`)
 	defer func() { _ = db.Close() }()
 	insert, err := db.PrepareInsert(t.Context(), (*everyKind)(nil), `ON CONFLICT (id) DO UPDATE SET text = "every_kind".text || EXCLUDED.text`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	update, err := db.PrepareUpdate(t.Context(), (*everyKind)(nil), "blob", "list", "tags", "never", "time", "yes", "part", "number", "text")
+	if err != nil {
+		t.Fatal(err)
+	}
+	some, err := db.Prepare(t.Context(), `UPDATE kinds SET text = ?, number = ?, part = ?, time = ? WHERE id = ?`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -77,6 +85,27 @@ func TestInsertAsBun(t *testing.T) {
 			if got, want := dump(tx, "bound"), dump(tx, "written"); got != want || !strings.HasPrefix(got, "|") {
 				t.Errorf("row %d is bound as\n%s\nand written as\n%s", i, got, want)
 			}
+			if _, err := insert.Exec(ctx, tx, &everyKind{ID: "updated", Text: "old", Tags: map[string]string{"old": ""}}); err != nil {
+				return err
+			}
+			updated := rows[i]
+			updated.ID = "updated"
+			if _, err := update.Exec(ctx, tx, &updated); err != nil {
+				return err
+			}
+			if got, want := dump(tx, "updated"), dump(tx, "written"); got != want {
+				t.Errorf("row %d is updated to\n%s\nand written as\n%s", i, got, want)
+			}
+			want := dump(tx, "written")
+			if _, err := tx.Tx.ExecContext(ctx, "UPDATE kinds SET text = 'other', number = 7, part = 7, time = 'then' WHERE id = 'written'"); err != nil {
+				return err
+			}
+			if _, err := some.Exec(ctx, tx, rows[i].Text, rows[i].Number, rows[i].Part, rows[i].Time, "written"); err != nil {
+				return err
+			}
+			if got := dump(tx, "written"); got != want {
+				t.Errorf("the values of row %d are bound as\n%s\nand written as\n%s", i, got, want)
+			}
 			if _, err := tx.Tx.ExecContext(ctx, "DELETE FROM kinds"); err != nil {
 				return err
 			}
@@ -96,5 +125,8 @@ func TestInsertAsBun(t *testing.T) {
 	}
 	if _, err := insert.Exec(t.Context(), db.Read(), &everyKind{}); err == nil {
 		t.Error("a row was inserted without a transaction")
+	}
+	if _, err := db.PrepareUpdate(t.Context(), (*everyKind)(nil), "no_such"); err == nil {
+		t.Error("an update of no column was prepared")
 	}
 }
