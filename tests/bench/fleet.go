@@ -62,6 +62,7 @@ type simReport struct {
 }
 
 type simCost struct {
+	ConnectCPU  float64 `json:"connect_cpu_seconds"` // until all had enrolled and were connected
 	RSSPerNode  float64 `json:"rss_kib_per_node"`
 	AnonPerNode float64 `json:"anonymous_kib_per_node"`
 	SocketsEach float64 `json:"sockets_per_node"`
@@ -317,6 +318,9 @@ func (c *crowd) slowestAnswer(ctx context.Context) time.Duration {
 	}
 }
 
+// servers are the cores that "two cores for gateway and RCP" means.
+const servers = 2
+
 // crowd measures the rows with many nodes, all with the same nodes.
 func (b *bench) crowd(ctx context.Context) error {
 	f, err := b.point(ctx, scalePlan{b.nodes, 1}, 1+b.rounds)
@@ -325,6 +329,10 @@ func (b *bench) crowd(ctx context.Context) error {
 	}
 	r := f.first
 	b.put("enrol.rate", r.EnrollRate)
+	each := func(seconds float64) float64 { return seconds * 1000 / float64(b.nodes) }
+	b.put("enrol.rcp", each(r.RCP.ConnectCPU))
+	b.put("enrol.gateway", each(r.Gateway.ConnectCPU))
+	b.put("enrol.served", servers*1000/each(r.RCP.ConnectCPU+r.Gateway.ConnectCPU))
 	b.put("idle.rss", kib(f.reconnect.memory.RSS))
 	b.put("idle.anonymous", kib(f.reconnect.memory.Anonymous))
 	b.put("idle.enrolled", r.RCP.RSSPerNode)
