@@ -191,8 +191,14 @@ func (r *rest) listNodes(ctx context.Context, in *listNodesInput) (*body[api.Lis
 	return answer(list), err
 }
 
-// watchEvery bounds how late a change of presence is seen that woke nobody.
-const watchEvery = 2 * time.Second
+const (
+	// watchEvery bounds how late a change of presence is seen that woke nobody.
+	watchEvery = 2 * time.Second
+	// watchRest is how long a watch rests after a look at all nodes, in times of
+	// what that took: with tens of thousands of nodes a look takes a second, and
+	// while they enrol or come back something is new all the time.
+	watchRest = 9
+)
 
 func (r *rest) watchNodes(_ context.Context, in *NodeFilter) (func(context.Context, sendFunc) error, error) {
 	fits, err := in.parse()
@@ -206,10 +212,12 @@ func (r *rest) watchNodes(_ context.Context, in *NodeFilter) (func(context.Conte
 		defer look.Stop()
 		shown := map[wire.ID]api.Node{}
 		for {
+			began := time.Now()
 			all, err := r.nodeViews(ctx)
 			if err != nil {
 				return err
 			}
+			rest := time.After(watchRest * time.Since(began))
 			for _, n := range all {
 				old, had := shown[n.ID]
 				if !fits(n) && !had || had && sameNode(old, n) {
@@ -219,6 +227,11 @@ func (r *rest) watchNodes(_ context.Context, in *NodeFilter) (func(context.Conte
 				if err := send(n); err != nil {
 					return err
 				}
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-rest:
 			}
 			select {
 			case <-ctx.Done():

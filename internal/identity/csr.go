@@ -144,7 +144,7 @@ func (i *Identity) verifyOwn(certs []*x509.Certificate) (Peer, []*x509.Certifica
 	}
 	var roots []*x509.Certificate
 	for _, c := range certs[1:] {
-		if i.trusts(wire.KeyOf(c)) && c.CheckSignatureFrom(c) == nil {
+		if i.trusts(wire.KeyOf(c)) && i.verified.root(c) {
 			roots = append(roots, c)
 		}
 	}

@@ -17,7 +17,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"sallyport/internal/wire"
@@ -53,7 +52,7 @@ type Identity struct {
 	trustNumber int64
 	trustEnv    *wire.Envelope
 	pin         pin
-	pinned      atomic.Pointer[pinnedChains]
+	verified    verified
 	revoked     map[wire.KeyHash]struct{}
 	revNumber   int64
 	revEnv      *wire.Envelope

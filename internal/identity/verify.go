@@ -61,36 +61,15 @@ func (i *Identity) VerifyPinned(cs tls.ConnectionState, roles ...wire.Role) (Pee
 	}
 	i.mu.RLock()
 	defer i.mu.RUnlock()
-	known := i.pinned.Load()
-	if known == nil || !known.of(i, cs.PeerCertificates) {
-		roots, err := i.pinnedRoots(cs.PeerCertificates)
-		if err != nil {
-			return Peer{}, err
-		}
-		known = &pinnedChains{certs: cs.PeerCertificates, pin: i.pin.Root, roots: slices.Clone(i.roots)}
-		if known.chains, err = buildChains(cs.PeerCertificates, roots, time.Now()); err != nil {
-			return Peer{}, err
-		}
-		i.pinned.Store(known)
-	}
-	peer, err := i.checkChains(known.chains, time.Now())
+	roots, err := i.pinnedRoots(cs.PeerCertificates)
 	if err != nil {
 		return Peer{}, err
 	}
+	peer, err := i.verifyChain(cs.PeerCertificates, roots, time.Now())
+	if err != nil {
+		return peer, err
+	}
 	return peer, checkRole(peer, roles...)
-}
-
-// pinnedChains are chains to the pinned root whose signatures were verified
-// last: a handshake asks twice, in VerifyConnection and to learn who it was,
-// and a party that waits is asked again and again by the same few.
-type pinnedChains struct {
-	certs, roots []*x509.Certificate // what they were built of: as shown, and as trusted
-	pin          wire.KeyHash
-	chains       [][]*x509.Certificate
-}
-
-func (p *pinnedChains) of(i *Identity, certs []*x509.Certificate) bool {
-	return p.pin == i.pin.Root && slices.Equal(p.certs, certs) && slices.Equal(p.roots, i.roots)
 }
 
 // pinnedRoots returns the trusted roots and, from certs, the pinned one.
@@ -100,9 +79,7 @@ func (i *Identity) pinnedRoots(certs []*x509.Certificate) ([]*x509.Certificate, 
 	}
 	roots := slices.Clone(i.roots)
 	for _, c := range certs {
-		// The hash pins the key; the signature keeps the rest of the
-		// certificate (constraints, times) as the key's owner made it.
-		if wire.KeyOf(c) == i.pin.Root && c.CheckSignatureFrom(c) == nil {
+		if wire.KeyOf(c) == i.pin.Root && !slices.ContainsFunc(roots, c.Equal) && i.verified.root(c) {
 			roots = append(roots, c)
 		}
 	}
@@ -131,12 +108,19 @@ func (i *Identity) VerifyPending(cs tls.ConnectionState) (Peer, error) {
 }
 
 // verifyChain verifies certs (leaf first, any order behind it) up to one of
-// roots at a time, and then everything that [Identity.Verify] asks for.
+// roots at a time, and then everything that [Identity.Verify] asks for. mu is
+// held.
 func (i *Identity) verifyChain(certs, roots []*x509.Certificate, at time.Time) (Peer, error) {
+	if known := i.verified.chains(certs, roots); known != nil {
+		if peer, err := i.checkChains(known, at); err == nil {
+			return peer, nil
+		}
+	}
 	chains, err := buildChains(certs, roots, at)
 	if err != nil {
 		return Peer{}, err
 	}
+	i.verified.add(certs, roots, chains)
 	return i.checkChains(chains, at)
 }
 
@@ -151,10 +135,8 @@ func buildChains(certs, roots []*x509.Certificate, at time.Time) ([][]*x509.Cert
 	for _, r := range roots {
 		opts.Roots.AddCert(r)
 	}
-	for _, c := range certs[1:] {
-		if !slices.ContainsFunc(roots, c.Equal) { // a root among them would be verified as both
-			opts.Intermediates.AddCert(c)
-		}
+	for _, c := range below(certs, roots)[1:] { // a root among them would be verified as both
+		opts.Intermediates.AddCert(c)
 	}
 	chains, err := certs[0].Verify(opts)
 	if err != nil {
