@@ -48,7 +48,7 @@ type plannedDeployment struct {
 // that join must not cost a thousand looks at all of them.
 func newPlanner(ctx context.Context, tx *store.Tx, generation int64, rcps []wire.RCPAddresses, ids ...wire.ID) (*planner, error) {
 	p := &planner{tx: tx, rcps: rcps, generation: generation, policies: map[string]*store.Policy{}}
-	policies, err := tx.Policies(ctx, store.DefaultTenant)
+	policies, err := tx.PolicyHeads(ctx, store.DefaultTenant)
 	if err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}

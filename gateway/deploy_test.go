@@ -424,9 +424,10 @@ func TestFileEffects(t *testing.T) {
 }
 
 // BenchmarkPlan measures what each change costs with many nodes: reading all,
-// selecting, comparing.
+// selecting, comparing; and what one node costs that has enrolled.
 func BenchmarkPlan(b *testing.B) {
 	const nodes = 2000
+	spec := `{"content":"` + strings.Repeat("x", 64<<10) + `"}`
 	db, err := store.Open(b.Context(), store.Config{Path: filepath.Join(b.TempDir(), "x.db"), Log: testLog(b)})
 	if err != nil {
 		b.Fatal(err)
@@ -449,7 +450,7 @@ func BenchmarkPlan(b *testing.B) {
 		}
 		for i := range 20 {
 			name := fmt.Sprint("p-", i)
-			if _, err := tx.PutPolicy(ctx, &store.Policy{Tenant: store.DefaultTenant, Name: name, Type: "check", Spec: `{}`}); err != nil {
+			if _, err := tx.PutPolicy(ctx, &store.Policy{Tenant: store.DefaultTenant, Name: name, Type: "check", Spec: spec}); err != nil {
 				return err
 			}
 			d := &store.Deployment{Tenant: store.DefaultTenant, Name: name, Selector: fmt.Sprintf("zone in (%d)", i%10), Policies: []string{name}}

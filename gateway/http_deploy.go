@@ -57,7 +57,7 @@ func policyView(p *store.Policy, deployments []string) api.Policy {
 }
 
 func (r *rest) listPolicies(ctx context.Context, in *Page) (*body[api.List[api.Policy]], error) {
-	rows, err := r.s.store.Policies(ctx, store.DefaultTenant)
+	rows, err := r.s.store.PolicyHeads(ctx, store.DefaultTenant)
 	if err != nil {
 		return nil, err
 	}

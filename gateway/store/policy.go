@@ -37,16 +37,26 @@ type policyHead struct {
 // Policies lists the current versions by name.
 func (r Queries) Policies(ctx context.Context, tenant string) ([]*Policy, error) {
 	var out []*Policy
-	err := r.prepared.policies.Select(ctx, r.q, &out, tenant)
+	err := currentPolicies(r.q.NewSelect().Model(&out)).Where("policy.tenant = ?", tenant).Scan(ctx)
 	return out, err
+}
+
+// PolicyHeads is [Queries.Policies] without the specs, which may be megabytes
+// each.
+func (r Queries) PolicyHeads(ctx context.Context, tenant string) ([]*Policy, error) {
+	var out []*Policy
+	err := r.prepared.policyHeads.Select(ctx, r.q, &out, tenant)
+	return out, err
+}
+
+func currentPolicies(q *bun.SelectQuery) *bun.SelectQuery {
+	return q.Join("JOIN policies AS h ON h.tenant = policy.tenant AND h.name = policy.name AND h.current = policy.version").OrderExpr("policy.name")
 }
 
 // Policy returns the current version.
 func (r Queries) Policy(ctx context.Context, tenant, name string) (*Policy, error) {
 	p := new(Policy)
-	err := r.q.NewSelect().Model(p).
-		Join("JOIN policies AS h ON h.tenant = policy.tenant AND h.name = policy.name AND h.current = policy.version").
-		Where("policy.tenant = ?", tenant).Where("policy.name = ?", name).Scan(ctx)
+	err := currentPolicies(r.q.NewSelect().Model(p)).Where("policy.tenant = ?", tenant).Where("policy.name = ?", name).Scan(ctx)
 	return p, notFound(err)
 }
 

@@ -15,7 +15,7 @@ type prepared struct {
 	key, lastRequest, join              *sqldb.Prepared
 	desired, tags, statuses             *sqldb.Prepared
 	rcps, rcpByID                       *sqldb.Prepared
-	policies, deployments, rules        *sqldb.Prepared
+	policyHeads, deployments, rules     *sqldb.Prepared
 	next, setApplied, setState, setSeen *sqldb.Prepared
 	clearTags, useJoin, moveRequest     *sqldb.Prepared
 
@@ -47,9 +47,7 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 		{&p.statuses, of((*PolicyStatus)(nil)).Where("node_id = ?", value).OrderExpr("policy")},
 		{&p.rcps, of((*RCP)(nil)).OrderExpr("name")},
 		{&p.rcpByID, of((*RCP)(nil)).Where("party_id = ?", value)},
-		{&p.policies, of((*Policy)(nil)).
-			Join("JOIN policies AS h ON h.tenant = policy.tenant AND h.name = policy.name AND h.current = policy.version").
-			Where("policy.tenant = ?", value).OrderExpr("policy.name")},
+		{&p.policyHeads, currentPolicies(of((*Policy)(nil)).ExcludeColumn("spec")).Where("policy.tenant = ?", value)},
 		{&p.deployments, of((*Deployment)(nil)).Where("tenant = ?", value).OrderExpr("name")},
 		{&p.rules, of((*Rule)(nil)).Where("tenant = ?", value).OrderExpr("name")},
 	} {
