@@ -30,7 +30,7 @@ type h2 struct {
 func newH2(conn net.Conn, dir Direction, lim Limits, log *slog.Logger, ended func(error)) (*h2, error) {
 	t := &h2{conn: &watchedConn{Conn: conn, ended: ended}, limits: lim, log: log}
 	if dir == PeerDownstream {
-		cc, err := newH2Client(t.conn, lim)
+		cc, err := newH2Client(t.conn, lim, false)
 		if err != nil {
 			return nil, err
 		}
@@ -39,8 +39,9 @@ func newH2(conn net.Conn, dir Direction, lim Limits, log *slog.Logger, ended fun
 	return t, nil
 }
 
-// newH2Client makes an HTTP/2 client of a connection. It writes the preface.
-func newH2Client(conn *watchedConn, lim Limits) (*h2client.Conn, error) {
+// newH2Client makes an HTTP/2 client of a connection. It writes the preface, late
+// or not.
+func newH2Client(conn *watchedConn, lim Limits, late bool) (*h2client.Conn, error) {
 	var await func()
 	if c, ok := conn.Conn.(interface{ Await() }); ok {
 		await = c.Await
@@ -53,6 +54,7 @@ func newH2Client(conn *watchedConn, lim Limits) (*h2client.Conn, error) {
 		KeepAlive:     lim.KeepAlive,
 		HeaderTimeout: lim.HeaderTimeout,
 		Authority:     "peer",
+		Late:          late,
 		Ended:         conn.note, // more than a Read or Write knows
 	})
 }

@@ -23,10 +23,11 @@ type ClientConn struct {
 }
 
 // Client makes an HTTP/2 client of conn, which it owns from then on: for
-// [sallyport/internal/session]. Closing it, or the end of conn, closes Done.
+// [sallyport/internal/session]. It says nothing before the first request.
+// Closing it, or the end of conn, closes Done.
 func Client(conn net.Conn) (*ClientConn, error) {
 	c := &ClientConn{conn: &watchedConn{Conn: conn}}
-	cc, err := newH2Client(c.conn, nestedLimits)
+	cc, err := newH2Client(c.conn, nestedLimits, true)
 	if err != nil {
 		_ = c.conn.Close()
 		return nil, fmt.Errorf("HTTP/2: %w", err)

@@ -26,6 +26,9 @@ type Config struct {
 	// Await returns when a Read of the connection may have something to return,
 	// and needs less stack for that than the Read does. It may be nil.
 	Await func()
+	// Late has the preface go along with the first request, for a connection that
+	// is made for one.
+	Late bool
 	// Ended is called once with the reason when the connection has ended, before
 	// it is closed. It may be nil.
 	Ended func(error)
@@ -76,13 +79,16 @@ type Conn struct {
 	aliveAt int64 // when the keep-alive in flight was sent; 0: none is
 }
 
-// New makes a client of nc, which it owns from then on, and writes the preface.
+// New makes a client of nc, which it owns from then on, and writes the preface,
+// unless that is to be late.
 // Close, or the end of nc, ends what it runs.
 func New(nc net.Conn, cfg Config) (*Conn, error) {
 	c := &Conn{nc: nc, cfg: cfg, began: time.Now(), done: make(chan struct{}), turn: make(chan struct{}, 1),
 		streams: map[uint32]*Stream{}, nextID: 1, lastID: maxStreamID, maxStreams: initialMaxStreams, sendWindow: defaultWindow, maxHeader: cfg.MaxHeader,
 		sendWin: defaultWindow, recvWin: max(cfg.ConnWindow, defaultWindow)}
-	if _, err := nc.Write(c.hello()); err != nil {
+	if cfg.Late {
+		c.control = c.hello()
+	} else if _, err := nc.Write(c.hello()); err != nil {
 		_ = nc.Close()
 		return nil, err
 	}

@@ -1,12 +1,14 @@
 package h2client_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -101,6 +103,44 @@ func TestConnectionErrors(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantConnError(t, c, h2client.CodeProtocol)
+	})
+}
+
+// TestLatePreface: a connection that is made for a request says nothing before
+// it, and then all at once.
+func TestLatePreface(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := small
+		cfg.Late = true
+		ours, theirs := net.Pipe()
+		c, err := h2client.New(ours, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = c.Close() }()
+		_ = theirs.SetReadDeadline(time.Now().Add(time.Minute))
+		if n, err := theirs.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("%d bytes before there was a request, %v", n, err)
+		}
+		_ = theirs.SetReadDeadline(time.Time{})
+		asked := ask(c, get(t, "/"))
+		b := make([]byte, 4<<10)
+		n, err := theirs.Read(b) // one Write: net.Pipe hands over no more
+		if err != nil || !bytes.HasPrefix(b[:n], []byte(http2.ClientPreface)) {
+			t.Fatalf("%q, %v", b[:n], err)
+		}
+		var frames []string
+		fr := http2.NewFramer(io.Discard, bytes.NewReader(b[len(http2.ClientPreface):n]))
+		for f, err := fr.ReadFrame(); err == nil; f, err = fr.ReadFrame() {
+			frames = append(frames, f.Header().Type.String())
+		}
+		if len(frames) < 2 || frames[0] != "SETTINGS" || frames[len(frames)-1] != "HEADERS" {
+			t.Errorf("frames %v", frames)
+		}
+		_ = theirs.Close()
+		if a := <-asked; a.err == nil {
+			t.Error("a connection that has ended answered")
+		}
 	})
 }
 
