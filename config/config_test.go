@@ -171,6 +171,8 @@ func TestRefusals(t *testing.T) {
 		{rcp, "SALLYPORT_RCP_LANES=maybe", "want on or off"},
 		{rcp, "SALLYPORT_RCP_PROXY_LISTEN=20080", "want host:port"},
 		{node, "SALLYPORT_NODE_PROXY_LISTEN=localhost", "want host:port"},
+		{gateway, "SALLYPORT_GATEWAY_EVENT_RETENTION=90m", "want 1d or longer, or 0s"},
+		{gateway, "SALLYPORT_GATEWAY_AUDIT_RETENTION=1y", "is not a duration"},
 		{gateway, "SALLYPORT_GATEWAY_ACCEPT=acme", "want name=host:port"},
 		{gateway, "SALLYPORT_GATEWAY_ACCEPT=acme=host", "service acme"},
 		{gateway, "SALLYPORT_GATEWAY_ACCEPT=*=host:1", "want name=host:port"},

@@ -17,25 +17,28 @@ type metrics struct {
 	actions *prometheus.CounterVec // by final state
 	visits  *prometheus.CounterVec // by chore
 	lines   *prometheus.CounterVec // of peers streams, by verdict
-	fleet   *fleet
+	// forgotten are rows that were kept long enough, by kind.
+	forgotten *prometheus.CounterVec
+	fleet     *fleet
 }
 
 func newMetrics(reg prometheus.Registerer, f *fleet) (*metrics, error) {
 	m := &metrics{
-		opened:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_sessions_opened_total", Help: "End-to-end sessions, by result of opening them."}, []string{"result"}),
-		opening: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sallyport_gateway_session_open_seconds", Help: "Time to open an end-to-end session.", Buckets: prometheus.ExponentialBuckets(0.002, 2, 14)}),
-		warm:    prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyport_gateway_sessions_warm", Help: "End-to-end sessions that are open."}),
-		events:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_events_total", Help: "Events of nodes, by what became of them."}, []string{"result"}),
-		batches: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sallyport_gateway_event_commit_seconds", Help: "Time to commit one batch of events.", Buckets: prometheus.ExponentialBuckets(0.001, 2, 14)}),
-		actions: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_actions_total", Help: "Actions, by final state."}, []string{"state"}),
-		visits:  prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_visits_total", Help: "Sessions' worth of work with parties, by kind and result."}, []string{"kind", "result"}),
-		lines:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_peers_lines_total", Help: "Lines of peers streams, by whether they were taken."}, []string{"result"}),
-		fleet:   f,
+		opened:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_sessions_opened_total", Help: "End-to-end sessions, by result of opening them."}, []string{"result"}),
+		opening:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sallyport_gateway_session_open_seconds", Help: "Time to open an end-to-end session.", Buckets: prometheus.ExponentialBuckets(0.002, 2, 14)}),
+		warm:      prometheus.NewGauge(prometheus.GaugeOpts{Name: "sallyport_gateway_sessions_warm", Help: "End-to-end sessions that are open."}),
+		events:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_events_total", Help: "Events of nodes, by what became of them."}, []string{"result"}),
+		batches:   prometheus.NewHistogram(prometheus.HistogramOpts{Name: "sallyport_gateway_event_commit_seconds", Help: "Time to commit one batch of events.", Buckets: prometheus.ExponentialBuckets(0.001, 2, 14)}),
+		actions:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_actions_total", Help: "Actions, by final state."}, []string{"state"}),
+		visits:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_visits_total", Help: "Sessions' worth of work with parties, by kind and result."}, []string{"kind", "result"}),
+		lines:     prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_peers_lines_total", Help: "Lines of peers streams, by whether they were taken."}, []string{"result"}),
+		forgotten: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_forgotten_total", Help: "Rows that were dropped because they had been kept long enough, by kind."}, []string{"what"}),
+		fleet:     f,
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.opened, m.opening, m.warm, m.events, m.batches, m.actions, m.visits, m.lines, m} {
+	for _, c := range []prometheus.Collector{m.opened, m.opening, m.warm, m.events, m.batches, m.actions, m.visits, m.lines, m.forgotten, m} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}

@@ -31,6 +31,7 @@ func (s *Server) runMore(ctx context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.clones.run(ctx) })
 	g.Go(func() error { return s.runDeploy(ctx) })
 	g.Go(func() error { return s.runSettle(ctx) })
+	g.Go(func() error { return s.keepRetention(ctx) })
 	g.Go(func() error { return s.targets.run(ctx, s.bus) })
 	g.Go(func() error { return s.forwards.run(ctx, s.bus) })
 	g.Go(func() error { return s.acceptor.run(ctx) })
