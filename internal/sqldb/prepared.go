@@ -60,12 +60,10 @@ func (p *Prepared) Select(ctx context.Context, by bun.IDB, dest any, args ...any
 // clean makes of args what [dialect] would write into a text for them.
 func (db *DB) clean(args []any) []any {
 	for n, arg := range args {
-		switch v := reflect.ValueOf(arg); {
-		case v.Kind() == reflect.String:
+		if t, ok := arg.(time.Time); ok {
+			args[n] = strings.Trim(string(db.write.Dialect().AppendTime(nil, t)), "'")
+		} else if v := reflect.ValueOf(arg); v.Kind() == reflect.String {
 			args[n] = Clean(v.String())
-		case v.Type() == reflect.TypeFor[time.Time]():
-			text := db.write.Dialect().AppendTime(nil, arg.(time.Time))
-			args[n] = strings.Trim(string(text), "'")
 		}
 	}
 	return args
