@@ -96,7 +96,7 @@ func (db *DB) forgetRows(ctx context.Context, table string, before time.Time, af
 // ForgetActions drops the actions that ended before a moment, with their output.
 func (db *DB) ForgetActions(ctx context.Context, before time.Time, after int64) (n, next int64, err error) {
 	var rows []*Action
-	err = db.q.NewSelect().Model(&rows).Column("id", "seq", "state", "created_at", "ended_at").Where("seq > ?", after).OrderExpr("seq").Limit(maxForgotten/50).Scan(ctx)
+	err = db.q.NewSelect().Model(&rows).Column("id", "seq", "state", "created_at", "ended_at").Where("seq > ?", after).OrderExpr("seq").Limit(maxForgotten / 50).Scan(ctx)
 	if err != nil {
 		return 0, 0, err
 	}
