@@ -58,19 +58,18 @@ func (s *Server) keepRetention(ctx context.Context) error {
 // database for at least half of the time. The audit log says how much it was.
 func (s *Server) forget(ctx context.Context, r retention) error {
 	before := time.Now().Add(-r.life)
-	var total int64
+	var total, after int64
 	var failed error
-	for after, more := int64(0), true; more; {
+	for ctx.Err() == nil {
 		began := time.Now()
 		n, next, err := r.forget(ctx, before, after)
 		total += n
 		s.metrics.forgotten.WithLabelValues(r.what).Add(float64(n))
-		if after, more, failed = next, err == nil && next != 0, err; !more {
+		if after, failed = next, err; err != nil || next == 0 {
 			break
 		}
 		select {
 		case <-ctx.Done():
-			more = false
 		case <-time.After(time.Since(began)):
 		}
 	}
