@@ -1,9 +1,7 @@
 package gateway
 
 import (
-	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -206,48 +204,5 @@ func TestRefusedCertificateIsAFailedRequest(t *testing.T) {
 	d.expect(a, enroll.StateEnrolled, "")
 	if q := d.requests("")[0]; q.State != api.RequestDelivered || q.Reason != "" {
 		t.Errorf("request %+v", q)
-	}
-}
-
-// Every pair of states: what the table does not name is refused by the
-// database, whoever asks.
-func TestRequestStates(t *testing.T) {
-	t.Parallel()
-	d := newDesk(t)
-	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
-	final := map[string]bool{api.RequestDenied: true, api.RequestDiscarded: true, api.RequestExpired: true, api.RequestDelivered: true}
-	moves := 0
-	for _, from := range states {
-		for _, to := range states {
-			q := &store.Request{ID: string(wire.NewID()), Role: wire.RoleNode, PartyID: wire.NewID(), KeyHash: d.id.KeyHash(), CSR: []byte{1}, State: from}
-			err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
-				if err := tx.AddRequest(ctx, q); err != nil {
-					return err
-				}
-				q.State = to
-				return tx.SaveRequest(ctx, q)
-			})
-			if (err == nil) != store.RequestMoves(from, to) {
-				t.Errorf("%s to %s: %v", from, to, err)
-			}
-			if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
-				q.ID, q.State, q.KeyHash = string(wire.NewID()), from, wire.HashSPKI([]byte(from+to))
-				return errors.Join(tx.AddRequest(ctx, q), tx.MoveRequest(ctx, q.KeyHash, to, "moved"))
-			}); err != nil {
-				t.Fatal(err)
-			}
-			if moved, err := d.store.Request(t.Context(), q.ID); err != nil || (moved.State == to && moved.Reason == "moved") != store.RequestMoves(from, to) {
-				t.Errorf("%s moved to %s is %s, %q, %v", from, to, moved.State, moved.Reason, err)
-			}
-			if err == nil {
-				moves++
-				if final[from] && from != to {
-					t.Errorf("%s is final, and became %s", from, to)
-				}
-			}
-		}
-	}
-	if moves < 10 {
-		t.Errorf("only %d moves are possible", moves)
 	}
 }

@@ -6,7 +6,6 @@ import (
 
 	"github.com/uptrace/bun"
 
-	"sallyport/gateway/bus"
 	"sallyport/internal/sqldb"
 )
 
@@ -39,7 +38,8 @@ const (
 	ResultFailed  = "failed"
 )
 
-// AuditEntry is one row of the audit log, which is only ever added to.
+// AuditEntry is one row of the audit log, which is only ever added to, until it
+// was kept long enough.
 type AuditEntry struct {
 	bun.BaseModel `bun:"table:audit"`
 	Pos           int64 `bun:",pk"`
@@ -59,17 +59,12 @@ func (tx *Tx) Audit(ctx context.Context, what, object, detail string) {
 }
 
 func (tx *Tx) audit(ctx context.Context, what, object, result, detail string) {
-	a := ActorFrom(ctx)
-	tx.audits = append(tx.audits, AuditEntry{Time: tx.now, Who: a.Who, Origin: a.Origin, What: what, Object: object, Result: result, Detail: detail})
+	tx.audits = append(tx.audits, entry(ctx, tx.now, what, object, result, detail))
 }
 
-func (tx *Tx) writeAudit(ctx context.Context, a *AuditEntry) (err error) {
-	if tx.prepared == nil { // of [AuditBeside]
-		_, err = tx.q.NewInsert().Model(a).Exec(ctx)
-	} else {
-		_, err = tx.prepared.addAudit.Exec(ctx, tx.q, a)
-	}
-	return err
+func entry(ctx context.Context, at time.Time, what, object, result, detail string) AuditEntry {
+	a := ActorFrom(ctx)
+	return AuditEntry{Time: at, Who: a.Who, Origin: a.Origin, What: what, Object: object, Result: result, Detail: detail}
 }
 
 // AuditRefusal logs a changing call that came to nothing; result is
@@ -85,9 +80,12 @@ func (db *DB) AuditRefusal(ctx context.Context, what, object, result, detail str
 // open, for a command on its host that goes round the gateway.
 func AuditBeside(ctx context.Context, path, what, object, result, detail string) error {
 	return sqldb.Beside(ctx, path, func(ctx context.Context, btx bun.Tx) error {
-		tx := &Tx{Queries: Queries{q: btx}, now: time.Now().UTC().Truncate(time.Microsecond), topics: map[bus.Topic]struct{}{}}
-		tx.audit(ctx, what, object, result, detail)
-		return tx.flush(ctx)
+		a := entry(ctx, time.Now().UTC().Truncate(time.Microsecond), what, object, result, detail)
+		if err := btx.NewRaw(nextQuery, 1, "pos").Scan(ctx, &a.Pos); err != nil {
+			return err
+		}
+		_, err := btx.NewInsert().Model(&a).Exec(ctx)
+		return err
 	})
 }
 

@@ -105,9 +105,6 @@ var requestMoves = map[string][]string{
 	api.RequestExpired:   {api.RequestPending},
 }
 
-// RequestMoves tells whether a request may go from one state to another.
-func RequestMoves(from, to string) bool { return slices.Contains(requestMoves[to], from) }
-
 // SaveRequest writes a request back. [ErrChanged] says that its state is one
 // that does not lead to the new one: somebody else decided in the meantime.
 func (tx *Tx) SaveRequest(ctx context.Context, q *Request) error {

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -112,5 +113,47 @@ func TestCertificateOfNodeAndRCP(t *testing.T) {
 	n, r := must[*Node](t)(db.Node(ctx, id)), must[*RCP](t)(db.RCP(ctx, "dmz"))
 	if n.KeyHash != keyOf("aa") || !n.NotAfter.Equal(end) || r.KeyHash != keyOf("bb") || !r.RenewAfter.Equal(end) {
 		t.Errorf("node %+v, rcp %+v", n, r)
+	}
+}
+
+// Every pair of states: what the table does not name is refused by the
+// database, whoever asks.
+func TestRequestStates(t *testing.T) {
+	db := temp(t)
+	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
+	final := map[string]bool{api.RequestDenied: true, api.RequestDiscarded: true, api.RequestExpired: true, api.RequestDelivered: true}
+	moves := 0
+	for _, from := range states {
+		for _, to := range states {
+			q := &Request{ID: string(wire.NewID()), Role: wire.RoleNode, PartyID: wire.NewID(), KeyHash: keyOf("aa"), CSR: []byte{1}, State: from}
+			err := db.Update(t.Context(), func(ctx context.Context, tx *Tx) error {
+				if err := tx.AddRequest(ctx, q); err != nil {
+					return err
+				}
+				q.State = to
+				return tx.SaveRequest(ctx, q)
+			})
+			if (err == nil) != slices.Contains(requestMoves[to], from) {
+				t.Errorf("%s to %s: %v", from, to, err)
+			}
+			if err := db.Update(t.Context(), func(ctx context.Context, tx *Tx) error {
+				q.ID, q.State, q.KeyHash = string(wire.NewID()), from, wire.HashSPKI([]byte(from+to))
+				return errors.Join(tx.AddRequest(ctx, q), tx.MoveRequest(ctx, q.KeyHash, to, "moved"))
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if moved, err := db.Request(t.Context(), q.ID); err != nil || (moved.State == to && moved.Reason == "moved") != slices.Contains(requestMoves[to], from) {
+				t.Errorf("%s moved to %s is %s, %q, %v", from, to, moved.State, moved.Reason, err)
+			}
+			if err == nil {
+				moves++
+				if final[from] && from != to {
+					t.Errorf("%s is final, and became %s", from, to)
+				}
+			}
+		}
+	}
+	if moves < 10 {
+		t.Errorf("only %d moves are possible", moves)
 	}
 }

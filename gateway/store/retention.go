@@ -39,16 +39,7 @@ func (db *DB) ForgetEvents(ctx context.Context, before time.Time, after int64) (
 			over = append(over, e.ID)
 		}
 	}
-	if len(over) > 0 {
-		err = db.Update(ctx, func(ctx context.Context, tx *Tx) error {
-			if _, err := tx.q.NewRaw("DELETE FROM annotations WHERE event_id IN (?)", bun.List(over)).Exec(ctx); err != nil {
-				return err
-			}
-			_, err := tx.q.NewRaw("DELETE FROM events WHERE id IN (?)", bun.List(over)).Exec(ctx)
-			return err
-		})
-	}
-	if err != nil {
+	if err := db.drop(ctx, "events", over, "annotations", "event_id"); err != nil {
 		return 0, 0, err
 	}
 	return int64(len(over)), next, nil
@@ -110,17 +101,22 @@ func (db *DB) ForgetActions(ctx context.Context, before time.Time, after int64) 
 			over = append(over, a.ID)
 		}
 	}
-	if len(over) > 0 {
-		err = db.Update(ctx, func(ctx context.Context, tx *Tx) error {
-			if _, err := tx.q.NewRaw("DELETE FROM action_frames WHERE action_id IN (?)", bun.List(over)).Exec(ctx); err != nil {
-				return err
-			}
-			_, err := tx.q.NewRaw("DELETE FROM actions WHERE id IN (?)", bun.List(over)).Exec(ctx)
-			return err
-		})
-	}
-	if err != nil {
+	if err := db.drop(ctx, "actions", over, "action_frames", "action_id"); err != nil {
 		return 0, 0, err
 	}
 	return int64(len(over)), next, nil
+}
+
+// drop deletes rows of a table, and what another one has of them.
+func (db *DB) drop(ctx context.Context, table string, over []wire.ID, parts, of string) error {
+	if len(over) == 0 {
+		return nil
+	}
+	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		if _, err := tx.q.NewRaw("DELETE FROM ? WHERE ? IN (?)", bun.Ident(parts), bun.Ident(of), bun.List(over)).Exec(ctx); err != nil {
+			return err
+		}
+		_, err := tx.q.NewRaw("DELETE FROM ? WHERE id IN (?)", bun.Ident(table), bun.List(over)).Exec(ctx)
+		return err
+	})
 }

@@ -182,10 +182,6 @@ func (tx *Tx) Wake(t bus.Topic) { tx.topics[t] = struct{}{} }
 // until the transaction ends.
 func (tx *Tx) next(ctx context.Context, counter string, n int64) (v int64, err error) {
 	var values []int64
-	if tx.prepared == nil { // of [AuditBeside]: a connection for one transaction
-		err := tx.q.NewRaw(nextQuery, n, counter).Scan(ctx, &v)
-		return v, err
-	}
 	if err := tx.prepared.next.Select(ctx, tx.q, &values, n, counter); err != nil || len(values) == 0 {
 		return 0, cmp.Or(err, fmt.Errorf("counter %s: %w", counter, ErrNotFound))
 	}
@@ -223,7 +219,7 @@ func (tx *Tx) flush(ctx context.Context) error {
 		}
 	}
 	for i := range tx.audits {
-		if err := tx.writeAudit(ctx, &tx.audits[i]); err != nil {
+		if _, err := tx.prepared.addAudit.Exec(ctx, tx.q, &tx.audits[i]); err != nil {
 			return fmt.Errorf("write audit log: %w", err)
 		}
 	}

@@ -159,7 +159,6 @@ func TestNobodyGivesWayForOurSlowness(t *testing.T) {
 	})
 }
 
-// A source above its share has no claim to be waited for against one below.
 // Parties that are slow because all of them come at once, from a machine or by way of a
 // line that they share, do not give way to each other: that would make all of them
 // begin anew. They do again when nobody comes in any more.
@@ -200,6 +199,7 @@ func TestNobodyGivesWayWhileTheDoorMoves(t *testing.T) {
 	})
 }
 
+// A source above its share has no claim to be waited for against one below.
 func TestShareOfASource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const total, each = 8, 4

@@ -45,7 +45,6 @@ func (v *verified) root(c *x509.Certificate) bool {
 // chains returns those that were built of the same certificates before; nil if
 // none were.
 func (v *verified) chains(certs, roots []*x509.Certificate) [][]*x509.Certificate {
-	certs = below(certs, roots)
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	for _, known := range v.last {
@@ -60,11 +59,12 @@ func (v *verified) chains(certs, roots []*x509.Certificate) [][]*x509.Certificat
 func (v *verified) add(certs, roots []*x509.Certificate, chains [][]*x509.Certificate) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	v.last = slices.Insert(v.last, 0, verifiedChains{certs: below(certs, roots), roots: slices.Clone(roots), chains: chains})
+	v.last = slices.Insert(v.last, 0, verifiedChains{certs: certs, roots: slices.Clone(roots), chains: chains})
 	v.last = slices.Delete(v.last, min(len(v.last), maxVerified), len(v.last))
 }
 
-// below leaves the roots out, which some peers show and some do not.
+// below leaves the roots out, which some peers show and some do not. The leaf
+// stays first.
 func below(certs, roots []*x509.Certificate) []*x509.Certificate {
 	out := make([]*x509.Certificate, 0, len(certs))
 	for n, c := range certs {

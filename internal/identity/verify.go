@@ -111,6 +111,7 @@ func (i *Identity) VerifyPending(cs tls.ConnectionState) (Peer, error) {
 // roots at a time, and then everything that [Identity.Verify] asks for. mu is
 // held.
 func (i *Identity) verifyChain(certs, roots []*x509.Certificate, at time.Time) (Peer, error) {
+	certs = below(certs, roots) // a root among them would be verified as both
 	if known := i.verified.chains(certs, roots); known != nil {
 		if peer, err := i.checkChains(known, at); err == nil {
 			return peer, nil
@@ -124,7 +125,7 @@ func (i *Identity) verifyChain(certs, roots []*x509.Certificate, at time.Time) (
 	return i.checkChains(chains, at)
 }
 
-// buildChains finds the ways from certs[0] to one of roots.
+// buildChains finds the ways from certs[0], by the others, to one of roots.
 func buildChains(certs, roots []*x509.Certificate, at time.Time) ([][]*x509.Certificate, error) {
 	opts := x509.VerifyOptions{
 		Roots:         x509.NewCertPool(),
@@ -135,7 +136,7 @@ func buildChains(certs, roots []*x509.Certificate, at time.Time) ([][]*x509.Cert
 	for _, r := range roots {
 		opts.Roots.AddCert(r)
 	}
-	for _, c := range below(certs, roots)[1:] { // a root among them would be verified as both
+	for _, c := range certs[1:] {
 		opts.Intermediates.AddCert(c)
 	}
 	chains, err := certs[0].Verify(opts)

@@ -332,7 +332,7 @@ func (b *bench) crowd(ctx context.Context) error {
 	each := func(seconds float64) float64 { return seconds * 1000 / float64(b.nodes) }
 	b.put("enrol.rcp", each(r.RCP.ConnectCPU))
 	b.put("enrol.gateway", each(r.Gateway.ConnectCPU))
-	b.put("enrol.served", servers*1000/each(r.RCP.ConnectCPU+r.Gateway.ConnectCPU))
+	b.put("enrol.served", servers*float64(b.nodes)/(r.RCP.ConnectCPU+r.Gateway.ConnectCPU))
 	b.put("idle.rss", kib(f.reconnect.memory.RSS))
 	b.put("idle.anonymous", kib(f.reconnect.memory.Anonymous))
 	b.put("idle.enrolled", r.RCP.RSSPerNode)
