@@ -21,10 +21,6 @@ var programs = sync.OnceValues(func() (string, error) { return build(context.Bac
 // build makes all programs in a cached directory. The test programs of several
 // packages share it, one at a time; the go command leaves what is up to date.
 func build(ctx context.Context) (string, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
 	kind, flags, env := buildKind()
 	root, err := Repository()
 	if err != nil {
@@ -33,8 +29,7 @@ func build(ctx context.Context) (string, error) {
 	if err := touchSources(root); err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "sallyport-tests", kind)
-	unlock, err := lockDirectory(dir)
+	dir, unlock, err := lockPrograms(kind)
 	if err != nil {
 		return "", err
 	}
@@ -93,19 +88,24 @@ func Repository() (string, error) {
 	}
 }
 
-// lockDirectory makes a directory for what is built, and keeps other test
-// processes out of it until unlock.
-func lockDirectory(dir string) (unlock func(), err error) {
+// lockPrograms makes the cached directory for programs of one kind, and keeps
+// other test processes out of it until unlock.
+func lockPrograms(kind string) (dir string, unlock func(), err error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		cache = os.TempDir()
+	}
+	dir = filepath.Join(cache, "sallyport-tests", kind)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
+		return "", nil, err
 	}
 	lock, err := os.OpenFile(filepath.Join(dir, ".lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
-		return nil, err
+		return "", nil, err
 	}
 	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
 		_ = lock.Close()
-		return nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
+		return "", nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
-	return func() { _ = lock.Close() }, nil // which unlocks
+	return dir, func() { _ = lock.Close() }, nil // which unlocks
 }

@@ -140,10 +140,6 @@ func buildClock(ctx context.Context) (string, error) {
 	}
 	edited := bytes.Replace(source, []byte(nowWas), []byte(nowIs), 1)
 
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		cache = os.TempDir()
-	}
 	kind, flags, env := buildKind()
 	hash := sha256.New()
 	for _, text := range []string{string(edited), clockSource, clockTool} {
@@ -154,8 +150,7 @@ func buildClock(ctx context.Context) (string, error) {
 	// stands in the source and in the directory's name.
 	made := hex.EncodeToString(hash.Sum(nil)[:6])
 	added := "// Made by " + made + ".\n" + clockSource
-	dir := filepath.Join(cache, "sallyport-tests", kind+"-clock-"+made)
-	unlock, err := lockDirectory(dir)
+	dir, unlock, err := lockPrograms(kind + "-clock-" + made)
 	if err != nil {
 		return "", err
 	}

@@ -1,9 +1,12 @@
 package harness
 
 import (
+	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 )
 
 // PKI is a certificate authority in a process of its own.
@@ -50,41 +53,54 @@ func (p *PKI) Serves() Option {
 	}
 }
 
-// StepCA builds smallstep's own CA.
+// StepCA is smallstep's own CA.
 func (s *Site) StepCA() string {
 	s.t.Helper()
-	return s.smallstep("github.com/smallstep/certificates/cmd/step-ca")
+	return s.smallstep("step-ca")
 }
 
-// Step builds smallstep's command line.
+// Step is smallstep's command line.
 func (s *Site) Step() string {
 	s.t.Helper()
-	return s.smallstep("github.com/smallstep/cli/cmd/step")
+	return s.smallstep("step")
 }
 
-// smallstep builds a program of tests/stepca, a module of its own: the product
-// carries none of what it needs. The tags are the same for all, so that what
-// they share is compiled once. Without its modules in the cache or a network
-// the test is skipped at the desk, and fails in CI.
-func (s *Site) smallstep(path string) string {
+// smallstep is one of smallstep's programs. Without their modules in the cache
+// or a network the test is skipped at the desk, and fails in CI.
+func (s *Site) smallstep(name string) string {
 	s.t.Helper()
-	root, err := Repository()
-	if err != nil {
+	dir, err := smallstepPrograms()
+	if err != nil && os.Getenv("CI") == "true" {
 		s.t.Fatal(err)
 	}
-	cache, err := os.UserCacheDir()
 	if err != nil {
-		cache = os.TempDir()
+		s.t.Skip(err)
 	}
-	name := filepath.Base(path)
-	program := filepath.Join(cache, "sallyport-tests", name)
-	cmd := exec.CommandContext(s.t.Context(), "go", "build", "-tags", "nobadger,nomysql,nopgx", "-o", program, path)
+	return filepath.Join(dir, name)
+}
+
+// smallstepPrograms builds them, once per test process and in one go: by
+// themselves, tests that run at the same time would each compile the hundreds of
+// packages that they share.
+var smallstepPrograms = sync.OnceValues(func() (string, error) { return buildSmallstep(context.Background()) })
+
+// buildSmallstep makes the programs of tests/stepca, a module of its own: the
+// product carries none of what they need.
+func buildSmallstep(ctx context.Context) (string, error) {
+	root, err := Repository()
+	if err != nil {
+		return "", err
+	}
+	dir, unlock, err := lockPrograms("smallstep")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	cmd := exec.CommandContext(ctx, "go", "build", "-tags", "nobadger,nomysql,nopgx", "-o", dir+string(filepath.Separator),
+		"github.com/smallstep/certificates/cmd/step-ca", "github.com/smallstep/cli/cmd/step")
 	cmd.Dir, cmd.Env = filepath.Join(root, "tests", "stepca"), append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		if os.Getenv("CI") == "true" {
-			s.t.Fatalf("build %s: %v\n%s", name, err, out)
-		}
-		s.t.Skipf("%s cannot be built here: %v\n%s", name, err, out)
+		return "", fmt.Errorf("build smallstep's programs: %w\n%s", err, out)
 	}
-	return program
+	return dir, nil
 }
