@@ -50,6 +50,9 @@ func (p *Prepared) Select(ctx context.Context, by bun.IDB, dest any, args ...any
 	if tx, ok := by.(bun.Tx); ok {
 		stmt = tx.StmtContext(ctx, p.write)
 	}
+	// A context that can end costs two goroutines, which wait for that, and a
+	// row that is found by its key is there sooner.
+	ctx = context.WithoutCancel(ctx)
 	rows, err := stmt.QueryContext(ctx, p.db.clean(args)...)
 	if err != nil {
 		return err

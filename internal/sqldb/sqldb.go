@@ -181,6 +181,7 @@ func connect(path string, readOnly bool) (*sql.DB, error) {
 		q.Add("_pragma", "query_only(1)")
 	} else {
 		q.Add("_pragma", "journal_mode(WAL)")
+		q.Add("_pragma", "temp_store(MEMORY)") // what a savepoint may have to bring back; by default a file, made and removed for each larger transaction
 		q.Set("_txlock", "immediate")
 	}
 	q.Add("_pragma", "synchronous(FULL)") // after journal_mode: WAL alone would allow NORMAL, which loses acknowledged commits at power loss

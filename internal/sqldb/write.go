@@ -24,8 +24,8 @@ type change struct {
 // Write runs f in a writing transaction and commits it unless f fails. When it
 // returns nil, what f wrote is on disk. Those that came while another one was
 // being written share the next transaction: each sees what those before it
-// wrote, and one that fails takes only its own back. There ctx ends the wait
-// for the turn, and f, which then is not interrupted any more, is short.
+// wrote, and one that fails takes only its own back. ctx ends the wait for the
+// turn; f, which is not interrupted any more, is short.
 func (db *DB) Write(ctx context.Context, f func(ctx context.Context, tx bun.Tx) error) error {
 	c := &change{ctx: ctx, f: f}
 	err := db.changes.Do(ctx, c, func() func(*change) bool {
@@ -48,7 +48,11 @@ func (db *DB) Write(ctx context.Context, f func(ctx context.Context, tx bun.Tx) 
 func (db *DB) commit(group []*Job[*change]) {
 	if len(group) == 1 {
 		c := group[0].Work
-		group[0].Err = db.write.RunInTx(c.ctx, nil, c.attempt)
+		if c.ctx.Err() != nil {
+			group[0].Err = context.Cause(c.ctx)
+			return
+		}
+		group[0].Err = db.write.RunInTx(context.WithoutCancel(c.ctx), nil, c.attempt)
 		return
 	}
 	err := db.write.RunInTx(context.Background(), nil, func(ctx context.Context, tx bun.Tx) error {
