@@ -107,7 +107,7 @@ func TestConnectionErrors(t *testing.T) {
 }
 
 // TestLatePreface: a connection that is made for a request says nothing before
-// it, and then all at once.
+// it, and then all at once; what it owes the peer's settings goes with the next one.
 func TestLatePreface(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cfg := small
@@ -137,9 +137,32 @@ func TestLatePreface(t *testing.T) {
 		if len(frames) < 2 || frames[0] != "SETTINGS" || frames[len(frames)-1] != "HEADERS" {
 			t.Errorf("frames %v", frames)
 		}
+		synctest.Wait() // the request is written
+		if err := http2.NewFramer(theirs, nil).WriteSettings(); err != nil {
+			t.Fatal(err)
+		}
+		_ = theirs.SetReadDeadline(time.Now().Add(time.Minute))
+		if n, err := theirs.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("%d bytes before there was another request, %v", n, err)
+		}
+		_ = theirs.SetReadDeadline(time.Time{})
+		again := ask(c, get(t, "/"))
+		if n, err = theirs.Read(b); err != nil {
+			t.Fatal(err)
+		}
+		frames = nil
+		fr = http2.NewFramer(io.Discard, bytes.NewReader(b[:n]))
+		for f, err := fr.ReadFrame(); err == nil; f, err = fr.ReadFrame() {
+			frames = append(frames, f.Header().String())
+		}
+		if len(frames) != 2 || !strings.Contains(frames[0]+frames[1], "SETTINGS flags=ACK") || !strings.Contains(frames[0]+frames[1], "HEADERS") {
+			t.Errorf("frames %v, want what acknowledges the settings and the request", frames)
+		}
 		_ = theirs.Close()
-		if a := <-asked; a.err == nil {
-			t.Error("a connection that has ended answered")
+		for _, asked := range []chan result{asked, again} {
+			if a := <-asked; a.err == nil {
+				t.Error("a connection that has ended answered")
+			}
 		}
 	})
 }

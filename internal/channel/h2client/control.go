@@ -26,7 +26,8 @@ func (c *Conn) readSettings(h frameHeader) error {
 		}
 	}
 	c.mu.Lock()
-	if !c.settled {
+	first := !c.settled
+	if first {
 		c.settled = true
 		if !c.limited {
 			c.maxStreams = maxStreamID
@@ -36,7 +37,11 @@ func (c *Conn) readSettings(h frameHeader) error {
 	c.control = frameHeader{typ: frameSettings, flags: flagAck}.append(c.control)
 	err := c.ackLocked()
 	c.mu.Unlock()
-	c.kick()
+	// That we have understood the peer's first settings can go along with the
+	// second request, as the preface went with the first one.
+	if !first || !c.cfg.Late {
+		c.kick()
+	}
 	return err
 }
 
