@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -13,12 +14,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
+	"sallyport/internal/doors"
 	"sallyport/internal/enroll"
 	"sallyport/internal/identity"
 	"sallyport/internal/identity/identitytest"
@@ -626,4 +629,48 @@ func FuzzEnrollRequest(f *testing.F) {
 			t.Fatalf("a certificate was issued: %s", b)
 		}
 	})
+}
+
+// BenchmarkEnrolRows is what an enrolment costs in the database, by as many at a
+// time as a gateway has under way. CPU time says more than time: most of that is
+// waiting for the disk.
+func BenchmarkEnrolRows(b *testing.B) {
+	d := newDesk(b)
+	code, err := wire.ParseJoinCode(d.join(api.CreateJoin{Role: wire.RoleNode, Uses: b.N}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	enrol := func() error {
+		serial := wire.NewNonce()
+		key := wire.HashSPKI(serial[:])
+		req := &wire.EnrollRequest{Role: wire.RoleNode, ID: wire.NewID(), TokenID: code.TokenID, Token: code.Token, Versions: wire.OwnVersions, CSR: make([]byte, 400)}
+		grant, err := d.register(b.Context(), key, req, origin{rcp: "dmz"})
+		if err != nil {
+			return err
+		}
+		leaf := &x509.Certificate{SerialNumber: new(big.Int).SetBytes(serial[:]), NotAfter: time.Now().Add(90 * 24 * time.Hour)}
+		row := &store.Certificate{Issuer: key, Serial: doors.Serial(leaf.SerialNumber), KeyHash: key, Via: string(req.ID), NotAfter: leaf.NotAfter}
+		if err := d.store.Update(b.Context(), func(ctx context.Context, tx *store.Tx) error { return tx.AddCertificate(ctx, row) }); err != nil {
+			return err
+		}
+		return d.delivered(b.Context(), key, grant, &issued{leaf: leaf, key: key, issuer: key})
+	}
+	cpu := func() time.Duration {
+		var r syscall.Rusage
+		if err := syscall.Getrusage(syscall.RUSAGE_SELF, &r); err != nil {
+			b.Fatal(err)
+		}
+		return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+	}
+	began := cpu()
+	b.SetParallelism(32)
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if err := enrol(); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+	b.ReportMetric(float64((cpu()-began).Microseconds())/float64(b.N), "cpu-µs/op")
 }
