@@ -459,7 +459,7 @@ func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
 		w.s.actions.mu.Lock()
 		defer w.s.actions.mu.Unlock()
 		_, waits := w.s.actions.timers[a.ID]
-		return !waits && !w.s.actions.active[a.ID]
+		return !waits && w.s.actions.active[a.ID] == ""
 	})
 	if a = w.done(a); a.State != wire.ActionCancelled || !a.SentAt.IsZero() {
 		t.Errorf("ended as %+v", a)
@@ -492,5 +492,29 @@ func TestActionsOfACallerThatWentAwayAreStarted(t *testing.T) {
 	}
 	if a := w.done(actions[0]); a.Code != api.ActionCodeNotConnected {
 		t.Errorf("ended as %+v", a)
+	}
+}
+
+// TestNodeThatComesWhileItsActionIsLookedAt: after a restart an action is found
+// without its node, and before that is written down the node is there.
+func TestNodeThatComesWhileItsActionIsLookedAt(t *testing.T) {
+	t.Parallel()
+	r := newRunner(nil)
+	node, other := wire.NewID(), wire.NewID()
+	for _, c := range []struct {
+		came wire.ID
+		due  bool
+	}{{node, true}, {other, false}} {
+		a := &store.Action{ID: wire.NewID(), NodeID: node, State: wire.ActionRunning}
+		r.active[a.ID], r.byNode[node] = node, 1
+		r.kick(t.Context(), task{id: c.came})
+		if due, _ := r.due(time.Now()); len(due) != 0 {
+			t.Fatalf("an action that has a goroutine is given another: %v", due)
+		}
+		r.rest(a, time.Now().Add(time.Hour))
+		due, next := r.due(time.Now())
+		if _, ok := due[a.ID]; ok != c.due || next.IsZero() == !c.due {
+			t.Errorf("due %v, the next one at %v", due, next)
+		}
 	}
 }

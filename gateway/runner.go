@@ -27,7 +27,7 @@ type runner struct {
 	retry chan struct{} // holds a wake-up: the timers changed
 
 	mu     sync.Mutex
-	active map[wire.ID]bool    // actions with a goroutine
+	active map[wire.ID]wire.ID // actions with a goroutine, and their nodes
 	byNode map[wire.ID]int     // likewise, by node
 	timers map[wire.ID]waiting // open actions that nothing happens to now
 }
@@ -40,7 +40,7 @@ type waiting struct {
 
 func newRunner(s *Server) *runner {
 	return &runner{s: s, limit: maxOutput, retry: make(chan struct{}, 1),
-		active: make(map[wire.ID]bool), byNode: make(map[wire.ID]int), timers: make(map[wire.ID]waiting)}
+		active: make(map[wire.ID]wire.ID), byNode: make(map[wire.ID]int), timers: make(map[wire.ID]waiting)}
 }
 
 // Run runs actions until stop ends; those under way end with work. They are
@@ -94,7 +94,7 @@ func (r *runner) due(now time.Time) (due map[wire.ID]waiting, next time.Time) {
 	due = make(map[wire.ID]waiting)
 	for id, w := range r.timers {
 		switch {
-		case r.active[id]:
+		case r.active[id] != "":
 		case !w.at.After(now):
 			due[id] = w
 			delete(r.timers, id)
@@ -118,7 +118,9 @@ func (r *runner) begin(a *store.Action) { r.wait(a, time.Now()) }
 // cancel makes the goroutine of an action tell its node, or starts one.
 func (r *runner) cancel(a *store.Action) { r.wait(a, time.Now()) }
 
-// kick is called when a node came, or hinted that a result waits.
+// kick is called when a node came, or hinted that a result waits. An action that
+// is being looked at may have been found without its node a moment ago: it is
+// looked at once more.
 func (r *runner) kick(_ context.Context, t task) (want, time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -126,6 +128,11 @@ func (r *runner) kick(_ context.Context, t task) (want, time.Duration) {
 	for id, w := range r.timers {
 		if w.node == t.id {
 			r.timers[id] = waiting{w.node, now}
+		}
+	}
+	for id, node := range r.active {
+		if node == t.id {
+			r.timers[id] = waiting{node, now}
 		}
 	}
 	wake(r.retry)
@@ -137,34 +144,39 @@ func (r *runner) kick(_ context.Context, t task) (want, time.Duration) {
 func (r *runner) launch(ctx context.Context, runs *errgroup.Group, a *store.Action) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.active[a.ID] {
+	if r.active[a.ID] != "" {
 		return
 	}
 	if r.byNode[a.NodeID] >= maxRunsPerNode && !a.Cancelling {
 		r.timers[a.ID] = waiting{a.NodeID, time.Now().Add(runRetry)}
 		return
 	}
-	r.active[a.ID] = true
+	r.active[a.ID] = a.NodeID
 	r.byNode[a.NodeID]++
 	runs.Go(func() error {
-		next := r.step(ctx, a)
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		delete(r.active, a.ID)
-		if r.byNode[a.NodeID]--; r.byNode[a.NodeID] == 0 {
-			delete(r.byNode, a.NodeID)
-		}
-		w, poked := r.timers[a.ID]
-		switch {
-		case poked && a.Open() && (next.IsZero() || w.at.Before(next)):
-		case a.Open() && !next.IsZero():
-			r.timers[a.ID] = waiting{a.NodeID, next}
-		default:
-			delete(r.timers, a.ID)
-		}
-		wake(r.retry)
+		r.rest(a, r.step(ctx, a))
 		return nil
 	})
+}
+
+// rest takes the goroutine from an action, which is to be looked at again then,
+// or at once if it was asked for meanwhile.
+func (r *runner) rest(a *store.Action, next time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.active, a.ID)
+	if r.byNode[a.NodeID]--; r.byNode[a.NodeID] == 0 {
+		delete(r.byNode, a.NodeID)
+	}
+	w, poked := r.timers[a.ID]
+	switch {
+	case poked && a.Open() && (next.IsZero() || w.at.Before(next)):
+	case a.Open() && !next.IsZero():
+		r.timers[a.ID] = waiting{a.NodeID, next}
+	default:
+		delete(r.timers, a.ID)
+	}
+	wake(r.retry)
 }
 
 // step does what can be done for an open action now, and returns when to look
