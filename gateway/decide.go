@@ -114,6 +114,8 @@ func (e *enrolment) impossible(d *decision, key wire.KeyHash, req *wire.EnrollRe
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "role %q is not enrolled here", wire.Quotable(string(req.Role)))
 	case err != nil || req.ID == e.id.ID():
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "%q cannot be the UUID of a party", wire.Quotable(string(req.ID)))
+	case len(req.CSR) > maxCSR:
+		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "its certificate request has %d bytes, the limit is %d", len(req.CSR), maxCSR)
 	case req.Name != "" && req.Role == wire.RoleNode && !wire.ValidPartyName(req.Name):
 		d.is(wire.EnrollDenied, wire.EnrollBadRequest, "name %q: %s (see SALLYPORT_NODE_NAME)", wire.Quotable(req.Name), nameRule)
 	default:

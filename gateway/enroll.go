@@ -37,6 +37,12 @@ const (
 	maxUncollected = 365 * 24 * time.Hour
 	// maxAttempts bounds the memory of parties that were asked.
 	maxAttempts = 50_000
+	// maxLeaves is how many leaves one key is given within retryGranted. Each is
+	// kept, and audited: who has a key could fill our disk by coming anew.
+	maxLeaves = 8
+	// maxCSR bounds what is kept of each party that waits, in bytes. Ours have 400;
+	// others may have names in them, which nobody reads.
+	maxCSR = 4 << 10
 	// maxRevocationsInVerdict keeps a verdict below wire.MaxEnrollBody; a
 	// larger set follows in the first session.
 	maxRevocationsInVerdict = 24 << 10
@@ -104,6 +110,8 @@ type attempt struct {
 	since    time.Time // of its connection, as reported
 	next     time.Time
 	failures int
+	leaves   int       // that were made for its key
+	counted  time.Time // since when
 }
 
 // pending looks at a party that waits for a certificate. It is called when the
@@ -129,7 +137,7 @@ func (e *enrolment) due(key wire.KeyHash, since time.Time) bool {
 	defer e.mu.Unlock()
 	now := time.Now()
 	a := e.attempts[key]
-	if a != nil && a.since.Equal(since) && now.Before(a.next) {
+	if a != nil && now.Before(a.next) && (a.since.Equal(since) || a.leaves >= maxLeaves) {
 		return false
 	}
 	if a == nil {
@@ -163,8 +171,16 @@ func (e *enrolment) asked(key wire.KeyHash, state string, err error) {
 	if a == nil {
 		return // it was granted in the meantime: ask again
 	}
+	if now := time.Now(); now.Sub(a.counted) >= retryGranted {
+		a.leaves, a.counted = 0, now
+	}
+	if state == wire.EnrollGranted { // whether it took the leaf or not
+		a.leaves++
+	}
 	var wait time.Duration
 	switch {
+	case a.leaves >= maxLeaves:
+		wait, a.failures = time.Until(a.counted.Add(retryGranted)), 0
 	case err != nil:
 		wait = min(retryFailed<<min(a.failures, 8), retryRefused)
 		a.failures++

@@ -17,7 +17,7 @@ import (
 func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wire.KeyHash, req *wire.EnrollRequest, from origin) error {
 	switch {
 	case d.state == "" || d.state == wire.EnrollDenied:
-		return e.deniedRequest(ctx, tx, d)
+		return e.noteDenial(ctx, tx, d)
 	case d.known:
 		return nil
 	}
@@ -50,14 +50,15 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 	return tx.SaveRequest(ctx, q)
 }
 
-// deniedRequest ends a request that waited, when its party comes back with a
-// code that is no good. A bad code alone is not written down: it is not queued.
-func (e *enrolment) deniedRequest(ctx context.Context, tx *store.Tx, d *decision) error {
+// noteDenial tells those who look at a request that its party came back with a
+// code that is no good. The request waits on: were it over, whoever reaches an RCP
+// could make one after the other. A bad code alone is not written down.
+func (e *enrolment) noteDenial(ctx context.Context, tx *store.Tx, d *decision) error {
 	q := d.prior
 	if q == nil || d.state == "" {
 		return nil
 	}
-	q.State, q.Code, q.Reason, q.DecidedAt, q.DecidedBy = api.RequestFailed, d.code, d.reason, tx.Now(), "gateway"
+	q.Code, q.Reason, q.SeenAt = d.code, d.reason, tx.Now()
 	return tx.SaveRequest(ctx, q)
 }
 

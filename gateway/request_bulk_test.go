@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -205,4 +206,92 @@ func TestRefusedCertificateIsAFailedRequest(t *testing.T) {
 	if q := d.requests("")[0]; q.State != api.RequestDelivered || q.Reason != "" {
 		t.Errorf("request %+v", q)
 	}
+}
+
+// TestBadCodeDoesNotEndARequest: a party that waits and comes back with a code that
+// is no good is told so, and waits on. Else whoever reaches an RCP could leave one
+// request after the other.
+func TestBadCodeDoesNotEndARequest(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a, told := d.asking("web", "", nil)
+	d.see(a)
+	if told.State != wire.EnrollPending {
+		t.Fatalf("told %+v", told)
+	}
+	plain := a.bend
+	a.bend = func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		if r.Method != http.MethodGet {
+			return plain(r, w)
+		}
+		var req wire.EnrollRequest
+		own := httptest.NewRecorder()
+		plain(r, own)
+		err := json.NewDecoder(own.Body).Decode(&req)
+		req.TokenID, req.Token = "nobody's", "secret"
+		if err = errors.Join(err, json.NewEncoder(w).Encode(req)); err != nil {
+			t.Error(err)
+		}
+		return true
+	}
+	for range 2 {
+		d.see(a)
+		if told.State != wire.EnrollDenied || told.Code != wire.EnrollTokenUnknown {
+			t.Fatalf("told %+v", told)
+		}
+		if q := d.requests(""); len(q) != 1 || q[0].State != api.RequestPending || q[0].Code != wire.EnrollTokenUnknown {
+			t.Fatalf("%d requests, %+v", len(q), q[0])
+		}
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(a)
+	if told.State != wire.EnrollGranted || len(told.Chain) == 0 {
+		t.Errorf("told %+v", told)
+	}
+}
+
+func TestRequestsAreSmall(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	req := &wire.EnrollRequest{Role: wire.RoleNode, ID: wire.NewID(), Versions: wire.OwnVersions, CSR: make([]byte, maxCSR+1)}
+	got, err := d.register(t.Context(), wire.HashSPKI([]byte("a")), req, origin{})
+	if err != nil || got.state != wire.EnrollDenied || got.code != wire.EnrollBadRequest || len(d.requests("")) != 0 {
+		t.Errorf("%+v %v", got, err)
+	}
+}
+
+// TestOneKeyGetsFewLeaves: a party that has a certificate and comes as one that
+// waits, again and again, is given new ones slowly: each is kept and audited.
+func TestOneKeyGetsFewLeaves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t)
+		a := d.enrolled(d.join(api.CreateJoin{}), "")
+		for _, answer := range []func(r *http.Request, w *httptest.ResponseRecorder) bool{
+			nil,
+			func(r *http.Request, w *httptest.ResponseRecorder) bool {
+				if r.Method == http.MethodPut {
+					http.Error(w, "no", http.StatusInternalServerError)
+				}
+				return r.Method == http.MethodPut
+			},
+		} {
+			time.Sleep(2 * retryGranted)
+			a.bend = answer
+			before := len(d.ca.issued)
+			for range 10 * maxLeaves {
+				time.Sleep(time.Second / 10)
+				d.see(a)
+			}
+			if n := len(d.ca.issued) - before; n != maxLeaves {
+				t.Errorf("%d leaves, want %d", n, maxLeaves)
+			}
+			time.Sleep(retryGranted)
+			d.see(a)
+			if n := len(d.ca.issued) - before; n != maxLeaves+1 {
+				t.Errorf("%d leaves a minute later, want %d", n, maxLeaves+1)
+			}
+		}
+	})
 }

@@ -71,6 +71,14 @@ func TestRequestsAreFound(t *testing.T) {
 	if n := must[int64](t)(db.CountRequests(ctx, api.RequestPending)); n != 0 {
 		t.Errorf("%d still wait", n)
 	}
+	for before, want := range map[time.Duration]int64{-time.Hour: 0, time.Hour: 3} {
+		if n, _ := forget(t, db.ForgetRequests, time.Now().Add(before)); n != want {
+			t.Errorf("%d of those that expired before now %+v are dropped, want %d", n, before, want)
+		}
+	}
+	if q := must[*Request](t)(db.Request(ctx, old.ID)); q.State != api.RequestDenied {
+		t.Errorf("what an operator denied: %+v", q)
+	}
 }
 
 func TestRevocationIsForEver(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 
 	"github.com/uptrace/bun"
 
+	"sallyport/gateway/api"
 	"sallyport/internal/wire"
 )
 
@@ -105,6 +106,23 @@ func (db *DB) ForgetActions(ctx context.Context, before time.Time, after int64) 
 		return 0, 0, err
 	}
 	return int64(len(over)), next, nil
+}
+
+// ForgetRequests drops the certificate requests that expired before a moment:
+// whoever reaches an RCP can make some. The others are somebody's decision.
+func (db *DB) ForgetRequests(ctx context.Context, before time.Time, after int64) (n, next int64, err error) {
+	err = db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		res, err := tx.q.NewRaw("DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE state = ? AND decided_at < ? LIMIT ?)",
+			api.RequestExpired, before.UTC(), maxForgotten).Exec(ctx)
+		if err == nil {
+			n, err = res.RowsAffected()
+		}
+		return err
+	})
+	if err == nil && n == maxForgotten {
+		next = after + 1 // there is no place to go on from: what was found is gone
+	}
+	return n, next, err
 }
 
 // drop deletes rows of a table, and what another one has of them.
