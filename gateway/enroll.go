@@ -100,8 +100,10 @@ type enrolment struct {
 	mu       sync.Mutex
 	attempts map[wire.KeyHash]*attempt
 	rules    map[string]*rule // parsed, by their text
+	heard    map[wire.ID]bool // RCPs whose revocation set was looked at since this gateway started
 
 	signing sync.Mutex // one revocation set at a time
+	above   int64      // another set of this number was met: the next one is above it
 }
 
 // attempt remembers what became of a waiting party, so that it is not asked

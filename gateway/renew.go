@@ -89,7 +89,7 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 			if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey {
 				return err
 			}
-			ended, err = tx.RevokeOtherKeys(ctx, party.ID, key, "replaced by "+key.Fingerprint())
+			ended, err = tx.RevokeOtherKeys(ctx, party.ID, key, replacedBy+key.Fingerprint())
 			return err
 		})
 	})

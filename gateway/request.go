@@ -136,7 +136,7 @@ func (e *enrolment) grantIn(ctx context.Context, tx *store.Tx, d *decision, q *s
 
 // giveWay ends an identity for the sake of another.
 func (e *enrolment) giveWay(ctx context.Context, tx *store.Tx, v victim, d *decision) error {
-	if _, err := tx.RevokeKeys(ctx, v.id, "replaced by "+string(d.party.ID)); err != nil {
+	if _, err := tx.RevokeKeys(ctx, v.id, replacedBy+string(d.party.ID)); err != nil {
 		return err
 	}
 	tx.Audit(ctx, string(v.role)+".replace", v.name, fmt.Sprintf("%s by %s", v.id, d.party.ID))

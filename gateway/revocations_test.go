@@ -1,11 +1,17 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net/http"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/internal/identity"
@@ -64,4 +70,188 @@ func TestAnRCPOffersAnotherSet(t *testing.T) {
 			t.Errorf("%s: set %d took the place of %d", name, now, number)
 		}
 	}
+}
+
+// TestRestoredGatewayGivesNoKeyBack: a backup knows nothing of a revocation
+// after it, and the restored gateway signs sets of its own before it meets the
+// RCP that does. Both count on from the same number (PK-11, HA-07).
+func TestRestoredGatewayGivesNoKeyBack(t *testing.T) {
+	t.Parallel()
+	for name, revoked := range map[string]int{"the RCP's number is higher": 0, "the numbers are the same": 1, "ours is higher": 2} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := newDesk(t)
+			d.restored()
+			victim := wire.KeyHash(strings.Repeat("cd", 32))
+			held := d.ca.Revoke(t, 1, victim)
+			var ours []wire.KeyHash
+			for i := range revoked {
+				ours = append(ours, d.revoked(fmt.Sprintf("web-%d", i)))
+			}
+			rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+			asked := 0
+			d.answer = func(_ wire.Party, method, _ string, in, out any) error {
+				switch method {
+				case http.MethodGet:
+					asked++
+					*out.(*wire.Envelope) = held
+				case http.MethodPut:
+					held = in.(wire.Envelope)
+				}
+				return nil
+			}
+			for range 2 {
+				if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: numberOf(held)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if asked != 1 {
+				t.Errorf("the RCP was asked %d times for its set", asked)
+			}
+			if number, _ := d.id.Revocations(); revoked > 0 && numberOf(held) != number {
+				t.Errorf("the RCP holds set %d, and ours is %d", numberOf(held), number)
+			}
+			for _, key := range append(ours, victim) {
+				if !d.id.Revoked(key) || !names(t, held, key) {
+					t.Errorf("key %.8s: revoked here %v, at the RCP %v", key, d.id.Revoked(key), names(t, held, key))
+				}
+			}
+		})
+	}
+}
+
+// TestSetsOfOneNumberBecomeOne: an RCP whose set has our number and names less
+// gets ours under the next number.
+func TestSetsOfOneNumberBecomeOne(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	d.restored()
+	first := d.revoked("web-1")
+	held := d.ca.Revoke(t, 2, first)
+	second := d.revoked("web-2")
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+	d.answer = func(_ wire.Party, method, _ string, in, out any) error {
+		if method == http.MethodGet {
+			*out.(*wire.Envelope) = held
+		} else {
+			held = in.(wire.Envelope)
+		}
+		return nil
+	}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 2}); err != nil {
+		t.Fatal(err)
+	}
+	if numberOf(held) != 3 || !names(t, held, first) || !names(t, held, second) {
+		t.Errorf("the RCP holds set %d: %s", numberOf(held), held.Payload)
+	}
+	if err := d.publish(t.Context(), nil); err != nil || numberOf(held) != 3 {
+		t.Errorf("signed once more: %v", err)
+	}
+}
+
+// TestRekeyedNodeOutlivesARestoration: the key that the backup knows was
+// replaced after it. The set says so, and the node lives on with its new one,
+// which a revocation of the node then names (HA-07, PK-10).
+func TestRekeyedNodeOutlivesARestoration(t *testing.T) {
+	t.Parallel()
+	second, third := wire.KeyHash(strings.Repeat("22", 32)), wire.KeyHash(strings.Repeat("33", 32))
+	for name, c := range map[string]struct {
+		reasons []string // of the node's key, and of those after it
+		now     wire.KeyHash
+	}{
+		"once":             {[]string{replacedBy + second.Fingerprint()}, second},
+		"twice":            {[]string{replacedBy + second.Fingerprint(), replacedBy + third.Fingerprint()}, third},
+		"and then revoked": {[]string{replacedBy + second.Fingerprint(), "by root"}, ""},
+		"by another party": {[]string{replacedBy + string(wire.NewID())}, ""},
+		"in a circle":      {[]string{replacedBy + second.Fingerprint(), replacedBy + second.Fingerprint()}, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			d := newDesk(t)
+			a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+			set := wire.Revocations{TrustDomain: d.id.TrustDomain(), Number: 5}
+			for i, key := range []wire.KeyHash{a.id.KeyHash(), second}[:len(c.reasons)] {
+				set.Revoked = append(set.Revoked, wire.Revocation{Key: key, Role: wire.RoleNode, ID: a.id.ID(), At: time.Now().UTC(), Reason: c.reasons[i]})
+			}
+			held := d.ca.Seal(t, wire.TypeRevocations, set)
+			d.answer = func(_ wire.Party, method, _ string, _, out any) error {
+				if method == http.MethodGet {
+					*out.(*wire.Envelope) = held
+				}
+				return nil
+			}
+			d.changes = nil
+			rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+			if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 5}); err != nil {
+				t.Fatal(err)
+			}
+			n, err := d.store.Node(t.Context(), a.id.ID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if c.now == "" {
+				if n.State != wire.StateRevoked || !slices.Contains(d.changes, n.ID) {
+					t.Errorf("state %s: %s; told %v", n.State, n.StateReason, d.changes)
+				}
+				return
+			}
+			if n.State == wire.StateRevoked || n.KeyHash != c.now || d.id.Revoked(c.now) {
+				t.Fatalf("state %s (%s), key %.8s, want %.8s", n.State, n.StateReason, n.KeyHash, c.now)
+			}
+			if _, err := d.revokeNode(t.Context(), n, false); err != nil || !d.id.Revoked(c.now) {
+				t.Errorf("the new key is not revoked with the node: %v", err)
+			}
+		})
+	}
+}
+
+// TestIssuerThatWasGivenUpIsNamed: an authority from before the end of a
+// rollover certifies what nobody takes, and no party can tell it why.
+func TestIssuerThatWasGivenUpIsNamed(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	ca := d.rolls()
+	var said bytes.Buffer
+	d.log = slog.New(slog.NewTextHandler(&said, nil))
+	if err := d.start(t.Context()); err != nil || said.Len() > 0 {
+		t.Fatalf("%v: %s", err, said.String())
+	}
+	later := d.ca.Seal(t, wire.TypeRevocations, wire.Revocations{TrustDomain: d.ca.TrustDomain, Number: 7,
+		Revoked: []wire.Revocation{{Key: ca.state.Issuing().Key, Role: rolePKI, At: time.Now().UTC()}}})
+	d.ca.env = &later // a restoration keeps the newer set
+	if err := d.start(t.Context()); err != nil || !strings.Contains(said.String(), "ca rotate intermediate") {
+		t.Errorf("%v: %q", err, said.String())
+	}
+}
+
+// restored has the database begin a new generation, as a restoration does.
+func (d *desk) restored() {
+	d.t.Helper()
+	if err := d.store.RaiseGeneration(d.t.Context(), 0); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// revoked enrols a node, revokes it, and returns its key.
+func (d *desk) revoked(name string) wire.KeyHash {
+	d.t.Helper()
+	a := d.enrolled(d.join(api.CreateJoin{Name: name}), "")
+	n, err := d.store.Node(d.t.Context(), a.id.ID())
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	if _, err := d.revokeNode(d.t.Context(), n, false); err != nil {
+		d.t.Fatal(err)
+	}
+	return a.id.KeyHash()
+}
+
+// names tells whether a set names a key.
+func names(t *testing.T, env wire.Envelope, key wire.KeyHash) bool {
+	t.Helper()
+	var set wire.Revocations
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		t.Fatal(err)
+	}
+	return slices.ContainsFunc(set.Revoked, func(r wire.Revocation) bool { return r.Key == key })
 }

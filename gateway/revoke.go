@@ -1,12 +1,14 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -158,7 +160,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 		}
 		set.Revoked = append(set.Revoked, wire.Revocation{Key: k.KeyHash, Role: k.Role, ID: k.PartyID, At: k.RevokedAt, Reason: k.Reason})
 	}
-	if len(roles) == 0 {
+	if len(roles) == 0 && (e.above == 0 || e.above < held.Number) {
 		return nil, nil, nil
 	}
 	mine, _ := e.id.Revocations()
@@ -228,7 +230,7 @@ func (e *enrolment) spread(ctx context.Context, env wire.Envelope) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for _, r := range rcps {
-		if r.PartyID == "" || r.State == api.RCPRevoked {
+		if r.PartyID == "" || r.State == api.RCPRevoked || !e.heardOut(r.PartyID) {
 			continue
 		}
 		wg.Go(func() {
@@ -252,6 +254,9 @@ func (e *enrolment) putRevocations(ctx context.Context, p wire.Party, env wire.E
 // deliverRevocations compares, after a verified hello, what a party holds with
 // what we hold: it gets the newer set, or we take its.
 func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wire.Hello) error {
+	if err := e.hearOut(ctx, hello); err != nil {
+		return err
+	}
 	number, env := e.id.Revocations()
 	switch {
 	case hello.Revocations < number:
@@ -262,48 +267,136 @@ func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wi
 	return nil
 }
 
-// fetchRevocations takes over a set that is newer than all we know: the pki
-// directory was restored from a backup.
-func (e *enrolment) fetchRevocations(ctx context.Context, p wire.Party) error {
-	var env wire.Envelope
-	err := e.talk(ctx, p, func(ctx context.Context, call caller) error {
+// hearOut merges what an RCP holds, when it is met for the first time since this
+// installation was restored, whatever the number. Sets that were signed after
+// the backup and sets that were signed since the restoration count on from the
+// same number: ours may be the higher one, and would give back the keys that
+// only the other one names.
+func (e *enrolment) hearOut(ctx context.Context, hello *wire.Hello) error {
+	if hello.Party.Role != wire.RoleRCP || e.heardOut(hello.Party.ID) {
+		return nil
+	}
+	if mine, _ := e.id.Revocations(); hello.Revocations > 0 && hello.Revocations <= mine {
+		if err := e.mergeHeld(ctx, hello.Party, mine); err != nil {
+			return err
+		}
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.heard == nil {
+		e.heard = map[wire.ID]bool{}
+	}
+	e.heard[hello.Party.ID] = true
+	return nil
+}
+
+// heardOut tells whether an RCP may be brought our set: nothing that only it
+// knows is lost by that.
+func (e *enrolment) heardOut(rcp wire.ID) bool {
+	if e.store.Installation().Generation <= 1 { // never restored: there is one row of sets
+		return true
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.heard[rcp]
+}
+
+// mergeHeld merges the set of an RCP, whose number is not above ours.
+func (e *enrolment) mergeHeld(ctx context.Context, p wire.Party, mine int64) error {
+	env, err := e.heldBy(ctx, p)
+	if err != nil {
+		return err
+	}
+	if err := e.id.CheckRevocations(env); err != nil { // what nobody takes is replaced by ours
+		e.log.Warn("the revocation set that an RCP holds is not of this authority", "rcp", p.String(), "error", err)
+		return nil
+	}
+	if err := e.takeOver(ctx, env); err != nil {
+		return err
+	}
+	if _, own := e.id.Revocations(); numberOf(env) == mine && own != nil && !bytes.Equal(env.Payload, own.Payload) {
+		e.signing.Lock()
+		e.above = max(e.above, mine) // two sets of one number: the next one says which holds
+		e.signing.Unlock()
+	}
+	return e.publish(ctx, nil)
+}
+
+// heldBy is the set that a party holds.
+func (e *enrolment) heldBy(ctx context.Context, p wire.Party) (env wire.Envelope, err error) {
+	err = e.talk(ctx, p, func(ctx context.Context, call caller) error {
 		return call(ctx, http.MethodGet, wire.PathRevocations, nil, &env, wire.MaxRevocations)
 	})
 	if err != nil {
-		return fmt.Errorf("fetch revocations of %s: %w", p, err)
+		return env, fmt.Errorf("fetch revocations of %s: %w", p, err)
+	}
+	return env, nil
+}
+
+// fetchRevocations takes over a set that is newer than all we know: the pki
+// directory was restored from a backup.
+func (e *enrolment) fetchRevocations(ctx context.Context, p wire.Party) error {
+	env, err := e.heldBy(ctx, p)
+	if err != nil {
+		return err
 	}
 	newer, err := e.id.ApplyRevocations(env)
 	if err != nil || !newer {
 		return err
 	}
 	e.log.Warn("a party held a newer revocation set than this gateway: it is merged (were the database and the pki directory restored from a backup?)", "party", p.String(), "number", numberOf(env))
-	if err := e.merge(ctx, env); err != nil {
+	if err := e.takeOver(ctx, env); err != nil {
 		return err
 	}
 	return e.publish(ctx, nil)
 }
 
-// merge writes the keys of a verified set into the database.
-func (e *enrolment) merge(ctx context.Context, env wire.Envelope) error {
+// takeOver merges a set while parties are there.
+func (e *enrolment) takeOver(ctx context.Context, env wire.Envelope) error {
+	news, err := e.merge(ctx, env)
+	if err != nil {
+		return err
+	}
+	for _, r := range news {
+		if r.Role == wire.RoleNode || r.Role == wire.RoleRCP {
+			e.changed(ctx, r.Role, r.ID)
+		}
+	}
+	e.warnOfIssuer()
+	return nil
+}
+
+// warnOfIssuer says so when the intermediate that issues here was given up:
+// this authority was restored from a backup from before the end of a rollover.
+func (e *enrolment) warnOfIssuer() {
+	if ca, ok := e.issuers(); ok && e.id.Revoked(ca.State().Issuing().Key) {
+		e.log.Error("the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back")
+	}
+}
+
+// merge writes the keys of a verified set into the database, and returns those
+// that were not known.
+func (e *enrolment) merge(ctx context.Context, env wire.Envelope) ([]wire.Revocation, error) {
 	var set wire.Revocations
 	if err := json.Unmarshal(env.Payload, &set); err != nil {
-		return err
+		return nil, err
 	}
 	known := map[wire.KeyHash]bool{}
 	keys, err := e.store.RevokedKeys(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, k := range keys {
 		known[k.KeyHash] = true
 	}
+	next := successors(set)
 	set.Revoked = slices.DeleteFunc(set.Revoked, func(r wire.Revocation) bool {
 		return known[r.Key] || r.Role == rolePKI && e.retired(r.Key) // which the authority itself knows
 	})
 	if len(set.Revoked) == 0 {
-		return nil
+		return nil, nil
 	}
-	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+	return set.Revoked, e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		tx.Audit(ctx, "revocations.merge", "", fmt.Sprintf("number %d, %d keys that were not known", set.Number, len(set.Revoked)))
 		for _, r := range set.Revoked {
 			k, err := tx.Key(ctx, r.Key)
@@ -317,7 +410,7 @@ func (e *enrolment) merge(ctx context.Context, env wire.Envelope) error {
 			if err := tx.PutKey(ctx, k); err != nil {
 				return err
 			}
-			if err := revokeRow(ctx, tx, r); err != nil {
+			if err := revokeRow(ctx, tx, r, next[r.Key]); err != nil {
 				return err
 			}
 		}
@@ -325,12 +418,47 @@ func (e *enrolment) merge(ctx context.Context, env wire.Envelope) error {
 	})
 }
 
-// revokeRow marks the party whose key in use is in a merged set.
-func revokeRow(ctx context.Context, tx *store.Tx, r wire.Revocation) error {
+// replacedBy begins the reason of a key that a party has replaced; what follows
+// is the fingerprint of the new one, or the UUID of another party.
+const replacedBy = "replaced by "
+
+// successors are the keys that are good in place of revoked ones, by these: a
+// party that made a new key after the backup was never revoked itself.
+func successors(set wire.Revocations) map[wire.KeyHash]wire.KeyHash {
+	revoked := make(map[wire.KeyHash]wire.Revocation, len(set.Revoked))
+	for _, r := range set.Revoked {
+		revoked[r.Key] = r
+	}
+	out := map[wire.KeyHash]wire.KeyHash{}
+	for _, first := range set.Revoked {
+		at := first
+		for range maxKeys {
+			fingerprint, ok := strings.CutPrefix(at.Reason, replacedBy)
+			key, err := wire.ParseFingerprint(fingerprint)
+			if !ok || err != nil {
+				break
+			}
+			after, ended := revoked[key]
+			if !ended {
+				out[first.Key] = key
+				break
+			}
+			at = after
+		}
+	}
+	return out
+}
+
+// revokeRow marks the party whose key in use is in a merged set; with a
+// successor of the key it notes that instead.
+func revokeRow(ctx context.Context, tx *store.Tx, r wire.Revocation, successor wire.KeyHash) error {
 	const reason = "its key is in the signed revocation set"
 	switch r.Role {
 	case wire.RoleNode:
 		if n, err := tx.Node(ctx, r.ID); err == nil && n.KeyHash == r.Key {
+			if successor != "" {
+				return succeed(ctx, tx, n, successor)
+			}
 			_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, reason)
 			return err
 		} else if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -346,6 +474,25 @@ func revokeRow(ctx context.Context, tx *store.Tx, r wire.Revocation) error {
 	return nil
 }
 
+// succeed gives a node the key that it has made since this database was backed
+// up, so that it is revoked with the node. How long its leaf lasts is not known:
+// it is renewed at the next visit.
+func succeed(ctx context.Context, tx *store.Tx, n *store.Node, key wire.KeyHash) error {
+	switch k, err := tx.Key(ctx, key); {
+	case errors.Is(err, store.ErrNotFound):
+		k = &store.Key{KeyHash: key, Role: wire.RoleNode, PartyID: n.ID, Name: n.Name, Tenant: n.Tenant, IssuedAt: tx.Now(), NotAfter: tx.Now()}
+		if err := tx.PutKey(ctx, k); err != nil {
+			return err
+		}
+	case err != nil:
+		return err
+	case !k.RevokedAt.IsZero() || k.PartyID != n.ID:
+		_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "the key that replaced its own is revoked")
+		return err
+	}
+	return tx.SetNodeCertificate(ctx, n.ID, key, n.NotAfter, tx.Now())
+}
+
 // start brings database, authority and our own identity to one set, before
 // anybody is let in.
 func (e *enrolment) start(ctx context.Context) error {
@@ -355,10 +502,11 @@ func (e *enrolment) start(ctx context.Context) error {
 		}
 	}
 	if _, env := e.id.Revocations(); env != nil {
-		if err := e.merge(ctx, *env); err != nil {
+		if _, err := e.merge(ctx, *env); err != nil {
 			return fmt.Errorf("merge revocations: %w", err)
 		}
 	}
+	e.warnOfIssuer()
 	env, _, err := e.sign(ctx)
 	if errors.Is(err, errAuthority) { // one in another process may be away: run tries again, and our own records hold meanwhile
 		e.log.Error("revocation set not signed; it is tried again in a minute", "error", err)

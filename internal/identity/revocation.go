@@ -62,6 +62,15 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	return true, nil
 }
 
+// CheckRevocations verifies a set as [Identity.ApplyRevocations] does, whatever
+// its number, and does not take it.
+func (i *Identity) CheckRevocations(env wire.Envelope) error {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	_, err := i.verifyRevocations(env, time.Now())
+	return err
+}
+
 func (i *Identity) loadRevocations(b []byte) error {
 	var env wire.Envelope
 	if err := json.Unmarshal(b, &env); err != nil {
