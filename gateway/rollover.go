@@ -308,6 +308,9 @@ func (s *Server) abortCA(ctx context.Context) (api.CAChange, error) {
 		return api.CAChange{}, errNoRollover
 	}
 	change := api.CAChange{Notes: []string{"the rollover goes back: `sallyport ca finish` ends it when every party is back"}}
+	if r.Aborted {
+		change.Notes = []string{"the rollover had been aborted, and goes on now: `sallyport ca finish` ends it when every party has moved, `sallyport ca abort` goes back again"}
+	}
 	return s.turnCA(ctx, change, "ca.abort", r.Kind, ca.Abort)
 }
 
@@ -354,9 +357,15 @@ func (s *Server) finishCA(ctx context.Context, in api.FinishCA) (api.CAChange, e
 	})
 }
 
+// trustsOfAGeneration is how far apart the numbers of lists of roots are before
+// and after a restoration: parties may hold lists that the backup does not know,
+// and would take a list of the same number for the one that they have.
+const trustsOfAGeneration = 1000
+
 // turnCA changes the issuers, and lets everybody know.
 func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail string, turn func(context.Context, int64) (wire.CAState, error)) (api.CAChange, error) {
 	atLeast, _ := s.id.Trust()
+	atLeast = max(atLeast, (s.store.Installation().Generation-1)*trustsOfAGeneration)
 	state, err := turn(ctx, atLeast)
 	if err != nil { // the authority says what is in the way
 		s.log.WarnContext(ctx, "the certificate authority did not change its issuers", "what", what, "detail", detail, "error", err)

@@ -18,6 +18,7 @@ type rollingCA struct {
 	*memoryCA
 	state wire.CAState
 	env   *wire.Envelope
+	above int64 // what the number of the next list of roots was told to be above
 }
 
 func (c *rollingCA) State() wire.CAState { return c.state }
@@ -29,7 +30,10 @@ func (c *rollingCA) Trust() (wire.Envelope, bool) {
 	return *c.env, true
 }
 
-func (c *rollingCA) Rotate(context.Context, string, int64) (wire.CAState, error) { return c.state, nil }
+func (c *rollingCA) Rotate(_ context.Context, _ string, atLeast int64) (wire.CAState, error) {
+	c.above = atLeast
+	return c.state, nil
+}
 func (c *rollingCA) Follow(context.Context, []byte, bool, int64) (wire.CAState, error) {
 	return c.state, nil
 }
@@ -166,5 +170,47 @@ func TestGivenUpIntermediateIsInEverySet(t *testing.T) {
 	}
 	if _, err := d.store.Key(t.Context(), gone.Key); err == nil {
 		t.Error("the intermediate stands among the keys of parties")
+	}
+}
+
+// TestListsOfARestoredAuthorityAreNewer: parties may hold lists of roots that
+// were signed after the backup. One of the same number would be taken for the
+// one that they have, and the rollover for done (PK-10, HA-07).
+func TestListsOfARestoredAuthorityAreNewer(t *testing.T) {
+	t.Parallel()
+	for restorations, want := range []int64{0, trustsOfAGeneration, 2 * trustsOfAGeneration} {
+		w := newWorld(t)
+		for range restorations {
+			if err := w.db.RaiseGeneration(t.Context(), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d := newDesk(t)
+		ca := d.rolls()
+		w.before = func(s *Server) { s.enrolment.ca = ca }
+		w.run()
+		if _, err := w.s.rotateCA(t.Context(), api.RotateCA{What: wire.RolloverRoot}); err != nil {
+			t.Fatal(err)
+		}
+		if ca.above != want {
+			t.Errorf("after %d restorations lists are numbered above %d, want %d", restorations, ca.above, want)
+		}
+		w.stop()
+	}
+}
+
+// TestAbortSaysWhichWayItGoes: a second one begins the rollover again.
+func TestAbortSaysWhichWayItGoes(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	d := newDesk(t)
+	ca := d.rolls()
+	w.before = func(s *Server) { s.enrolment.ca = ca }
+	w.run()
+	for aborted, want := range map[bool]string{false: "the rollover goes back", true: "goes on now"} {
+		ca.state.Rollover = &wire.CARollover{Kind: wire.RolloverIntermediate, Aborted: aborted}
+		if c, err := w.s.abortCA(t.Context()); err != nil || len(c.Notes) != 1 || !strings.Contains(c.Notes[0], want) {
+			t.Errorf("aborted before %v: %q, %v", aborted, c.Notes, err)
+		}
 	}
 }

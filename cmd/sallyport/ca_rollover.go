@@ -82,6 +82,7 @@ func (a *app) caFinishCommand() *cobra.Command {
 
 func (a *app) caAbortCommand() *cobra.Command {
 	return &cobra.Command{Use: "abort", Short: "Turn a rollover round: everybody goes back to the old issuer", Args: cli.Exactly(0),
+		Long: "The old issuer signs again, and everybody is renewed back onto it; `sallyport ca finish` then gives up the new one.\nDone once more it turns the rollover round again: the new issuer goes on.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ch, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CAChange, error) { return c.AbortCA(ctx) })
 			if err != nil {
