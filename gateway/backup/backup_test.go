@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"sallyport/internal/lockdir"
@@ -170,6 +171,34 @@ func TestRestoreOverWhatIsThere(t *testing.T) {
 	}
 	if err := Interrupted(p); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestWhatWasThereIsTheOwners: the user that the gateway runs as can remove what
+// a restoration by root kept.
+func TestWhatWasThereIsTheOwners(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	p := live(t)
+	file, _ := backedUp(t, p)
+	const user = 65534
+	for _, dir := range []string{filepath.Dir(p.Gateway), p.Gateway, p.PKI} {
+		if err := os.Chown(dir, user, user); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Restore(t.Context(), p, file, ask); err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{p.Gateway, p.PKI} {
+		kept, err := filepath.Glob(filepath.Join(dir, keptPrefix+"*Z"))
+		if err != nil || len(kept) != 1 {
+			t.Fatalf("kept in %s: %v, %v", dir, kept, err)
+		}
+		if st, err := os.Stat(kept[0]); err != nil || st.Sys().(*syscall.Stat_t).Uid != user {
+			t.Errorf("%s is not the user's, %v", kept[0], err)
+		}
 	}
 }
 

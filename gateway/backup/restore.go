@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/google/renameio/v2"
@@ -199,7 +200,7 @@ func exchange(dir, stamp string, stays func(rel string) bool) error {
 		if stays(e.Name()) {
 			continue
 		}
-		if err := os.MkdirAll(kept, 0o700); err != nil {
+		if err := keep(kept, dir); err != nil {
 			return err
 		}
 		if err := os.Rename(filepath.Join(dir, e.Name()), filepath.Join(kept, e.Name())); err != nil {
@@ -219,6 +220,22 @@ func exchange(dir, stamp string, stays func(rel string) bool) error {
 		}
 	}
 	return sqldb.SyncDir(dir)
+}
+
+// keep makes the directory for what was there. It is the owner's of dir, also
+// where root restores: whoever is to remove it can.
+func keep(kept, dir string) error {
+	if err := os.MkdirAll(kept, 0o700); err != nil || os.Geteuid() != 0 {
+		return err
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if owner, ok := st.Sys().(*syscall.Stat_t); ok {
+		return os.Lchown(kept, int(owner.Uid), int(owner.Gid))
+	}
+	return nil
 }
 
 // sqliteFiles are what SQLite and our lock add to a database's name.
