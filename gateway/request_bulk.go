@@ -23,10 +23,11 @@ const (
 
 // ruling is what an operator says of a request.
 type ruling struct {
-	verb    string // grant, deny, discard
-	replace bool
-	tags    map[string]string // of a grant
-	reason  string            // of a denial
+	verb        string // grant, deny, discard
+	fingerprint string // of a grant of one request
+	replace     bool
+	tags        map[string]string // of a grant
+	reason      string            // of a denial
 }
 
 // decideMany decides on requests one by one, in few transactions. A request
@@ -39,11 +40,13 @@ func (e *enrolment) decideMany(ctx context.Context, verb string, in api.DecideRe
 		return out, api.NewProblem(api.CodeInvalid, "no request is named")
 	case len(in.Refs) > maxBulk:
 		return out, api.NewProblem(api.CodeInvalid, fmt.Sprintf("%d requests in one call: want at most %d", len(in.Refs), maxBulk))
+	case in.Fingerprint != "" && len(in.Refs) > 1:
+		return out, api.NewProblem(api.CodeInvalid, "one fingerprint is for one request")
 	}
 	if p := checkTags(in.Tags); p != nil {
 		return out, p
 	}
-	v := ruling{verb: verb, replace: in.Replace, tags: in.Tags, reason: clip(in.Reason)}
+	v := ruling{verb: verb, fingerprint: in.Fingerprint, replace: in.Replace, tags: in.Tags, reason: clip(in.Reason)}
 	atOnce := bulkAtOnce
 	if in.DryRun {
 		atOnce = bulkDryRun
@@ -121,7 +124,7 @@ const (
 // decided so, and that nothing was written.
 func (e *enrolment) decideOne(ctx context.Context, tx *store.Tx, v ruling, ref string) (*store.Request, *decision, error) {
 	if v.verb == verbGrant {
-		return e.grantOne(ctx, tx, ref, api.Grant{Replace: v.replace, Tags: v.tags})
+		return e.grantOne(ctx, tx, ref, api.Grant{Fingerprint: v.fingerprint, Replace: v.replace, Tags: v.tags})
 	}
 	q, err := e.refuseOne(ctx, tx, ref, v)
 	return q, nil, err

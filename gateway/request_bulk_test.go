@@ -115,6 +115,28 @@ func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
 	}
 }
 
+func TestDryRunOfAGrantLooksAtTheFingerprint(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a, _ := d.asking("a", "", nil)
+	d.see(a)
+	for _, tc := range []struct {
+		refs        []string
+		fingerprint string
+		decided     int
+		code        api.Code
+	}{
+		{[]string{"a"}, a.id.Fingerprint(), 1, ""},
+		{[]string{"a"}, wire.KeyHash("00").Fingerprint(), 0, ""},
+		{[]string{"a", "b"}, a.id.Fingerprint(), 0, api.CodeInvalid},
+	} {
+		out, err := d.decideMany(t.Context(), verbGrant, api.DecideRequests{Refs: tc.refs, Fingerprint: tc.fingerprint, DryRun: true})
+		if out.Decided != tc.decided || (err != nil) != (tc.code != "") || err != nil && !api.Is(err, tc.code) {
+			t.Errorf("%v with %s: %+v %v", tc.refs, tc.fingerprint, out, err)
+		}
+	}
+}
+
 func TestManyAreDeniedAndDiscarded(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)

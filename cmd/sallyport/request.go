@@ -31,7 +31,7 @@ func (a *app) requestCommand() *cobra.Command {
 	_ = list.RegisterFlagCompletionFunc("state", fixed(states...))
 
 	grant := a.decideCommand("grant", "Let parties in")
-	grant.cmd.Flags().StringVar(&grant.fingerprint, "fingerprint", "", "grant only the key with this fingerprint, as the other side shows it")
+	grant.cmd.Flags().StringVar(&grant.in.Fingerprint, "fingerprint", "", "grant only the key with this fingerprint, as the other side shows it")
 	grant.cmd.Flags().BoolVar(&grant.in.Replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
 	grant.cmd.Flags().StringArrayVar(&grant.tags, "tag", nil, "tag that the node gets, k=v, as node tag sets it; may be given several times")
 	deny := a.decideCommand("deny", "Refuse parties, and tell them")
@@ -43,14 +43,13 @@ func (a *app) requestCommand() *cobra.Command {
 
 // deciding is one verdict on one or several requests.
 type deciding struct {
-	a           *app
-	cmd         *cobra.Command
-	verb        string
-	in          api.DecideRequests
-	fingerprint string   // for one request only
-	tags        []string // of a grant
-	selector    string
-	all, yes    bool
+	a        *app
+	cmd      *cobra.Command
+	verb     string
+	in       api.DecideRequests
+	tags     []string // of a grant
+	selector string
+	all, yes bool
 }
 
 func (a *app) decideCommand(verb, short string) *deciding {
@@ -91,7 +90,7 @@ func (d *deciding) run(cmd *cobra.Command, args []string) error {
 		return cli.Usage("want `%s`", cmd.UseLine())
 	case cmd.Flags().Changed("selector") && strings.TrimSpace(d.selector) == "":
 		return errEmptySelector()
-	case d.fingerprint != "" && (bulk || len(args) > 1):
+	case d.in.Fingerprint != "" && (bulk || len(args) > 1):
 		return cli.Usage("--fingerprint with several requests: one fingerprint is for one request")
 	}
 	var err error
@@ -134,7 +133,7 @@ func (d *deciding) one(ctx context.Context, c *api.Client, ref string) error {
 	var err error
 	switch d.verb {
 	case "grant":
-		r, err = c.GrantRequest(ctx, ref, api.Grant{Fingerprint: d.fingerprint, Replace: d.in.Replace, Tags: d.in.Tags})
+		r, err = c.GrantRequest(ctx, ref, api.Grant{Fingerprint: d.in.Fingerprint, Replace: d.in.Replace, Tags: d.in.Tags})
 	case "deny":
 		r, err = c.DenyRequest(ctx, ref, api.Deny{Reason: d.in.Reason})
 	default:

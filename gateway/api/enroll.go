@@ -104,11 +104,12 @@ type Deny struct {
 // DecideRequests decides on many requests with one call. Each of Refs is the
 // ID of a request, or the name in exactly one.
 type DecideRequests struct {
-	Refs    []string          `json:"refs"`
-	Replace bool              `json:"replace,omitempty"` // of a grant: revoke live nodes of the same names
-	Tags    map[string]string `json:"tags,omitempty"`    // of a grant: of every node, as `node tag` sets them
-	Reason  string            `json:"reason,omitempty"`  // of a denial: what the parties are told
-	DryRun  bool              `json:"dry_run,omitempty"`
+	Refs        []string          `json:"refs"`
+	Fingerprint string            `json:"fingerprint,omitempty"` // of a grant of one request: must be that of its key
+	Replace     bool              `json:"replace,omitempty"`     // of a grant: revoke live nodes of the same names
+	Tags        map[string]string `json:"tags,omitempty"`        // of a grant: of every node, as `node tag` sets them
+	Reason      string            `json:"reason,omitempty"`      // of a denial: what the parties are told
+	DryRun      bool              `json:"dry_run,omitempty"`
 }
 
 // DecidedRequests has one result for each of the requests, in their order.
