@@ -136,7 +136,7 @@ func (a *app) requestBundleCommand() *cobra.Command {
 	return cmd
 }
 
-func (b *bundling) run(ctx context.Context, name, file string) (err error) {
+func (b *bundling) run(ctx context.Context, name, file string) error {
 	role := wire.Role(b.role)
 	if role != wire.RoleNode && role != wire.RoleRCP {
 		return cli.Usage("--role %q: want node or rcp", b.role)
@@ -155,55 +155,68 @@ func (b *bundling) run(ctx context.Context, name, file string) (err error) {
 	if err != nil {
 		return err
 	}
-	if _, err := os.Lstat(file); err == nil {
-		return cli.Fail(cli.ExitRefused, "%s is there already: name a new file", file)
-	}
-	c, err := b.a.client()
+	// A key that finds no file is lost, and the node that has it is in the way
+	// of the next try: the file comes first.
+	out, err := cli.ReserveFile(file, 0o600)
 	if err != nil {
 		return err
+	}
+	r, bundle, err := b.make(ctx, role, name, tags, passphrase)
+	if err != nil {
+		return errors.Join(err, out.Remove())
+	}
+	if err := out.Fill(bundle); err != nil {
+		return err
+	}
+	return b.a.out.Print(r, requestTable(r))
+}
+
+// make has a new identity certified, and returns it encrypted.
+func (b *bundling) make(ctx context.Context, role wire.Role, name string, tags map[string]string, passphrase []byte) (r api.Request, file []byte, err error) {
+	c, err := b.a.client()
+	if err != nil {
+		return r, nil, err
 	}
 	defer c.Close()
 	pin, err := c.Pin(ctx)
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	files := memory{}
 	id, err := identity.OpenStore(files, role)
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	key, err := files.key()
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	root, err := wire.ParseFingerprint(pin.Root)
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	bundle := wire.OfflineBundle{Type: wire.TypeOfflineBundle, Role: role, ID: id.ID(), TrustDomain: pin.TrustDomain, Root: root, Key: key}
 	if err := id.Pin(bundle.Root, bundle.TrustDomain); err != nil {
-		return err
+		return r, nil, err
 	}
-	r, answer, err := b.issue(ctx, c, id, name, tags)
+	var answer wire.Envelope
+	r, answer, err = b.issue(ctx, c, id, name, tags)
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	bundle.Answer = answer
 	if _, err := id.OpenAnswer(answer); err != nil {
-		return fmt.Errorf("the gateway's answer: %w", err)
+		return r, nil, fmt.Errorf("the gateway's answer: %w", err)
 	}
 	var out bytes.Buffer
 	w, err := sealed.NewWriter(&out, passphrase, sealed.Cost)
 	if err != nil {
-		return err
+		return r, nil, err
 	}
 	if err := errors.Join(json.NewEncoder(w).Encode(bundle), w.Close()); err != nil {
-		return err
+		return r, nil, err
 	}
-	if err := cli.NewFile(file, out.Bytes(), 0o600); err != nil {
-		return err
-	}
-	return b.a.out.Print(r, requestTable(r))
+	return r, out.Bytes(), nil
 }
 
 // issue has the request of id granted and answered. When that fails, no request

@@ -451,19 +451,40 @@ func (o *offline) write(args []string, b []byte) error {
 
 // NewFile writes a file that must not be there yet.
 func NewFile(name string, b []byte, mode os.FileMode) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
-	if errors.Is(err, os.ErrExist) {
-		return Fail(ExitRefused, "%s is there already: name a new file", name)
-	}
+	f, err := ReserveFile(name, mode)
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
-	if err == nil {
-		err = f.Sync()
+	return f.Fill(b)
+}
+
+// ReservedFile is a new file, empty so far: what cannot be written is found out
+// before anything is done that cannot be undone.
+type ReservedFile struct{ f *os.File }
+
+// ReserveFile makes a file that must not be there. It is for Fill or Remove.
+func ReserveFile(name string, mode os.FileMode) (*ReservedFile, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
+	if errors.Is(err, os.ErrExist) {
+		return nil, Fail(ExitRefused, "%s is there already: name a new file", name)
 	}
-	if err = errors.Join(err, f.Close()); err != nil {
-		return errors.Join(fmt.Errorf("write %s: %w", name, err), os.Remove(name))
+	if err != nil {
+		return nil, err
+	}
+	return &ReservedFile{f}, nil
+}
+
+// Fill writes the file and closes it, or removes it when that fails.
+func (r *ReservedFile) Fill(b []byte) error {
+	_, err := r.f.Write(b)
+	if err == nil {
+		err = r.f.Sync()
+	}
+	if err = errors.Join(err, r.f.Close()); err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", r.f.Name(), err), os.Remove(r.f.Name()))
 	}
 	return nil
 }
+
+// Remove takes back a file that was not filled.
+func (r *ReservedFile) Remove() error { return errors.Join(r.f.Close(), os.Remove(r.f.Name())) }
