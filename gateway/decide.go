@@ -213,13 +213,9 @@ func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return false, err
 	}
-	const unknown = "the join code is not known here: it is of another gateway, or of one that was set up anew; ask for a new one"
 	switch {
 	case err != nil, !j.Manual && !tokenFits(j, req.Token):
-		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, unknown)
-		return true, nil
-	case !j.RevokedAt.IsZero():
-		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, "the join code was revoked on %s; ask for a new one", j.RevokedAt.UTC().Format(time.RFC3339))
+		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, joinUnknown)
 		return true, nil
 	case j.Role != req.Role:
 		d.is(wire.EnrollDenied, wire.EnrollTokenForeign, "the join code is for a %s, this is a %s", j.Role, req.Role)
@@ -227,11 +223,9 @@ func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key
 	case j.TrustDomain != d.party.TrustDomain:
 		d.is(wire.EnrollDenied, wire.EnrollTokenForeign, "the join code is for trust domain %s", j.TrustDomain)
 		return true, nil
-	case j.Generation != e.store.Installation().Generation:
-		d.is(wire.EnrollDenied, wire.EnrollTokenExpired, "the join code is void since this gateway was restored from a backup; ask for a new one")
-		return true, nil
-	case time.Now().After(j.ExpiresAt):
-		d.is(wire.EnrollDenied, wire.EnrollTokenExpired, "the join code expired on %s; ask for a new one", j.ExpiresAt.UTC().Format(time.RFC3339))
+	}
+	if code, why := e.over(j); why != "" {
+		d.is(wire.EnrollDenied, code, "%s", why)
 		return true, nil
 	}
 	d.join, d.tenant = j, j.Tenant
@@ -249,6 +243,22 @@ func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key
 		d.is(wire.EnrollDenied, wire.EnrollTokenUsed, "the join code is used up (%d of %d); ask for a new one", j.Used, j.MaxUses)
 	}
 	return !mine, nil
+}
+
+const joinUnknown = "the join code is not known here: it is of another gateway, or of one that was set up anew; ask for a new one"
+
+// over says why a join code does not count any more; nothing: it does, as long
+// as it is not used up.
+func (e *enrolment) over(j *store.Join) (code, reason string) {
+	switch {
+	case !j.RevokedAt.IsZero():
+		return wire.EnrollTokenUnknown, fmt.Sprintf("the join code was revoked on %s; ask for a new one", j.RevokedAt.UTC().Format(time.RFC3339))
+	case j.Generation != e.store.Installation().Generation:
+		return wire.EnrollTokenExpired, "the join code is void since this gateway was restored from a backup; ask for a new one"
+	case time.Now().After(j.ExpiresAt):
+		return wire.EnrollTokenExpired, fmt.Sprintf("the join code expired on %s; ask for a new one", j.ExpiresAt.UTC().Format(time.RFC3339))
+	}
+	return "", ""
 }
 
 // hashToken is what the database keeps of a token: 256 random bits need no salt.

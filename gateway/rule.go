@@ -241,14 +241,40 @@ func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.Appl
 	if err != nil {
 		return out, err
 	}
-	var keys []wire.KeyHash
-	if out.Grants, keys, err = e.rehearse(ctx, e.store.Queries, set.Rules); err != nil || in.DryRun {
+	grants, let, err := e.rehearse(ctx, e.store.Queries, set.Rules)
+	if err != nil {
 		return out, err
 	}
-	for _, key := range keys {
-		e.again(key)
+	out.Grants = grants
+	if in.DryRun {
+		return out, nil
+	}
+	for _, q := range let {
+		if q.Source != sourceFile {
+			e.again(q.KeyHash)
+			continue
+		}
+		done, err := e.registerFile(ctx, q)
+		if err != nil {
+			return out, err
+		}
+		for i := range out.Grants {
+			if out.Grants[i].Request.ID == q.ID {
+				out.Grants[i].Request = requestView(done)
+			}
+		}
 	}
 	return out, nil
+}
+
+// registerFile decides again on a request that came by a file: no session with
+// its party will ever ask for that.
+func (e *enrolment) registerFile(ctx context.Context, q *store.Request) (*store.Request, error) {
+	req := &wire.EnrollRequest{Role: q.Role, ID: q.PartyID, Name: q.Name, Tags: q.Tags, TokenID: q.JoinID, CSR: q.CSR, Program: q.Program, Versions: wire.OwnVersions}
+	if _, err := e.register(ctx, q.KeyHash, req, origin{address: sourceFile}); err != nil {
+		return nil, err
+	}
+	return e.store.LastRequest(ctx, q.KeyHash)
 }
 
 // checkRule finds what only the database knows to be wrong with a rule.
@@ -278,8 +304,9 @@ func (e *enrolment) checkRule(ctx context.Context, q store.Queries, d manifest.R
 
 // rehearse says of the waiting requests what the rules make of them, with those
 // of changed in the place of what the database has: a dry run finds the old
-// ones there. It takes no lock: ten thousand may wait.
-func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []manifest.Rule) (grants []api.RuleGrant, keys []wire.KeyHash, err error) {
+// ones there. It takes no lock: ten thousand may wait. let are those that get
+// in, oldest first, as if each had come after the one before it was in.
+func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []manifest.Rule) (grants []api.RuleGrant, let []*store.Request, err error) {
 	rules, err := e.rulesOf(ctx, q, store.DefaultTenant)
 	if err != nil {
 		return nil, nil, err
@@ -296,56 +323,120 @@ func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []man
 		rules = append(slices.DeleteFunc(rules, func(old *rule) bool { return old.name == m.Name }), r)
 	}
 	slices.SortFunc(rules, func(a, b *rule) int { return cmp.Compare(a.name, b.name) })
-	tokens := map[string]bool{} // by join code: it has one
 	waiting, err := q.Requests(ctx, api.RequestPending)
 	if err != nil {
 		return nil, nil, err
 	}
 	grants = []api.RuleGrant{}
-	for _, r := range waiting {
+	before := rehearsal{e: e, q: q, joins: map[string]*store.Join{}, used: map[string]int{}, claimed: map[string]*store.Request{}}
+	for _, r := range slices.Backward(waiting) {
 		if r.Role != wire.RoleNode || r.Tenant != store.DefaultTenant {
 			continue
 		}
 		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, source: r.Source, rcp: r.RCP, tags: r.Tags, device: attestedBefore(r)}
-		if r.JoinID != "" { // its token was shown, or the request would not wait
-			has, known := tokens[r.JoinID]
-			if !known {
-				j, err := q.Join(ctx, r.JoinID)
-				if err != nil && !errors.Is(err, store.ErrNotFound) {
-					return nil, nil, err
-				}
-				has = err == nil && !j.Manual
-				tokens[r.JoinID] = has
-			}
-			if has {
-				c.join = r.JoinID
-			}
+		j, err := before.join(ctx, r.JoinID)
+		if err != nil {
+			return nil, nil, err
+		}
+		if j != nil && !j.Manual { // its token was shown, or the request would not wait
+			c.join = r.JoinID
 		}
 		v := askRules(rules, c)
 		g := api.RuleGrant{Request: requestView(r), Why: v.why}
 		if v.rule != nil {
 			g.Rule, g.Proof = v.rule.name, v.rule.proof(c)
-			inUse := ""
-			if v.rule.vouching != nil {
-				if inUse, err = taken(q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil {
-					return nil, nil, err
-				}
+			if g.Why, err = before.against(ctx, r, j, v.rule); err != nil {
+				return nil, nil, err
 			}
-			// A name or UUID that is taken waits for an operator, whatever a
-			// rule says.
-			if d, err := e.judge(ctx, q, r, false); err != nil {
-				g.Why = err.Error()
-			} else if inUse != "" {
-				g.Why = inUse
-			} else if d != nil {
-				keys = append(keys, r.KeyHash)
+			if g.Why == "" {
+				let = append(let, r)
 			}
 		}
 		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && (v.bound || v.shown) {
 			grants = append(grants, g)
 		}
 	}
-	return grants, keys, nil
+	slices.Reverse(grants)
+	return grants, let, nil
+}
+
+// rehearsal remembers what the requests took that were let in before.
+type rehearsal struct {
+	e       *enrolment
+	q       store.Queries
+	joins   map[string]*store.Join
+	used    map[string]int            // uses of join codes
+	claimed map[string]*store.Request // names, UUIDs and devices, each after a word for what it is
+}
+
+// join reads a join code once; nil: there is none.
+func (h *rehearsal) join(ctx context.Context, id string) (*store.Join, error) {
+	j, known := h.joins[id]
+	if known || id == "" {
+		return j, nil
+	}
+	j, err := h.q.Join(ctx, id)
+	if errors.Is(err, store.ErrNotFound) {
+		j, err = nil, nil
+	}
+	if err == nil {
+		h.joins[id] = j
+	}
+	return j, err
+}
+
+// against says what keeps a request from what a rule grants, and writes down
+// what it takes if nothing does: the same things as decide looks at.
+func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join, by *rule) (string, error) {
+	if r.JoinID != "" && j == nil {
+		return joinUnknown, nil
+	}
+	uses := false
+	if j != nil {
+		if _, why := h.e.over(j); why != "" {
+			return why, nil
+		}
+		mine, err := h.q.JoinUsed(ctx, j.ID, r.KeyHash)
+		if err != nil {
+			return "", err
+		}
+		if uses = !j.Manual && !mine; uses && j.Used+h.used[j.ID] >= j.MaxUses {
+			return fmt.Sprintf("the join code is used up (%d of %d) by those before", j.Used+h.used[j.ID], j.MaxUses), nil
+		}
+	}
+	if by.vouching != nil {
+		if why, err := taken(h.q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil || why != "" {
+			return why, err
+		}
+	}
+	// A name or UUID that is taken waits for an operator, whatever a rule says.
+	d, err := h.e.judge(ctx, h.q, r, true)
+	var p *api.Problem
+	switch {
+	case errors.As(err, &p):
+		return p.Error(), nil
+	case err != nil:
+		return "", err
+	}
+	if v := d.protected(); v != nil {
+		return fmt.Sprintf("%s: the request claims what belongs to a %s", v.clash, v.what()), nil
+	}
+	claims := []string{"name " + r.Name, "UUID " + string(r.PartyID)}
+	if by.vouching != nil {
+		claims = append(claims, "device "+string(r.DeviceKey))
+	}
+	for _, c := range claims {
+		if first := h.claimed[c]; first != nil {
+			return fmt.Sprintf("request %s, which came before, gets the same %s", first.ID, c), nil
+		}
+	}
+	for _, c := range claims {
+		h.claimed[c] = r
+	}
+	if uses {
+		h.used[j.ID]++
+	}
+	return "", nil
 }
 
 // deleteRule forgets a rule. A join code that no other rule names grants by its

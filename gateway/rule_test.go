@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -107,6 +108,78 @@ func TestRuleNarrowsAToken(t *testing.T) {
 	a := d.party(wire.RoleNode, code, "db-9")
 	d.from(a, "dmz", "192.0.2.1:1")
 	d.expect(a, enroll.StateEnrolled, "")
+}
+
+// What a dry run promises is what the parties get when they are looked at: a
+// name, and the last use of a code, go to one of those that wait for them.
+func TestRuleRehearsalSharesOut(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	many, twice, gone := d.join(api.CreateJoin{Uses: 10}), d.join(api.CreateJoin{Uses: 2}), d.join(api.CreateJoin{Uses: 10})
+	d.enrolled(d.join(api.CreateJoin{Name: "old"}), "")
+	again := d.join(api.CreateJoin{Name: "old", Replace: true})
+	text := fmt.Sprintf("kind: rule\nname: plant\njoins: [%s, %s, %s, %s]\n", mustParse(t, many).TokenID, mustParse(t, twice).TokenID, mustParse(t, gone).TokenID, mustParse(t, again).TokenID)
+	d.rules(text+"names: [none]\n", false)
+	var waiting []*applicant
+	for _, w := range []struct{ code, name string }{
+		{many, "web-1"}, {many, "web-1"}, {twice, "db-1"}, {twice, "db-2"}, {twice, "db-3"}, {gone, "late"}, {again, ""},
+	} {
+		a := d.party(wire.RoleNode, w.code, w.name)
+		d.from(a, "edge", "10.7.0.1:4000")
+		d.expect(a, enroll.StateWaiting, wire.EnrollNoRule)
+		waiting = append(waiting, a)
+	}
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, mustParse(t, gone).TokenID) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	promised, why := 0, ""
+	for _, g := range d.rules(text, true).Grants {
+		if g.Why == "" {
+			promised++
+		}
+		why += g.Why + "\n"
+	}
+	if promised != 4 {
+		t.Errorf("%d are promised a grant, want 4:\n%s", promised, why)
+	}
+	for _, part := range []string{"gets the same name web-1", "used up (2 of 2)", "was revoked"} {
+		if !strings.Contains(why, part) {
+			t.Errorf("nothing says %q:\n%s", part, why)
+		}
+	}
+	d.rules(text, false)
+	enrolled := 0
+	for _, a := range waiting {
+		d.from(a, "edge", "10.7.0.1:4000")
+		if a.Ready() == nil {
+			enrolled++
+		}
+	}
+	if enrolled != promised {
+		t.Errorf("%d got in, %d were promised it", enrolled, promised)
+	}
+}
+
+// A request that came by a file has no party that could be looked at: a rule
+// that is made for it later grants it all the same.
+func TestRuleGrantsWhatCameByAFile(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	id := d.offlineParty(wire.RoleNode)
+	q := d.imports(d.offlineFile(id, enroll.Offer{Name: "vault-1", Tags: map[string]string{"site": "vault"}}))
+	text := fmt.Sprintf("kind: rule\nname: vaults\nkeys: ['%s']\n", id.Fingerprint())
+	if dry := d.rules(text, true); len(dry.Grants) != 1 || dry.Grants[0].Why != "" || dry.Grants[0].Request.State != api.RequestPending || len(d.requests(api.RequestPending)) != 1 {
+		t.Errorf("dry run %+v", dry)
+	}
+	if out := d.rules(text, false); len(out.Grants) != 1 || out.Grants[0].Request.State != api.RequestGranted {
+		t.Errorf("applied %+v", out)
+	}
+	got, err := d.store.LastRequest(t.Context(), id.KeyHash())
+	if err != nil || got.ID != q.ID || got.State != api.RequestGranted || got.Rule != "vaults" || got.Source != sourceFile || got.Tags["site"] != "vault" {
+		t.Fatalf("request %+v %v", got, err)
+	}
+	d.exports("vault-1")
 }
 
 // A key that was registered before is let in without a token; another one with

@@ -103,10 +103,13 @@ func (a *app) printRules(out api.AppliedRules) error {
 		if g.Rule != "" && g.Why == "" {
 			granted++
 			verdict = "granted by rule " + g.Rule + prefixed(", which asks for and has seen ", g.Proof)
+			if g.Request.State == api.RequestGranted { // it came by a file
+				verdict += fmt.Sprintf("; `sallyport request export %s FILE` writes its certificate", g.Request.ID)
+			}
 		}
 		a.out.Say("%s", cli.Clean(fmt.Sprintf("request %s %s %s: %s", g.Request.ID, g.Request.Name, g.Request.Fingerprint, verdict)))
 	}
-	tense := "are granted as soon as their parties are there"
+	tense := "are granted: those from files now, the others as soon as their parties are there"
 	if out.DryRun {
 		tense = "would be granted. Nothing was changed"
 	}
