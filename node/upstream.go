@@ -189,11 +189,14 @@ func (u *upstreams) serve(ctx context.Context, c *channel.Conn, addr string) {
 	}
 	log.Info("upstream channel up", "dialled", c.Dialled(), "enrolling", c.Enrolling())
 	in.changed()
-	if c.Enrolling() && in.applicant.Ready() == nil {
-		decided, left := in.applicant.Decided(), make(chan struct{})
+	if c.Enrolling() {
+		leave, when, left := enroll.LeaveFor, in.applicant.Another(), make(chan struct{})
+		if in.applicant.Ready() == nil {
+			leave, when = enroll.Leave, in.applicant.Decided()
+		}
 		go func() {
 			defer close(left)
-			enroll.Leave(c.Done(), decided, c.Close)
+			leave(c.Done(), when, c.Close)
 		}()
 		defer func() { <-left }()
 	}

@@ -114,11 +114,14 @@ func (r *Relay) serveUpstream(ctx context.Context, c *channel.Conn) {
 		c.Close(identity.ErrRevoked)
 	}
 	log.Info("upstream channel up", "dialled", c.Dialled(), "enrolling", c.Enrolling())
-	if _, certified := r.id.Party(); certified && c.Enrolling() {
-		decided, left := r.applicant.Decided(), make(chan struct{})
+	if c.Enrolling() {
+		leave, when, left := enroll.LeaveFor, r.applicant.Another(), make(chan struct{})
+		if _, certified := r.id.Party(); certified {
+			leave, when = enroll.Leave, r.applicant.Decided()
+		}
 		go func() {
 			defer close(left)
-			enroll.Leave(c.Done(), decided, c.Close)
+			leave(c.Done(), when, c.Close)
 		}()
 		defer func() { <-left }()
 	}

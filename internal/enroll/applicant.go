@@ -99,6 +99,7 @@ type Applicant struct {
 	refused string // why an upstream refused our certificate
 	granted chan struct{}
 	decided chan struct{}
+	another chan struct{}
 	changed chan struct{}
 	problem string // last complaint about codes that was logged
 	trouble bool   // a code could not be written down, and that was logged
@@ -120,6 +121,7 @@ func New(cfg Config) *Applicant {
 		denied:  map[string]time.Time{},
 		granted: make(chan struct{}),
 		decided: make(chan struct{}),
+		another: make(chan struct{}),
 		changed: make(chan struct{}),
 	}
 }
@@ -309,6 +311,10 @@ func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
 		// Whatever was said of another code is void; the gateway reads anew.
 		a.set(Status{State: StateWaiting, Reason: a.waiting()})
 		a.decide()
+		if a.asked != "" && a.asked != id && a.denied[id].IsZero() {
+			close(a.another)
+			a.another = make(chan struct{})
+		}
 		a.cfg.Log.Info("enrolling", "source", join.Source, "trust_domain", join.Code.TrustDomain, "fingerprint", a.id.Fingerprint())
 	}
 	return nil
@@ -485,6 +491,14 @@ func (a *Applicant) Decided() <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.decided
+}
+
+// Another is closed when a code takes the place of the one that a gateway was
+// shown: see [LeaveFor].
+func (a *Applicant) Another() <-chan struct{} {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.another
 }
 
 // Addresses are the upstreams that the join code names (host:port), kept for

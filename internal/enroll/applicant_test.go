@@ -285,6 +285,44 @@ func TestRefusalWaitsAMinuteOrForAnotherCode(t *testing.T) {
 	})
 }
 
+// A party that waits for an operator is asked again after minutes only: given
+// another code it leaves, to come back and show that. A code that nobody was
+// shown, and one that was refused a moment ago, are no reason.
+func TestAnotherCodeIsAReasonToComeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		left := func(token string, want bool) {
+			t.Helper()
+			gone := make(chan error, 1)
+			done := make(chan struct{})
+			go enroll.LeaveFor(done, p.Another(), func(cause error) { gone <- cause })
+			put(t, file, code(t, ca, token))
+			time.Sleep(5 * time.Second)
+			close(done)
+			synctest.Wait()
+			if got := len(gone) == 1; got != want {
+				t.Errorf("left for %s: %v, want %v", token, got, want)
+			}
+		}
+		left("t2", false)
+		p.get(t)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollManual, Reason: "an operator has to grant this"})
+		left("t2", false)
+		left("t3", true)
+		p.get(t)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollTokenUsed, Reason: "used up"})
+		left("t4", true)
+		p.get(t)
+		left("t3", false)
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // A disk that takes no new code leaves the party with the one it had, and the
 // new one is taken as soon as there is room.
 func TestNewCodeThatTheDiskRefusesIsTakenLater(t *testing.T) {

@@ -8,6 +8,9 @@ import (
 // errDecided ends an enrolment channel of a party that has a certificate.
 var errDecided = errors.New("the gateway has said whether it renews the certificate: we come back by the ordinary protocol")
 
+// errAnother ends an enrolment channel of a party that has no certificate.
+var errAnother = errors.New("there is another join code: we come back to show it")
+
 // decidedGrace is how long the answer to a verdict may take to be on its way.
 const decidedGrace = time.Second
 
@@ -30,5 +33,17 @@ func Leave(done, decided <-chan struct{}, end func(cause error)) {
 	case <-done:
 	case <-answered.C:
 		end(errDecided)
+	}
+}
+
+// LeaveFor ends the enrolment channel of a party without a certificate as soon
+// as it has another join code, and returns when the channel has ended. Whoever
+// waits for an operator, or was discarded, is asked again after minutes only;
+// one that comes anew is asked at once.
+func LeaveFor(done, another <-chan struct{}, end func(cause error)) {
+	select {
+	case <-done:
+	case <-another:
+		end(errAnother)
 	}
 }
