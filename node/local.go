@@ -210,18 +210,17 @@ func (in *instance) checkCertificate() local.Check {
 
 func (in *instance) checkUpstreams() []local.Check {
 	var checks []local.Check
+	enrolling := false
 	for _, u := range in.upstreams.status() {
-		c := local.Check{Check: "upstream " + u.Address, OK: u.State == "connected", Detail: u.State + " since " + u.Since.UTC().Format(time.RFC3339)}
-		if c.OK {
-			c.Detail += fmt.Sprintf(" over %s, %s %s", u.Carrier, u.Role, u.ID)
-		} else {
-			c.Detail = strings.TrimSuffix(c.Detail+": "+u.Error, ": ")
-			c.Fix = doctor.Upstream(u.Error)
-		}
-		checks = append(checks, c)
+		checks = append(checks, doctor.Channel(u))
+		enrolling = enrolling || u.State == "enrolling"
 	}
 	c := local.Check{Check: "upstreams", OK: in.upstreams.up() > 0, Detail: fmt.Sprintf("%d channels", in.upstreams.up())}
-	if !c.OK {
+	switch {
+	case c.OK:
+	case enrolling:
+		c.Fix = "see identity: the way is there, and the certificate is not"
+	default:
 		c.Fix = "the addresses come from SALLYPORT_NODE_UPSTREAMS, else from the join code and the gateway"
 	}
 	return append(checks, c)

@@ -126,10 +126,7 @@ func (r *Relay) checkUpstreams() []local.Check {
 			asked++
 		}
 		if u.Dialler == "us" && u.State != "connected" {
-			checks = append(checks, local.Check{
-				Check: "upstream " + u.Address, Detail: fmt.Sprintf("%s since %s: %s", u.State, u.Since.UTC().Format(time.RFC3339), u.Error),
-				Fix: doctor.Upstream(u.Error),
-			})
+			checks = append(checks, doctor.Channel(u))
 		}
 	}
 	c := local.Check{Check: "upstreams", OK: asked > 0, Detail: fmt.Sprintf("%d channels to gateways or RCPs above", asked)}

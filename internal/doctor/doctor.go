@@ -34,8 +34,12 @@ const (
 )
 
 const (
-	fixEnrol = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
-	fixClock = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
+	fixEnrol   = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
+	fixForeign = "that is the RCP or gateway of another installation: correct the address"
+	fixName    = "the name is not known here: correct it, or ask for another resolver (/etc/resolv.conf); an IP address works too"
+	fixRefused = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
+	fixRoute   = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
+	fixClock   = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
 )
 
 // patient is one identity directory.
@@ -220,6 +224,11 @@ func (p *patient) names(leaf *x509.Certificate) {
 		}
 	}
 	p.good("name", party.String()+" of "+party.TrustDomain)
+	if b, err := p.read("trust.json"); err == nil && b != nil {
+		if err := identity.CheckTrust(b, party.TrustDomain); err != nil {
+			p.bad("trust", "trust.json is corrupt: "+err.Error(), fixEnrol)
+		}
+	}
 }
 
 // trust verifies the chain up to a root that is trusted here. The time is one
@@ -286,15 +295,34 @@ func Reach(ctx context.Context, addr string) local.Check {
 	var fix string
 	switch {
 	case errors.As(err, &dns):
-		fix = "the name is not known here: correct it, or ask for another resolver (/etc/resolv.conf); an IP address works too"
+		fix = fixName
 	case errors.Is(err, syscall.ECONNREFUSED):
-		fix = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
+		fix = fixRefused
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
-		fix = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
+		fix = fixRoute
 	default:
 		fix = "nothing answers: a firewall between here and there drops TCP to that port (see docs/firewall.md), or the host is down"
 	}
 	return local.Check{Check: check, Detail: err.Error(), Fix: fix}
+}
+
+// Channel is the finding about one upstream. One over which a party waits for
+// its certificate is reached: what is missing is not on the way there.
+func Channel(u wire.UpstreamStatus) local.Check {
+	c := local.Check{Check: "upstream " + u.Address, OK: u.State == "connected" || u.State == "enrolling", Detail: u.State}
+	if !u.Since.IsZero() {
+		c.Detail += " since " + u.Since.UTC().Format(time.RFC3339)
+	}
+	switch {
+	case c.OK:
+		c.Detail += fmt.Sprintf(" over %s, %s %s", u.Carrier, u.Role, u.ID)
+	case u.Error == "":
+		c.Fix = "nobody has answered so far: see identity; else " + Upstream("")
+	default:
+		c.Detail += ": " + u.Error
+		c.Fix = Upstream(u.Error)
+	}
+	return c
 }
 
 // Upstream says what to do about a channel that cannot be opened. The texts
@@ -305,13 +333,24 @@ func Upstream(text string) string {
 		fix string
 	}{
 		{identity.ErrRevoked, "one side was revoked: `sallyport revocation list` on the gateway says which; a new join code enrols it again"},
-		{identity.ErrWrongTrustDomain, "that is the RCP or gateway of another installation: correct the address"},
+		{identity.ErrWrongTrustDomain, fixForeign},
 		{identity.ErrWrongRole, "another role answers at that address: correct it"},
 		{identity.ErrWrongParty, "another RCP than the configured UUID answers: correct the address or the UUID"},
 		{identity.ErrExpired, "a certificate is not good now: compare the clocks of both sides; see clock"},
 		{identity.ErrUntrusted, "the other side's certificate is of another CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"},
 	} {
 		if strings.Contains(text, f.err.Error()) {
+			return f.fix
+		}
+	}
+	for _, f := range []struct{ says, fix string }{
+		{"x509: certificate is valid for ", fixForeign}, // the names are those of a trust domain
+		{syscall.ECONNREFUSED.Error(), fixRefused},
+		{"no such host", fixName},
+		{syscall.ENETUNREACH.Error(), fixRoute},
+		{syscall.EHOSTUNREACH.Error(), fixRoute},
+	} {
+		if strings.Contains(text, f.says) {
 			return f.fix
 		}
 	}

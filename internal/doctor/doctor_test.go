@@ -2,6 +2,7 @@ package doctor
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"net"
@@ -93,14 +94,22 @@ func TestClassicBreakages(t *testing.T) {
 		"wrong CA": {damage: func(t *testing.T, dir string) {
 			write(t, dir, "root.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Root.Raw})))
 		}, check: "trust", says: "another CA"},
-		"another gateway": {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", `{"trust_domain":"other.sallyport"}`) }, check: "name", says: "another gateway"},
-		"another's name":  {damage: func(t *testing.T, dir string) { write(t, dir, "id", string(wire.NewID())) }, check: "name", says: "the file id says"},
-		"another role":    {damage: func(t *testing.T, dir string) { copyAll(t, healthy(t, ca, wire.RoleRCP), dir) }, check: "name", says: "for a rcp"},
-		"clock behind":    {damage: func(*testing.T, string) {}, at: -100 * 24 * time.Hour, check: "clock", says: "behind"},
-		"expired":         {damage: func(*testing.T, string) {}, at: 400 * 24 * time.Hour, check: "clock", says: "ended"},
-		"behind a set":    {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", string(env)) }, check: "clock", says: "signed at"},
-		"corrupt set":     {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", "x") }, check: "revocations", says: "corrupt"},
-		"corrupt pin":     {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", "x") }, check: "trust", says: "pin.json"},
+		"another gateway":  {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", `{"trust_domain":"other.sallyport"}`) }, check: "name", says: "another gateway"},
+		"another's name":   {damage: func(t *testing.T, dir string) { write(t, dir, "id", string(wire.NewID())) }, check: "name", says: "the file id says"},
+		"another role":     {damage: func(t *testing.T, dir string) { copyAll(t, healthy(t, ca, wire.RoleRCP), dir) }, check: "name", says: "for a rcp"},
+		"clock behind":     {damage: func(*testing.T, string) {}, at: -100 * 24 * time.Hour, check: "clock", says: "behind"},
+		"expired":          {damage: func(*testing.T, string) {}, at: 400 * 24 * time.Hour, check: "clock", says: "ended"},
+		"behind a set":     {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", string(env)) }, check: "clock", says: "signed at"},
+		"corrupt set":      {damage: func(t *testing.T, dir string) { write(t, dir, "revocations.json", "x") }, check: "revocations", says: "corrupt"},
+		"corrupt pin":      {damage: func(t *testing.T, dir string) { write(t, dir, "pin.json", "x") }, check: "trust", says: "pin.json"},
+		"corrupt document": {damage: func(t *testing.T, dir string) { write(t, dir, "trust.json", "x") }, check: "trust", says: "trust.json is corrupt"},
+		"another's document": {damage: func(t *testing.T, dir string) {
+			doc, err := json.Marshal(other.Seal(t, wire.TypeTrust, wire.Trust{Number: 1, TrustDomain: other.TrustDomain, Roots: [][]byte{other.Root.Raw}, Issued: time.Now()}))
+			if err != nil {
+				t.Fatal(err)
+			}
+			write(t, dir, "trust.json", string(doc))
+		}, check: "trust", says: "trust.json is corrupt"},
 		"a certificate's lie": {damage: func(t *testing.T, dir string) {
 			write(t, dir, "chain.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Root.Raw})))
 		}, check: "certificate", says: "does not belong"},
@@ -214,17 +223,39 @@ func TestReach(t *testing.T) {
 
 func TestUpstream(t *testing.T) {
 	for text, want := range map[string]string{
-		"x: " + identity.ErrRevoked.Error() + " y":                      "revoked",
-		identity.ErrWrongTrustDomain.Error():                            "another installation",
-		identity.ErrUntrusted.Error():                                   "another CA",
-		"remote error: tls: unknown certificate authority":              "right gateway",
-		"x509: certificate signed by unknown authority":                 "right gateway",
-		identity.ErrExpired.Error():                                     "clocks",
-		"dial tcp 192.0.2.1:9090: i/o timeout":                          "firewall",
-		"node x: " + identity.ErrWrongRole.Error() + ": want [gateway]": "another role",
+		"x: " + identity.ErrRevoked.Error() + " y":          "revoked",
+		identity.ErrWrongTrustDomain.Error():                "another installation",
+		identity.ErrUntrusted.Error():                       "another CA",
+		"remote error: tls: unknown certificate authority":  "right gateway",
+		"x509: certificate signed by unknown authority":     "right gateway",
+		identity.ErrExpired.Error():                         "clocks",
+		"dial tcp 192.0.2.1:9090: i/o timeout":              "firewall",
+		"dial tcp 127.0.0.1:1: connect: connection refused": "nothing listens",
+		"lookup rcp.invalid on 192.0.2.53:53: no such host": "not known here",
+		"tls: failed to verify certificate: " + x509.HostnameError{Certificate: &x509.Certificate{DNSNames: []string{"b.sallyport"}}, Host: "a.sallyport"}.Error(): "another installation",
+		"node x: " + identity.ErrWrongRole.Error() + ": want [gateway]":                                                                                            "another role",
 	} {
 		if got := Upstream(text); !strings.Contains(got, want) {
 			t.Errorf("%q: %q, want %q", text, got, want)
+		}
+	}
+}
+
+// A party that waits for its certificate is told to look there, and not for a
+// firewall.
+func TestChannel(t *testing.T) {
+	for _, c := range []struct {
+		u         wire.UpstreamStatus
+		ok        bool
+		says, fix string
+	}{
+		{wire.UpstreamStatus{Address: "a:1", State: "enrolling", Carrier: "h3", Role: wire.RoleRCP}, true, "enrolling over h3, rcp", ""},
+		{wire.UpstreamStatus{Address: "a:1", State: "connecting"}, false, "connecting", "see identity"},
+		{wire.UpstreamStatus{Address: "a:1", State: "failed", Error: "dial tcp: connection refused"}, false, "failed: dial tcp", "nothing listens"},
+	} {
+		got := Channel(c.u)
+		if got.OK != c.ok || !strings.HasPrefix(got.Detail, c.says) || !strings.Contains(got.Fix, c.fix) || c.ok && got.Fix != "" {
+			t.Errorf("%+v: %+v", c.u, got)
 		}
 	}
 }

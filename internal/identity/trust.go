@@ -66,27 +66,37 @@ func (i *Identity) ApplyTrust(env wire.Envelope) (bool, error) {
 	return true, nil
 }
 
-// loadTrust reads the document that was verified when it came. Its signer is
-// below one of its own roots, which shows damage.
+// loadTrust takes the document that was verified when it came.
 func (i *Identity) loadTrust(b []byte) error {
-	var env wire.Envelope
-	if err := json.Unmarshal(b, &env); err != nil {
-		return err
-	}
-	var doc wire.Trust
-	if err := json.Unmarshal(env.Payload, &doc); err != nil {
-		return err
-	}
-	roots, err := parseRoots(doc.Roots)
+	env, doc, roots, err := openTrust(b, i.trustDomain())
 	if err != nil {
-		return err
-	}
-	if _, _, err := VerifyTrust(env, roots, i.trustDomain(), doc.Issued); err != nil {
 		return err
 	}
 	i.everTrusted = union(i.everTrusted, roots)
 	i.setTrust(doc, roots, env)
 	return nil
+}
+
+// CheckTrust says what is wrong with the file of a trust document.
+func CheckTrust(b []byte, trustDomain string) error {
+	_, _, _, err := openTrust(b, trustDomain)
+	return err
+}
+
+// openTrust reads a document that was verified when it came. Its signer is below
+// one of its own roots, which shows damage.
+func openTrust(b []byte, trustDomain string) (env wire.Envelope, doc wire.Trust, roots []*x509.Certificate, err error) {
+	if err := json.Unmarshal(b, &env); err != nil {
+		return env, doc, nil, err
+	}
+	if err := json.Unmarshal(env.Payload, &doc); err != nil {
+		return env, doc, nil, err
+	}
+	if roots, err = parseRoots(doc.Roots); err != nil {
+		return env, doc, nil, err
+	}
+	doc, roots, err = VerifyTrust(env, roots, trustDomain, doc.Issued)
+	return env, doc, roots, err
 }
 
 // setTrust changes memory only; mu is held or the identity is not shared yet.
