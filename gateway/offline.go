@@ -179,11 +179,27 @@ func (e *enrolment) exported(ctx context.Context, q *store.Request, d *decision,
 	})
 }
 
-// granted resolves what an operator calls a request that has its grant.
+// granted resolves what an operator calls a request that has its grant. One
+// whose party gave way to another of its name is not meant while that is there.
 func (e *enrolment) granted(ctx context.Context, q store.Queries, ref string) (*store.Request, error) {
 	found, err := q.FindGranted(ctx, ref)
 	if err != nil {
 		return nil, err
+	}
+	if len(found) > 1 {
+		var live []*store.Request
+		for _, r := range found {
+			k, err := q.Key(ctx, r.KeyHash)
+			if err != nil && !errors.Is(err, store.ErrNotFound) {
+				return nil, err
+			}
+			if err == nil && k.RevokedAt.IsZero() {
+				live = append(live, r)
+			}
+		}
+		if len(live) > 0 {
+			found = live
+		}
 	}
 	switch len(found) {
 	case 1:

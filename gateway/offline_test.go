@@ -167,6 +167,23 @@ func TestImportedCertificateRuns(t *testing.T) {
 	}
 }
 
+// TestExportOfANameThatWasReplaced: the name means the party that has it now.
+func TestExportOfANameThatWasReplaced(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	var last *store.Request
+	for range 3 {
+		last = d.imports(d.offlineFile(d.offlineParty(wire.RoleNode), enroll.Offer{Name: "vault-1"}))
+		if _, err := d.grant(t.Context(), last.ID, api.Grant{Replace: true}); err != nil {
+			t.Fatal(err)
+		}
+		out, err := d.exportRequest(t.Context(), "vault-1")
+		if err != nil || out.Request.ID != last.ID {
+			t.Fatalf("exported %s, want %s: %v", out.Request.ID, last.ID, err)
+		}
+	}
+}
+
 // TestOfflineRequestsThatAreRefused: nothing of them is queued.
 func TestOfflineRequestsThatAreRefused(t *testing.T) {
 	d := newDesk(t)
