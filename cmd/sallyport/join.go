@@ -58,6 +58,9 @@ func (a *app) joinCreateCommand() *cobra.Command {
 			if in.Uses < 1 {
 				return cli.Usage("--uses: want a number of at least 1")
 			}
+			if ttl.Duration <= 0 { // the API takes none as the default
+				return cli.Usage("--ttl: a code lives for some time; `sallyport join revoke` ends one")
+			}
 			in.TTL = ttl.Duration
 			if est {
 				for _, other := range []string{"tag", "allow-tag", "rcp", "manual", "replace"} {
