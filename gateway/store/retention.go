@@ -40,10 +40,12 @@ func (db *DB) ForgetEvents(ctx context.Context, before time.Time, after int64) (
 			over = append(over, e.ID)
 		}
 	}
-	if err := db.drop(ctx, "events", over, "annotations", "event_id"); err != nil {
+	// Good news that came again meanwhile is not over: what was merged into it is
+	// told nowhere else.
+	if n, err = db.drop(ctx, "events", over, "annotations", "event_id", "received_at < ?", before.UTC()); err != nil {
 		return 0, 0, err
 	}
-	return int64(len(over)), next, nil
+	return n, next, nil
 }
 
 // ForgetGaps drops what was noted before a moment of events that never came.
@@ -102,10 +104,10 @@ func (db *DB) ForgetActions(ctx context.Context, before time.Time, after int64) 
 			over = append(over, a.ID)
 		}
 	}
-	if err := db.drop(ctx, "actions", over, "action_frames", "action_id"); err != nil {
+	if n, err = db.drop(ctx, "actions", over, "action_frames", "action_id", "ended_at < ?", before.UTC()); err != nil {
 		return 0, 0, err
 	}
-	return int64(len(over)), next, nil
+	return n, next, nil
 }
 
 // ForgetRequests drops the certificate requests that expired before a moment:
@@ -119,22 +121,32 @@ func (db *DB) ForgetRequests(ctx context.Context, before time.Time, after int64)
 		}
 		return err
 	})
-	if err == nil && n == maxForgotten {
+	if err != nil {
+		return 0, 0, err
+	}
+	if n == maxForgotten {
 		next = after + 1 // there is no place to go on from: what was found is gone
 	}
-	return n, next, err
+	return n, next, nil
 }
 
-// drop deletes rows of a table, and what another one has of them.
-func (db *DB) drop(ctx context.Context, table string, over []wire.ID, parts, of string) error {
+// drop deletes rows of a table, and what another one has of them, as far as they
+// fit still: they were looked at before, without a lock.
+func (db *DB) drop(ctx context.Context, table string, over []wire.ID, parts, of, fits string, args ...any) (n int64, err error) {
 	if len(over) == 0 {
-		return nil
+		return 0, nil
 	}
-	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
-		if _, err := tx.q.NewRaw("DELETE FROM ? WHERE ? IN (?)", bun.Ident(parts), bun.Ident(of), bun.List(over)).Exec(ctx); err != nil {
+	err = db.Update(ctx, func(ctx context.Context, tx *Tx) error {
+		var still []wire.ID
+		err := tx.q.NewRaw("SELECT id FROM ? WHERE id IN (?) AND "+fits, append([]any{bun.Ident(table), bun.List(over)}, args...)...).Scan(ctx, &still)
+		if n = int64(len(still)); err != nil || n == 0 {
 			return err
 		}
-		_, err := tx.q.NewRaw("DELETE FROM ? WHERE id IN (?)", bun.Ident(table), bun.List(over)).Exec(ctx)
+		if _, err := tx.q.NewRaw("DELETE FROM ? WHERE ? IN (?)", bun.Ident(parts), bun.Ident(of), bun.List(still)).Exec(ctx); err != nil {
+			return err
+		}
+		_, err = tx.q.NewRaw("DELETE FROM ? WHERE id IN (?)", bun.Ident(table), bun.List(still)).Exec(ctx)
 		return err
 	})
+	return n, err
 }
