@@ -96,6 +96,10 @@ func (e *enrolment) revocation(ctx context.Context, party wire.Party, name strin
 	err = e.publish(ctx, []wire.Party{party})
 	e.changed(ctx, party.Role, party.ID)
 	number, _ = e.id.Revocations()
+	if errors.Is(err, errAuthority) { // run tries again; whoever asked must know that the rest is done
+		e.log.Error("a revocation is not signed yet; it is tried again in a minute", "party", party.String(), "error", err)
+		return number, api.NewProblem(api.CodeUnavailable, name+" is revoked here, but the signed set that tells others is not out yet: the certificate authority is away, or failed (the gateway's log says why); it is tried again each minute")
+	}
 	if err != nil {
 		return number, fmt.Errorf("%s is revoked here, but the signed set that tells others is not out yet: %w", name, err)
 	}

@@ -185,8 +185,9 @@ func TestRevocationIsSignedLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	d.ca.fail = errors.New("the authority is away")
-	if _, err := d.revokeNode(t.Context(), n, false); err == nil || !strings.Contains(err.Error(), "revoked here") {
-		t.Errorf("got %v", err)
+	_, err = d.revokeNode(t.Context(), n, false)
+	if p := (*api.Problem)(nil); !errors.As(err, &p) || p.Code != api.CodeUnavailable || !strings.Contains(p.Detail, "revoked here") {
+		t.Errorf("an operator is told %v", err)
 	}
 	d.see(a) // not in the signed set, and refused all the same
 	d.ca.fail = nil
