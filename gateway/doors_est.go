@@ -143,11 +143,28 @@ func (e *doorEST) issue(req *http.Request, again bool) (*x509.Certificate, error
 	return chain[0], nil
 }
 
-// checkESTCode finds every fault of a code for this door.
-func checkESTCode(j *store.Join) *api.Problem {
+// estName is the name of a code as [doors.NamesOf] reads it in a request: an
+// address can be written in several ways.
+func estName(name string) (string, bool) {
+	if addr, err := netip.ParseAddr(name); err == nil {
+		return addr.Unmap().String(), addr.Zone() == ""
+	}
+	return name, doors.ValidHost(name)
+}
+
+// checkESTCode finds every fault of a code for this door: what is never
+// certified is refused here already, not at the device.
+func checkESTCode(j *store.Join, trustDomain string) *api.Problem {
 	var faults []api.ProblemError
-	if _, err := netip.ParseAddr(j.Name); j.Name != "" && err != nil && !doors.ValidHost(j.Name) {
-		faults = append(faults, api.ProblemError{Location: "name", Message: fmt.Sprintf("%q: want a host name in lower case, or an address", wire.Quotable(j.Name))})
+	if j.Name != "" {
+		name, ok := estName(j.Name)
+		switch {
+		case !ok:
+			faults = append(faults, api.ProblemError{Location: "name", Message: fmt.Sprintf("%q: want a host name in lower case, or an address", wire.Quotable(j.Name))})
+		case name == trustDomain || strings.HasSuffix(name, "."+trustDomain):
+			faults = append(faults, api.ProblemError{Location: "name", Message: fmt.Sprintf("%q is a name of the trust domain, which no door certifies", name)})
+		}
+		j.Name = name
 	}
 	if j.MaxUses < 1 || j.MaxUses > maxJoinUses {
 		faults = append(faults, api.ProblemError{Location: "uses", Message: fmt.Sprintf("%d: want 1 to %d", j.MaxUses, maxJoinUses)})

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"sallyport/config"
+	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
 	"sallyport/internal/wire"
@@ -156,6 +157,34 @@ func TestDoorValuesSwap(t *testing.T) {
 	}
 	if _, _, err := v.Swap(ctx, "acme_orders", "y", nil, bytes.Repeat([]byte("x"), maxDoorValue+1)); err == nil {
 		t.Error("a value without end is kept")
+	}
+}
+
+// TestESTCodeNames: a code has the name as a request is read, and none is made for
+// what is never certified.
+func TestESTCodeNames(t *testing.T) {
+	for _, c := range []struct{ in, name, fault string }{
+		{"www.plant.example", "www.plant.example", ""},
+		{"", "", ""},
+		{"2001:DB8:0::1", "2001:db8::1", ""},
+		{"::ffff:10.1.2.3", "10.1.2.3", ""},
+		{"fe80::1%eth0", "", "want a host name in lower case, or an address"},
+		{"WWW.plant.example", "", "want a host name in lower case, or an address"},
+		{"x.td.sallyport", "", "name of the trust domain"},
+		{"td.sallyport", "", "name of the trust domain"},
+	} {
+		j := &store.Join{Role: api.JoinEST, Name: c.in, MaxUses: 1}
+		switch p := checkJoin(j, "td.sallyport"); {
+		case c.fault == "" && (p != nil || j.Name != c.name):
+			t.Errorf("%q: %q, %v", c.in, j.Name, p)
+		case c.fault != "" && (p == nil || !strings.Contains(p.Error(), c.fault)):
+			t.Errorf("%q: %v, want %q", c.in, p, c.fault)
+		}
+	}
+	s := &Server{}
+	s.cfg.DoorsName = "doors.sallyport"
+	if _, err := s.createJoin(t.Context(), api.CreateJoin{Role: api.JoinEST, Name: s.cfg.DoorsName}); err == nil {
+		t.Error("a code for the name of the doors themselves")
 	}
 }
 

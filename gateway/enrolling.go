@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"time"
 
@@ -81,6 +82,9 @@ func (s *Server) partyChanged(ctx context.Context, role wire.Role, id wire.ID) {
 }
 
 func (s *Server) createJoin(ctx context.Context, in api.CreateJoin) (api.CreatedJoin, error) {
+	if in.Role == api.JoinEST && in.Name == s.cfg.DoorsName {
+		return api.CreatedJoin{}, api.NewProblem(api.CodeInvalid, fmt.Sprintf("%s is the name of the doors themselves, which nobody else gets", in.Name))
+	}
 	return s.enrolment.createJoin(ctx, in)
 }
 

@@ -30,7 +30,7 @@ func (e *enrolment) createJoin(ctx context.Context, in api.CreateJoin) (api.Crea
 	if j.MaxUses == 0 {
 		j.MaxUses = 1
 	}
-	if p := checkJoin(j); p != nil {
+	if p := checkJoin(j, e.id.TrustDomain()); p != nil {
 		return api.CreatedJoin{}, p
 	}
 	return e.addJoin(ctx, j, time.Duration(in.TTL), nil)
@@ -39,14 +39,15 @@ func (e *enrolment) createJoin(ctx context.Context, in api.CreateJoin) (api.Crea
 // nameRule says what wire.ValidPartyName takes.
 var nameRule = fmt.Sprintf("want letters, digits, '.', '-' and '_', at most %d, and not what reads as the first 8 digits of a UUID", wire.MaxName)
 
-// checkJoin finds every fault of a join code.
-func checkJoin(j *store.Join) *api.Problem {
+// checkJoin finds every fault of a join code. The name of one for EST it writes
+// in the one way in which that reads it.
+func checkJoin(j *store.Join, trustDomain string) *api.Problem {
 	var faults []api.ProblemError
 	fault := func(where, format string, args ...any) {
 		faults = append(faults, api.ProblemError{Location: where, Message: fmt.Sprintf(format, args...)})
 	}
 	if j.Role == api.JoinEST {
-		return checkESTCode(j)
+		return checkESTCode(j, trustDomain)
 	}
 	if j.Role != wire.RoleNode {
 		fault("role", "%q: want node or est", wire.Quotable(string(j.Role)))

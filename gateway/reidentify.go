@@ -97,7 +97,7 @@ func (e *enrolment) successor(ctx context.Context, n *store.Node, name string) (
 		}
 		maps.Copy(j.Tags, own)
 	}
-	if p := checkJoin(j); p != nil {
+	if p := checkJoin(j, e.id.TrustDomain()); p != nil {
 		return nil, p
 	}
 	return j, nil
