@@ -62,11 +62,14 @@ func (g *Gateways) Add(ttl time.Duration) (GatewayCode, time.Time, error) {
 	fail := func(err error) (GatewayCode, time.Time, error) {
 		return GatewayCode{}, time.Time{}, fmt.Errorf("make a gateway code: %w", err)
 	}
-	root, err := readCert(g.dir, fileRoot)
-	if err != nil {
-		return fail(fmt.Errorf("%w (start the authority first, with the same SALLYPORT_DATA)", err))
-	}
 	td, err := os.ReadFile(filepath.Join(g.dir, fileTrustDomain))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fail(fmt.Errorf("there is no authority in %s: start the authority first, with the same SALLYPORT_DATA", g.dir))
+	}
+	if err != nil {
+		return fail(err)
+	}
+	root, err := readCert(g.dir, fileRoot)
 	if err != nil {
 		return fail(err)
 	}

@@ -2,6 +2,7 @@ package pki
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -28,11 +29,17 @@ const (
 // missing or does not open it.
 var ErrPassphrase = errors.New("the key is encrypted")
 
+const (
+	varPassphrase       = "SALLYPORT_PKI_PASSPHRASE_FILE"
+	varSignerPassphrase = "SALLYPORT_SIGNER_PASSPHRASE_FILE"
+)
+
 // keyring makes and opens the private keys of an authority: files in its
 // directory, encrypted when there is a passphrase.
 type keyring struct {
 	dir        string
 	passphrase []byte        // nil: keys lie open in their files
+	variable   string        // that names its file, where it is not varPassphrase
 	signer     *signerClient // nil: keys are made here
 }
 
@@ -124,14 +131,14 @@ func (k keyring) unseal(name string, block *pem.Block) (pkcs8 []byte, sealed boo
 		return block.Bytes, false, nil
 	case pemSealedKey:
 		if k.passphrase == nil {
-			return nil, true, fmt.Errorf("%s: %w: set SALLYPORT_PKI_PASSPHRASE_FILE to the file with its passphrase", name, ErrPassphrase)
+			return nil, true, fmt.Errorf("%s: %w: set %s to the file with its passphrase", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
 		}
 		pkcs8, err := pemutil.DecryptPKCS8PrivateKey(block.Bytes, k.passphrase)
 		if err == nil {
 			_, err = x509.ParsePKCS8PrivateKey(pkcs8) // CBC has no integrity: what it yields must be a key
 		}
 		if err != nil {
-			return nil, true, fmt.Errorf("%s: %w and the passphrase in SALLYPORT_PKI_PASSPHRASE_FILE does not open it", name, ErrPassphrase)
+			return nil, true, fmt.Errorf("%s: %w and the passphrase in %s does not open it", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
 		}
 		return pkcs8, true, nil
 	}

@@ -53,7 +53,7 @@ func OpenSigner(cfg SignerConfig) (*Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("signer: %w", err)
 	}
-	s := &Signer{cfg: cfg, keys: keyring{dir: cfg.Dir, passphrase: cfg.Passphrase}, lock: lock, open: map[string]crypto.Signer{}}
+	s := &Signer{cfg: cfg, keys: keyring{dir: cfg.Dir, passphrase: cfg.Passphrase, variable: varSignerPassphrase}, lock: lock, open: map[string]crypto.Signer{}}
 	if err := s.start(); err != nil {
 		return nil, fmt.Errorf("signer: %w", errors.Join(err, lock.Release()))
 	}

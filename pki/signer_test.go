@@ -146,6 +146,11 @@ func TestSigner(t *testing.T) {
 	if _, err := pki.Open(t.Context(), dir, quiet, pki.WithSigner(other)); !errors.Is(err, pki.ErrSigner) {
 		t.Errorf("another signer: %v", err)
 	}
+	// Its keys under another passphrase: the error names the signer's variable.
+	wrong := pki.SignerConfig{Dir: keys, Socket: filepath.Join(keys, "s.sock"), Passphrase: []byte("a wrong battery staple"), Log: quiet}
+	if _, err := pki.OpenSigner(wrong); !errors.Is(err, pki.ErrPassphrase) || !strings.Contains(err.Error(), "SALLYPORT_SIGNER_PASSPHRASE_FILE") {
+		t.Errorf("with a wrong passphrase: %v", err)
+	}
 	// The same signer again, its keys opened with its passphrase.
 	socket, _ = signer(t, keys)
 	a = open(t, dir, pki.WithSigner(socket))

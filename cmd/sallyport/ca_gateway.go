@@ -57,7 +57,7 @@ func (a *app) caGatewayAddCommand() *cobra.Command {
 			return a.out.Raw([]byte(text + "\n"))
 		},
 	}
-	cmd.Flags().Var(&ttl, "ttl", "how long the code may be used (default 1h)")
+	cmd.Flags().Var(&ttl, "ttl", "how long the code may be used")
 	return cmd
 }
 
