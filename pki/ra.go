@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -77,7 +78,11 @@ func (r *registrar) start(roots []rootCA) error {
 	} else { // it would ask on a terminal
 		opts = append(opts, jose.WithPassword([]byte{0}))
 	}
-	jwk, err := jose.ReadKey(r.KeyFile, opts...)
+	text, err := os.ReadFile(r.KeyFile)
+	if err != nil {
+		return fmt.Errorf("%w: key of the provisioner: read SALLYPORT_PKI_CA_KEY_FILE: %w", ErrExternal, err)
+	}
+	jwk, err := jose.ParseKey(text, append(opts, jose.WithFilename(r.KeyFile))...)
 	if err != nil {
 		return fmt.Errorf("%w: key of the provisioner: %w (is SALLYPORT_PKI_CA_PASSWORD_FILE the right one?)", ErrExternal, err)
 	}

@@ -371,6 +371,9 @@ func TestExternalMisbehaves(t *testing.T) {
 	if _, err := pki.Open(t.Context(), dir, quiet, pki.WithExternal(pki.External{URL: s.url, Root: s.root, Provisioner: "sallyport", KeyFile: foreign})); !errors.Is(err, pki.ErrExternal) || !strings.Contains(err.Error(), "refuses") {
 		t.Errorf("another provisioner's key: %v", err)
 	}
+	if _, err := pki.Open(t.Context(), dir, quiet, pki.WithExternal(pki.External{URL: s.url, Root: s.root, Provisioner: "sallyport", KeyFile: foreign + ".none"})); !errors.Is(err, os.ErrNotExist) || strings.Contains(err.Error(), "PASSWORD") {
+		t.Errorf("without the key's file: %v", err)
+	}
 }
 
 // Only the leaf for documents seals documents, and it is no party.

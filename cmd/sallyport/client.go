@@ -87,11 +87,24 @@ func readRoots(file string) (*x509.CertPool, error) {
 // the exit code and the advice are chosen here, once.
 func explainErrors(cmd *cobra.Command) {
 	if run := cmd.RunE; run != nil {
+		explain := explain
+		if cmd.Name() == nameRun && cmd.Parent() == cmd.Root() { // action run is no role
+			explain = explainRole
+		}
 		cmd.RunE = func(cmd *cobra.Command, args []string) error { return explain(run(cmd, args)) }
 	}
 	for _, c := range cmd.Commands() {
 		explainErrors(c)
 	}
+}
+
+// explainRole is explain for the roles themselves: an address that refuses, or a
+// certificate that is not trusted, is not that of the gateway's API.
+func explainRole(err error) error {
+	if errors.Is(err, sqldb.ErrLocked) {
+		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
+	}
+	return err
 }
 
 func explain(err error) error {

@@ -5,10 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/spf13/cobra"
 
 	"sallyport/gateway/api"
 	"sallyport/internal/cli"
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -132,5 +136,26 @@ func TestShellLineCanBeTyped(t *testing.T) {
 	got := shellLine([]string{"action", "run", "--", "sh", "-c", "echo 'a b'; exit 3", ""})
 	if want := `action run -- sh -c 'echo '\''a b'\''; exit 3' ''`; got != want {
 		t.Errorf("%s, want %s", got, want)
+	}
+}
+
+// TestRolesAreNotToldOfTheAPI: a role that cannot reach its CA is not advised to look
+// for the gateway's API; an operator's command is.
+func TestRolesAreNotToldOfTheAPI(t *testing.T) {
+	root, action := &cobra.Command{Use: "sallyport"}, &cobra.Command{Use: "action"}
+	refused := func(*cobra.Command, []string) error { return fmt.Errorf("dial: %w", syscall.ECONNREFUSED) }
+	role, order := &cobra.Command{Use: nameRun + " ROLE...", RunE: refused}, &cobra.Command{Use: nameRun, RunE: refused}
+	action.AddCommand(order)
+	root.AddCommand(role, action)
+	explainErrors(root)
+	if err := role.RunE(role, nil); strings.Contains(err.Error(), "SALLYPORT_URL") {
+		t.Errorf("a role: %v", err)
+	}
+	if err := order.RunE(order, nil); !strings.Contains(err.Error(), "SALLYPORT_URL") {
+		t.Errorf("an operator's command: %v", err)
+	}
+	var exit *cli.ExitError
+	if err := explainRole(fmt.Errorf("pki: %w", sqldb.ErrLocked)); !errors.As(err, &exit) || exit.Code != cli.ExitRefused {
+		t.Errorf("a locked directory: %v", err)
 	}
 }

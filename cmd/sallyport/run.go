@@ -19,9 +19,11 @@ import (
 // on comes first.
 var runnable = []string{"signer", "pki", "gateway", "rcp", "node"}
 
+const nameRun = "run"
+
 func (a *app) runCommand() *cobra.Command {
 	return &cobra.Command{
-		Use:   "run ROLE...",
+		Use:   nameRun + " ROLE...",
 		Short: "Run one or several roles until a signal: " + strings.Join(runnable, ", "),
 		Long: "Run one or several roles in one process, until SIGINT or SIGTERM. The environment configures them:\n" +
 			"`sallyport config check` says what it makes of them, `sallyport config reference` lists all variables.\n" +
