@@ -30,7 +30,7 @@ func (r *rest) actionRoutes() {
 type listActionsInput struct {
 	Page
 	Node  string `query:"node" maxLength:"256"`
-	State string `query:"state"`
+	State string `query:"state" enum:"queued,sent,running,succeeded,failed,timed-out,cancelled,expired,refused,lost"`
 	Batch string `query:"batch" maxLength:"64"`
 }
 

@@ -141,7 +141,7 @@ func requestView(q *store.Request) api.Request {
 
 type listRequestsInput struct {
 	Page
-	State    string `query:"state"`
+	State    string `query:"state" enum:"pending,granted,delivered,denied,discarded,failed,expired"`
 	Selector string `query:"selector" doc:"Kubernetes label selector over tags."`
 }
 

@@ -46,7 +46,7 @@ type ByRef struct {
 // NodeFilter selects nodes.
 type NodeFilter struct {
 	Selector string `query:"selector" doc:"Kubernetes label selector over tags."`
-	State    string `query:"state"`
+	State    string `query:"state" enum:"pending,running,failing,down,unreachable,readonly,locked,draining,quarantined,revoked,upgrade-required"`
 }
 
 // parse returns the filter's test.

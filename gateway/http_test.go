@@ -325,6 +325,30 @@ func (w *world) raw(t *testing.T, method, path, body string) []byte {
 	return b
 }
 
+// TestStatesAreListed: each state that there is can be asked for.
+func TestStatesAreListed(t *testing.T) {
+	t.Parallel()
+	w, _ := serving(t, false)
+	for list, states := range map[string][]string{
+		"nodes": {
+			string(wire.StatePending), string(wire.StateRunning), string(wire.StateFailing), string(wire.StateDown), string(wire.StateUnreachable), string(wire.StateReadonly),
+			string(wire.StateLocked), string(wire.StateDraining), string(wire.StateQuarantined), string(wire.StateRevoked), string(wire.StateUpgrade),
+		},
+		"requests": {api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired},
+		"actions": {
+			wire.ActionQueued, wire.ActionSent, wire.ActionRunning, wire.ActionSucceeded, wire.ActionFailed, wire.ActionTimedOut,
+			wire.ActionCancelled, wire.ActionExpired, wire.ActionRefused, wire.ActionLost,
+		},
+	} {
+		for _, state := range states {
+			var p api.Problem
+			if b := w.raw(t, http.MethodGet, "/api/v1/"+list+"?state="+state, ""); json.Unmarshal(b, &p) != nil || p.Status != 0 {
+				t.Errorf("%s in state %s: %.200s", list, state, b)
+			}
+		}
+	}
+}
+
 func TestBadRequests(t *testing.T) {
 	t.Parallel()
 	w, _ := serving(t, false)
@@ -341,6 +365,9 @@ func TestBadRequests(t *testing.T) {
 		"limit":          {http.MethodGet, "/api/v1/nodes?limit=100000", "", api.CodeInvalid},
 		"too large":      {http.MethodPost, "/api/v1/tokens", `{"role":"` + strings.Repeat("x", 1<<20-10) + `"}`, api.CodeTooLarge},
 		"severity":       {http.MethodGet, "/api/v1/events?severity=bad", "", api.CodeInvalid},
+		"node state":     {http.MethodGet, "/api/v1/nodes?state=bad", "", api.CodeInvalid},
+		"request state":  {http.MethodGet, "/api/v1/requests?state=bad", "", api.CodeInvalid},
+		"action state":   {http.MethodGet, "/api/v1/actions?state=bad", "", api.CodeInvalid},
 		"neither":        {http.MethodPost, "/api/v1/actions", `{"command":["true"]}`, api.CodeInvalid},
 		"empty selector": {http.MethodPost, "/api/v1/actions", `{"command":["true"],"selector":" "}`, api.CodeInvalid},
 		"no command":     {http.MethodPost, "/api/v1/actions", `{"command":[],"selector":"*"}`, api.CodeInvalid},

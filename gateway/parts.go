@@ -51,7 +51,7 @@ func (s *Server) drainRCP(ctx context.Context, r *store.RCP, on bool) error {
 		d = &wire.Drain{Reason: "drained by an operator"}
 	}
 	if err := s.drain(ctx, s.party(wire.RoleRCP, r.PartyID), d); err != nil {
-		return fmt.Errorf("drain rcp %s: %w", r.Name, err)
+		return fmt.Errorf("%s rcp %s: %w", drainVerb(d), r.Name, err)
 	}
 	return nil
 }
@@ -60,9 +60,17 @@ func (s *Server) drainRCP(ctx context.Context, r *store.RCP, on bool) error {
 // and actions, or, without a drain, to take them again.
 func (s *Server) drainNode(ctx context.Context, n *store.Node, d *wire.Drain) error {
 	if err := s.drain(ctx, s.party(wire.RoleNode, n.ID), d); err != nil {
-		return fmt.Errorf("drain node %s: %w", n.Name, err)
+		return fmt.Errorf("%s node %s: %w", drainVerb(d), n.Name, err)
 	}
 	return nil
+}
+
+// drainVerb is what the operator called it.
+func drainVerb(d *wire.Drain) string {
+	if d == nil {
+		return "resume"
+	}
+	return "drain"
 }
 
 func (s *Server) drain(ctx context.Context, party wire.Party, d *wire.Drain) error {

@@ -67,8 +67,8 @@ const maxTags = 64
 
 func boundTags(tags map[string]string) map[string]string {
 	out := make(map[string]string, min(len(tags), maxTags))
-	for k, v := range tags {
-		if len(out) < maxTags && store.ValidTag(k, v) == nil {
+	for _, k := range slices.Sorted(maps.Keys(tags)) { // the same ones each time
+		if v := tags[k]; len(out) < maxTags && store.ValidTag(k, v) == nil {
 			out[k] = v
 		}
 	}
