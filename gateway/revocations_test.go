@@ -213,7 +213,7 @@ func TestIssuerThatWasGivenUpIsNamed(t *testing.T) {
 	ca := d.rolls()
 	var said bytes.Buffer
 	d.log = slog.New(slog.NewTextHandler(&said, nil))
-	if err := d.start(t.Context()); err != nil || said.Len() > 0 {
+	if err := d.start(t.Context()); err != nil || said.Len() > 0 || d.issuerProblem() != "" {
 		t.Fatalf("%v: %s", err, said.String())
 	}
 	later := d.ca.Seal(t, wire.TypeRevocations, wire.Revocations{TrustDomain: d.ca.TrustDomain, Number: 7,

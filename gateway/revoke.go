@@ -370,12 +370,22 @@ func (e *enrolment) takeOver(ctx context.Context, env wire.Envelope) error {
 	return nil
 }
 
-// warnOfIssuer says so when the intermediate that issues here was given up:
-// this authority was restored from a backup from before the end of a rollover.
+// warnOfIssuer says so when what issues here is no good.
 func (e *enrolment) warnOfIssuer() {
-	if ca, ok := e.issuers(); ok && e.id.Revoked(ca.State().Issuing().Key) {
-		e.log.Error("the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back")
+	if problem := e.issuerProblem(); problem != "" {
+		e.log.Error("the certificate authority issues what nobody takes", "problem", problem)
 	}
+}
+
+// issuerProblem says so when the intermediate that issues here was given up:
+// this authority was restored from a backup from before the end of a rollover.
+func (e *enrolment) issuerProblem() string {
+	ca, ok := e.issuers()
+	if !ok || !e.id.Revoked(ca.State().Issuing().Key) {
+		return ""
+	}
+	return "the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? " +
+		"restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back"
 }
 
 // merge writes the keys of a verified set into the database, and returns those

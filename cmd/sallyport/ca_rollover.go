@@ -171,6 +171,9 @@ func (a *app) printCA(v any, ca api.CA) error {
 	if err := a.out.Print(v, t); err != nil || a.out.Format != cli.FormatTable {
 		return err
 	}
+	if ca.Problem != "" {
+		a.out.Note("%s", ca.Problem)
+	}
 	for _, st := range ca.Status {
 		a.out.Note("revocation of parties, intermediate %d: CRL %s; OCSP %s", st.Intermediate, st.CRL, st.OCSP)
 		if st.Missing > 0 {
