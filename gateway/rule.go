@@ -250,21 +250,30 @@ func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.Appl
 		return out, nil
 	}
 	for _, q := range let {
-		if q.Source != sourceFile {
-			e.again(q.KeyHash)
-			continue
+		if q.Source == sourceFile && q.RCP == "" { // an RCP may call a source what it likes
+			e.letFile(ctx, q, out.Grants)
 		}
-		done, err := e.registerFile(ctx, q)
-		if err != nil {
-			return out, err
-		}
-		for i := range out.Grants {
-			if out.Grants[i].Request.ID == q.ID {
-				out.Grants[i].Request = requestView(done)
-			}
-		}
+		e.again(q.KeyHash)
 	}
 	return out, nil
+}
+
+// letFile grants a request that came by a file, and notes among grants what
+// became of it. The rules are in force, so that no failure ends the rest.
+func (e *enrolment) letFile(ctx context.Context, q *store.Request, grants []api.RuleGrant) {
+	i := slices.IndexFunc(grants, func(g api.RuleGrant) bool { return g.Request.ID == q.ID })
+	done, err := e.registerFile(ctx, q)
+	switch {
+	case err != nil:
+		e.log.Error("a request from a file is not granted; it is when the rules are applied again", "request", q.ID, "error", err)
+		if i >= 0 {
+			grants[i].Why = "the gateway failed at this; its log says why"
+		}
+	case i >= 0:
+		if grants[i].Request = requestView(done); done.State != api.RequestGranted && done.State != api.RequestDelivered {
+			grants[i].Why = cmp.Or(done.Reason, done.Code, done.State)
+		}
+	}
 }
 
 // registerFile decides again on a request that came by a file: no session with

@@ -210,10 +210,10 @@ func (in *instance) checkCertificate() local.Check {
 
 func (in *instance) checkUpstreams() []local.Check {
 	var checks []local.Check
-	enrolling := false
+	waits, enrolling := in.applicant.Ready() != nil, false
 	for _, u := range in.upstreams.status() {
-		checks = append(checks, doctor.Channel(u))
-		enrolling = enrolling || u.State == "enrolling"
+		checks = append(checks, doctor.Channel(u, waits))
+		enrolling = enrolling || waits && u.State == "enrolling"
 	}
 	c := local.Check{Check: "upstreams", OK: in.upstreams.up() > 0, Detail: fmt.Sprintf("%d channels", in.upstreams.up())}
 	switch {

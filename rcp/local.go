@@ -126,7 +126,7 @@ func (r *Relay) checkUpstreams() []local.Check {
 			asked++
 		}
 		if u.Dialler == "us" && u.State != "connected" {
-			checks = append(checks, doctor.Channel(u))
+			checks = append(checks, doctor.Channel(u, r.applicant.Ready() != nil))
 		}
 	}
 	c := local.Check{Check: "upstreams", OK: asked > 0, Detail: fmt.Sprintf("%d channels to gateways or RCPs above", asked)}

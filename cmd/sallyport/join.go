@@ -17,6 +17,14 @@ import (
 // defaultJoinTTL of a code: a day for carrying it to the other side.
 const defaultJoinTTL = wire.Duration(24 * time.Hour)
 
+// checkTTL refuses a code that lives for no time, by which the API means the default.
+func checkTTL(ttl wire.Duration) error {
+	if ttl <= 0 {
+		return cli.Usage("--ttl: a code lives for some time; `sallyport join revoke` ends one")
+	}
+	return nil
+}
+
 func (a *app) joinCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List join codes, without their secrets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -58,8 +66,8 @@ func (a *app) joinCreateCommand() *cobra.Command {
 			if in.Uses < 1 {
 				return cli.Usage("--uses: want a number of at least 1")
 			}
-			if ttl.Duration <= 0 { // the API takes none as the default
-				return cli.Usage("--ttl: a code lives for some time; `sallyport join revoke` ends one")
+			if err := checkTTL(ttl.Duration); err != nil {
+				return err
 			}
 			in.TTL = ttl.Duration
 			if est {

@@ -57,6 +57,9 @@ func (a *app) rcpAddCommand() *cobra.Command {
 			"With HOST:PORT the gateway dials it; without, it dials the gateway's channel port.",
 		Args: cli.Between(1, 2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkTTL(ttl.Duration); err != nil {
+				return err
+			}
 			in.Name, in.TTL = args[0], ttl.Duration
 			if err := config.CheckName(in.Name); err != nil {
 				return cli.Usage("NAME: %w", err)
@@ -77,7 +80,8 @@ func (a *app) rcpAddCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringArrayVar(&in.Public, "public", nil, "address by which nodes reach it; HOST:PORT without it")
 	f.StringVar(&in.Via, "via", "", "name of the RCP behind which it stands")
-	f.Var(&ttl, "ttl", "life of the join code (default 24h)")
+	ttl.Duration = defaultJoinTTL
+	f.Var(&ttl, "ttl", "life of the join code")
 	return cmd
 }
 
@@ -99,6 +103,9 @@ func (a *app) rcpJoinCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "join NAME [--replace]", Short: "Print a new join code for an RCP", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkTTL(ttl.Duration); err != nil {
+				return err
+			}
 			in.TTL = ttl.Duration
 			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
 			if err != nil {
@@ -107,7 +114,8 @@ func (a *app) rcpJoinCommand() *cobra.Command {
 			return a.printRCPJoin(r)
 		},
 	}
-	cmd.Flags().Var(&ttl, "ttl", "life of the join code (default 24h)")
+	ttl.Duration = defaultJoinTTL
+	cmd.Flags().Var(&ttl, "ttl", "life of the join code")
 	cmd.Flags().BoolVar(&in.Replace, "replace", false, "revoke the identity that it has")
 	return cmd
 }

@@ -34,12 +34,13 @@ const (
 )
 
 const (
-	fixEnrol   = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
-	fixForeign = "that is the RCP or gateway of another installation: correct the address"
-	fixName    = "the name is not known here: correct it, or ask for another resolver (/etc/resolv.conf); an IP address works too"
-	fixRefused = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
-	fixRoute   = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
-	fixClock   = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
+	fixEnrol     = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
+	fixForeign   = "that is the RCP or gateway of another installation: correct the address"
+	fixName      = "the name is not known here: correct it, or ask for another resolver (/etc/resolv.conf); an IP address works too"
+	fixRefused   = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
+	fixRoute     = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
+	fixAuthority = "one side does not know the other's CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
+	fixClock     = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
 )
 
 // patient is one identity directory.
@@ -307,15 +308,18 @@ func Reach(ctx context.Context, addr string) local.Check {
 }
 
 // Channel is the finding about one upstream. One over which a party waits for
-// its certificate is reached: what is missing is not on the way there.
-func Channel(u wire.UpstreamStatus) local.Check {
-	c := local.Check{Check: "upstream " + u.Address, OK: u.State == "connected" || u.State == "enrolling", Detail: u.State}
+// its certificate is reached: what is missing is not on the way there. A party
+// whose certificate is good comes so where that is not accepted.
+func Channel(u wire.UpstreamStatus, waits bool) local.Check {
+	c := local.Check{Check: "upstream " + u.Address, OK: u.State == "connected" || u.State == "enrolling" && waits, Detail: u.State}
 	if !u.Since.IsZero() {
 		c.Detail += " since " + u.Since.UTC().Format(time.RFC3339)
 	}
 	switch {
 	case c.OK:
 		c.Detail += fmt.Sprintf(" over %s, %s %s", u.Carrier, u.Role, u.ID)
+	case u.State == "enrolling":
+		c.Fix = fixAuthority
 	case u.Error == "":
 		c.Fix = "nobody has answered so far: see identity; else " + Upstream("")
 	default:
@@ -355,7 +359,7 @@ func Upstream(text string) string {
 		}
 	}
 	if strings.Contains(text, "unknown certificate authority") || strings.Contains(text, "unknown authority") {
-		return "one side does not know the other's CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
+		return fixAuthority
 	}
 	return "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
 }

@@ -246,14 +246,15 @@ func TestUpstream(t *testing.T) {
 func TestChannel(t *testing.T) {
 	for _, c := range []struct {
 		u         wire.UpstreamStatus
-		ok        bool
+		waits, ok bool
 		says, fix string
 	}{
-		{wire.UpstreamStatus{Address: "a:1", State: "enrolling", Carrier: "h3", Role: wire.RoleRCP}, true, "enrolling over h3, rcp", ""},
-		{wire.UpstreamStatus{Address: "a:1", State: "connecting"}, false, "connecting", "see identity"},
-		{wire.UpstreamStatus{Address: "a:1", State: "failed", Error: "dial tcp: connection refused"}, false, "failed: dial tcp", "nothing listens"},
+		{wire.UpstreamStatus{Address: "a:1", State: "enrolling", Carrier: "h3", Role: wire.RoleRCP}, true, true, "enrolling over h3, rcp", ""},
+		{wire.UpstreamStatus{Address: "a:1", State: "enrolling", Carrier: "h3", Role: wire.RoleRCP}, false, false, "enrolling", "does not know the other's CA"},
+		{wire.UpstreamStatus{Address: "a:1", State: "connecting"}, true, false, "connecting", "see identity"},
+		{wire.UpstreamStatus{Address: "a:1", State: "failed", Error: "dial tcp: connection refused"}, false, false, "failed: dial tcp", "nothing listens"},
 	} {
-		got := Channel(c.u)
+		got := Channel(c.u, c.waits)
 		if got.OK != c.ok || !strings.HasPrefix(got.Detail, c.says) || !strings.Contains(got.Fix, c.fix) || c.ok && got.Fix != "" {
 			t.Errorf("%+v: %+v", c.u, got)
 		}

@@ -93,7 +93,8 @@ type Applicant struct {
 	codeID  string         // digest of it, never the code itself
 	denied  map[string]time.Time
 	memory  joinMemory
-	asked   string // codeID of the last request that was handed out
+	asked   string // codeID of the last request that was handed out, "" without a code
+	shown   bool   // one was handed out
 	status  Status
 	gone    bool   // a gateway said that the key in use is revoked
 	refused string // why an upstream refused our certificate
@@ -311,11 +312,11 @@ func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
 		// Whatever was said of another code is void; the gateway reads anew.
 		a.set(Status{State: StateWaiting, Reason: a.waiting()})
 		a.decide()
-		if a.asked != "" && a.asked != id && a.denied[id].IsZero() {
-			close(a.another)
-			a.another = make(chan struct{})
-		}
 		a.cfg.Log.Info("enrolling", "source", join.Source, "trust_domain", join.Code.TrustDomain, "fingerprint", a.id.Fingerprint())
+	}
+	if (!enrolled || a.id.Expired()) && a.shown && a.asked != id && time.Since(a.denied[id]) >= retryAfter {
+		close(a.another)
+		a.another = make(chan struct{})
 	}
 	return nil
 }
@@ -493,8 +494,8 @@ func (a *Applicant) Decided() <-chan struct{} {
 	return a.decided
 }
 
-// Another is closed when a code takes the place of the one that a gateway was
-// shown: see [LeaveFor].
+// Another is closed when a code takes the place of what a gateway was shown, the
+// code before or none: see [LeaveFor].
 func (a *Applicant) Another() <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()

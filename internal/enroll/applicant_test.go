@@ -320,6 +320,16 @@ func TestAnotherCodeIsAReasonToComeBack(t *testing.T) {
 		if err := p.stop(); err != nil {
 			t.Error(err)
 		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		p = start(t, p.id, file) // it knows whom to trust, and has no code any more
+		p.get(t)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollManual, Reason: "an operator has to grant this"})
+		left("t5", true)
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
 	})
 }
 

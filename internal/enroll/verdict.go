@@ -34,7 +34,7 @@ func (a *Applicant) request() (wire.EnrollRequest, error) {
 			r.Name = a.code.Code.Name // the gateway's word for us wins
 		}
 	}
-	a.asked = a.codeID
+	a.asked, a.shown = a.codeID, true
 	return r, nil
 }
 
