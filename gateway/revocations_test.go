@@ -120,6 +120,100 @@ func TestRestoredGatewayGivesNoKeyBack(t *testing.T) {
 	}
 }
 
+// TestGivenUpIntermediateRevokesNobody: who has the key of an intermediate that was
+// given up, and an RCP, gets nothing into a restored gateway's set.
+func TestGivenUpIntermediateRevokesNobody(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	d.restored()
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	forged := d.ca.Revoke(t, 1, a.id.KeyHash())
+	given := d.ca.Seal(t, wire.TypeRevocations, wire.Revocations{TrustDomain: d.ca.TrustDomain, Number: 7,
+		Revoked: []wire.Revocation{{Key: wire.KeyOf(d.ca.Inter), Role: rolePKI, At: time.Now().UTC()}}})
+	if _, err := d.id.ApplyRevocations(given); err != nil {
+		t.Fatal(err)
+	}
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+	d.answer = func(_ wire.Party, method, _ string, _, out any) error {
+		if method == http.MethodGet {
+			*out.(*wire.Envelope) = forged
+		}
+		return nil
+	}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if keys, err := d.store.RevokedKeys(t.Context()); err != nil || len(keys) != 0 {
+		t.Errorf("revoked: %+v, %v", keys, err)
+	}
+}
+
+// TestSetThatIsNotReadIsReadAgain: before what an RCP holds is merged it is brought
+// nothing, whoever's number is the higher one.
+func TestSetThatIsNotReadIsReadAgain(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	d.restored()
+	victim := wire.KeyHash(strings.Repeat("cd", 32))
+	held := d.ca.Revoke(t, 5, victim)
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+	away := true
+	d.answer = func(p wire.Party, method, _ string, in, out any) error {
+		switch {
+		case p.ID != rcp.ID: // the node that is told of its end
+		case method == http.MethodPut:
+			held = in.(wire.Envelope)
+		case away:
+			return errors.New("cut")
+		default:
+			*out.(*wire.Envelope) = held
+		}
+		return nil
+	}
+	hello := &wire.Hello{Party: rcp, Revocations: 5}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, hello); err == nil || d.heardOut(rcp.ID) {
+		t.Fatalf("%v, heard %v", err, d.heardOut(rcp.ID))
+	}
+	ours := d.revoked("web")
+	away = false
+	if err := d.deliverRevocations(t.Context(), rcp.ID, hello); err != nil || !d.heardOut(rcp.ID) {
+		t.Fatalf("%v, heard %v", err, d.heardOut(rcp.ID))
+	}
+	for _, key := range []wire.KeyHash{victim, ours} {
+		if !d.id.Revoked(key) || !names(t, held, key) {
+			t.Errorf("key %.8s: revoked here %v, at the RCP %v", key, d.id.Revoked(key), names(t, held, key))
+		}
+	}
+}
+
+// TestHigherSetTakesNothingOutOfForce: a genuine set with a higher number that
+// lacks what was revoked here is followed by one that names all.
+func TestHigherSetTakesNothingOutOfForce(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	ours := d.revoked("web")
+	rcp := wire.Party{Role: wire.RoleRCP, ID: wire.NewID(), TrustDomain: d.id.TrustDomain()}
+	held := d.ca.Revoke(t, 9)
+	d.answer = func(_ wire.Party, method, _ string, _, out any) error {
+		if method == http.MethodGet {
+			*out.(*wire.Envelope) = held
+		}
+		return nil
+	}
+	if err := d.deliverRevocations(t.Context(), rcp.ID, &wire.Hello{Party: rcp, Revocations: 9}); err != nil {
+		t.Fatal(err)
+	}
+	if number, _ := d.id.Revocations(); number != 10 || !d.id.Revoked(ours) {
+		t.Errorf("set %d, revoked %v", number, d.id.Revoked(ours))
+	}
+	if err := d.publish(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if number, _ := d.id.Revocations(); number != 10 {
+		t.Errorf("signed once more: %d", number)
+	}
+}
+
 // TestSetsOfOneNumberBecomeOne: an RCP whose set has our number and names less
 // gets ours under the next number.
 func TestSetsOfOneNumberBecomeOne(t *testing.T) {

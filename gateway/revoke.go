@@ -164,10 +164,15 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 		}
 		set.Revoked = append(set.Revoked, wire.Revocation{Key: k.KeyHash, Role: k.Role, ID: k.PartyID, At: k.RevokedAt, Reason: k.Reason})
 	}
-	if len(roles) == 0 && (e.above == 0 || e.above < held.Number) {
+	// A set that came from elsewhere, and is above ours or as high, may lack what
+	// ours names.
+	mine, _ := e.id.Revocations()
+	if len(roles) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) {
 		return nil, nil, nil
 	}
-	mine, _ := e.id.Revocations()
+	if problem := e.issuerProblem(); problem != "" { // what it seals nobody takes either
+		return nil, nil, fmt.Errorf("%w: %s", errAuthority, problem)
+	}
 	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 		set.Number, err = tx.NextRevocations(ctx, max(held.Number, mine))
 		tx.Audit(ctx, "revocations.sign", "", fmt.Sprintf("number %d, %d keys", set.Number, len(set.Revoked)))
@@ -274,14 +279,14 @@ func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wi
 // hearOut merges what an RCP holds, when it is met for the first time since this
 // installation was restored, whatever the number. Sets that were signed after
 // the backup and sets that were signed since the restoration count on from the
-// same number: ours may be the higher one, and would give back the keys that
-// only the other one names.
+// same number: ours may be the higher one, or become it, and would give back the
+// keys that only the other one names.
 func (e *enrolment) hearOut(ctx context.Context, hello *wire.Hello) error {
 	if hello.Party.Role != wire.RoleRCP || e.heardOut(hello.Party.ID) {
 		return nil
 	}
-	if mine, _ := e.id.Revocations(); hello.Revocations > 0 && hello.Revocations <= mine {
-		if err := e.mergeHeld(ctx, hello.Party, mine); err != nil {
+	if hello.Revocations > 0 {
+		if err := e.mergeHeld(ctx, hello.Party); err != nil {
 			return err
 		}
 	}
@@ -305,8 +310,8 @@ func (e *enrolment) heardOut(rcp wire.ID) bool {
 	return e.heard[rcp]
 }
 
-// mergeHeld merges the set of an RCP, whose number is not above ours.
-func (e *enrolment) mergeHeld(ctx context.Context, p wire.Party, mine int64) error {
+// mergeHeld merges the set of an RCP.
+func (e *enrolment) mergeHeld(ctx context.Context, p wire.Party) error {
 	env, err := e.heldBy(ctx, p)
 	if err != nil {
 		return err
@@ -315,15 +320,7 @@ func (e *enrolment) mergeHeld(ctx context.Context, p wire.Party, mine int64) err
 		e.log.Warn("the revocation set that an RCP holds is not of this authority", "rcp", p.String(), "error", err)
 		return nil
 	}
-	if err := e.takeOver(ctx, env); err != nil {
-		return err
-	}
-	if _, own := e.id.Revocations(); numberOf(env) == mine && own != nil && !bytes.Equal(env.Payload, own.Payload) {
-		e.signing.Lock()
-		e.above = max(e.above, mine) // two sets of one number: the next one says which holds
-		e.signing.Unlock()
-	}
-	return e.publish(ctx, nil)
+	return e.takeOver(ctx, p, env)
 }
 
 // heldBy is the set that a party holds.
@@ -344,30 +341,43 @@ func (e *enrolment) fetchRevocations(ctx context.Context, p wire.Party) error {
 	if err != nil {
 		return err
 	}
-	newer, err := e.id.ApplyRevocations(env)
-	if err != nil || !newer {
+	if err := e.id.CheckRevocations(env); err != nil {
 		return err
 	}
-	e.log.Warn("a party held a newer revocation set than this gateway: it is merged (were the database and the pki directory restored from a backup?)", "party", p.String(), "number", numberOf(env))
-	if err := e.takeOver(ctx, env); err != nil {
-		return err
+	if mine, _ := e.id.Revocations(); numberOf(env) < mine {
+		return fmt.Errorf("%w: %s says that its set is newer, and it has number %d, below %d", identity.ErrOlder, p, numberOf(env), mine)
 	}
-	return e.publish(ctx, nil)
+	return e.takeOver(ctx, p, env)
 }
 
-// takeOver merges a set while parties are there.
-func (e *enrolment) takeOver(ctx context.Context, env wire.Envelope) error {
+// takeOver merges a verified set while parties are there: into the database
+// first, so that a failure leaves it to be fetched again.
+func (e *enrolment) takeOver(ctx context.Context, p wire.Party, env wire.Envelope) error {
 	news, err := e.merge(ctx, env)
 	if err != nil {
 		return err
 	}
+	number, own := e.id.Revocations()
+	newer, err := e.id.ApplyRevocations(env)
+	switch {
+	case errors.Is(err, identity.ErrOlder):
+	case err != nil:
+		return err
+	case newer:
+		e.log.Warn("a party held a newer revocation set than this gateway: it is merged (were the database and the pki directory restored from a backup?)", "party", p.String(), "number", numberOf(env))
+	case own != nil && !bytes.Equal(env.Payload, own.Payload):
+		e.signing.Lock()
+		e.above = max(e.above, number) // two sets of one number: the next one says which holds
+		e.signing.Unlock()
+	}
+	ctx = context.WithoutCancel(ctx) // what was written down is made known
 	for _, r := range news {
 		if r.Role == wire.RoleNode || r.Role == wire.RoleRCP {
 			e.changed(ctx, r.Role, r.ID)
 		}
 	}
 	e.warnOfIssuer()
-	return nil
+	return e.publish(ctx, nil)
 }
 
 // warnOfIssuer says so when what issues here is no good.
@@ -381,11 +391,21 @@ func (e *enrolment) warnOfIssuer() {
 // this authority was restored from a backup from before the end of a rollover.
 func (e *enrolment) issuerProblem() string {
 	ca, ok := e.issuers()
-	if !ok || !e.id.Revoked(ca.State().Issuing().Key) {
+	if !ok {
 		return ""
 	}
-	return "the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? " +
-		"restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back"
+	state := ca.State()
+	if !e.id.Revoked(state.Issuing().Key) {
+		return ""
+	}
+	way := "restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back"
+	switch {
+	case state.External != "":
+		way = "have " + state.External + " issue by another intermediate"
+	case state.Rollover != nil:
+		way = "restore a newer one; without one, `sallyport ca abort` and then `sallyport ca finish` may bring everybody back"
+	}
+	return "the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? " + way
 }
 
 // merge writes the keys of a verified set into the database, and returns those
@@ -446,7 +466,7 @@ func successors(set wire.Revocations) map[wire.KeyHash]wire.KeyHash {
 	out := map[wire.KeyHash]wire.KeyHash{}
 	for _, first := range set.Revoked {
 		at := first
-		for range maxKeys {
+		for range set.Revoked { // no longer than that, were it a circle
 			fingerprint, ok := strings.CutPrefix(at.Reason, replacedBy)
 			key, err := wire.ParseFingerprint(fingerprint)
 			if !ok || err != nil {

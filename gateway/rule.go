@@ -400,6 +400,10 @@ func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join
 	if r.JoinID != "" && j == nil {
 		return joinUnknown, nil
 	}
+	switch r.Code {
+	case wire.EnrollTokenUnknown, wire.EnrollTokenForeign, wire.EnrollTokenExpired, wire.EnrollTokenUsed:
+		return "its party came back with a code that is no good: " + r.Reason, nil
+	}
 	uses := false
 	if j != nil {
 		if _, why := h.e.over(j); why != "" {

@@ -66,9 +66,12 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 // its number, and does not take it.
 func (i *Identity) CheckRevocations(env wire.Envelope) error {
 	i.mu.RLock()
-	defer i.mu.RUnlock()
 	_, err := i.verifyRevocations(env, time.Now())
-	return err
+	i.mu.RUnlock()
+	if err != nil {
+		return err
+	}
+	return i.sealerRevoked(env)
 }
 
 func (i *Identity) loadRevocations(b []byte) error {
