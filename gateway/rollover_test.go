@@ -202,15 +202,15 @@ func TestListsOfARestoredAuthorityAreNewer(t *testing.T) {
 // TestAbortSaysWhichWayItGoes: a second one begins the rollover again.
 func TestAbortSaysWhichWayItGoes(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t)
-	d := newDesk(t)
-	ca := d.rolls()
-	w.before = func(s *Server) { s.enrolment.ca = ca }
-	w.run()
 	for aborted, want := range map[bool]string{false: "the rollover goes back", true: "goes on now"} {
-		ca.state.Rollover = &wire.CARollover{Kind: wire.RolloverIntermediate, Aborted: aborted}
+		w := newWorld(t)
+		ca := newDesk(t).rolls()
+		ca.state.Rollover = &wire.CARollover{Kind: wire.RolloverIntermediate, Aborted: aborted} // before the server reads it
+		w.before = func(s *Server) { s.enrolment.ca = ca }
+		w.run()
 		if c, err := w.s.abortCA(t.Context()); err != nil || len(c.Notes) != 1 || !strings.Contains(c.Notes[0], want) {
 			t.Errorf("aborted before %v: %q, %v", aborted, c.Notes, err)
 		}
+		w.stop()
 	}
 }
