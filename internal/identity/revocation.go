@@ -32,16 +32,11 @@ func (i *Identity) Revoked(key wire.KeyHash) bool {
 func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	i.write.Lock()
 	defer i.write.Unlock()
-	i.mu.RLock()
-	set, err := i.verifyRevocations(env, time.Now())
-	held := i.revNumber
-	i.mu.RUnlock()
-	if err == nil {
-		err = i.sealerRevoked(env)
-	}
+	set, err := i.checkRevocations(env)
 	if err != nil {
 		return false, err
 	}
+	held, _ := i.Revocations()
 	if set.Number < held {
 		return false, fmt.Errorf("%w: number %d is below %d", ErrOlder, set.Number, held)
 	}
@@ -65,13 +60,20 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 // CheckRevocations verifies a set as [Identity.ApplyRevocations] does, whatever
 // its number, and does not take it.
 func (i *Identity) CheckRevocations(env wire.Envelope) error {
+	_, err := i.checkRevocations(env)
+	return err
+}
+
+// checkRevocations opens a set that is good now: its signer is one of ours, and
+// was not given up.
+func (i *Identity) checkRevocations(env wire.Envelope) (wire.Revocations, error) {
 	i.mu.RLock()
-	_, err := i.verifyRevocations(env, time.Now())
+	set, err := i.verifyRevocations(env, time.Now())
 	i.mu.RUnlock()
-	if err != nil {
-		return err
+	if err == nil {
+		err = i.sealerRevoked(env)
 	}
-	return i.sealerRevoked(env)
+	return set, err
 }
 
 func (i *Identity) loadRevocations(b []byte) error {
