@@ -27,8 +27,11 @@ const (
 	// attackEvery is the pace of one attacker. They run on this machine: what
 	// they burn themselves must not be what the test measures.
 	attackEvery = 50 * time.Millisecond
+	// attackRuns is how many actions are timed in one round without, and with,
+	// attackers.
+	attackRuns = 30
 	// attackRounds: a spike of this machine passes, a real slowdown stays.
-	attackRounds = 3
+	attackRounds = 4
 )
 
 // junk is noise, made once.
@@ -127,6 +130,10 @@ var attacks = []attack{
 
 // TestAttacks: while strangers do their worst at an RCP's port, a real node's
 // actions stay as fast as they were, within a factor of two.
+//
+// Quiet and attacked times are taken in turn, so that what else slows this
+// machine slows both; nine of ten are looked at, for the slowest one of a
+// round is the machine's.
 func TestAttacks(t *testing.T) {
 	harness.Long(t)
 	site := harness.New(t)
@@ -135,49 +142,32 @@ func TestAttacks(t *testing.T) {
 	node := site.Node(gateway, "web-1")
 	node.WaitRunning(runningWithin)
 
-	const runs = 50
-	p99 := func() time.Duration {
+	act := func() time.Duration {
 		t.Helper()
-		var took []time.Duration
-		for range runs {
-			r := gateway.Run("action", "run", "--node", "web-1", "--", "true").Exits(0)
-			took = append(took, r.Took)
-		}
-		slices.Sort(took)
-		return took[len(took)-1-len(took)/100]
+		return gateway.Run("action", "run", "--node", "web-1", "--", "true").Exits(0).Took
 	}
-	gateway.Run("action", "run", "--node", "web-1", "--", "true").Exits(0) // warm
-	usual := p99()
-	t.Logf("p99 of an action: %v", usual)
+	act() // warm
 	for _, a := range attacks {
 		t.Run(a.name, func(t *testing.T) {
-			ctx, cancel := context.WithCancel(t.Context())
-			var all sync.WaitGroup
-			for range attackers {
-				all.Go(func() {
-					pace := time.NewTicker(attackEvery)
-					defer pace.Stop()
-					for ctx.Err() == nil {
-						a.run(ctx, relay.Address)
-						select {
-						case <-pace.C:
-						case <-ctx.Done():
-						}
-					}
-				})
-			}
-			// Below 50 ms the factor would measure this machine.
-			limit := max(2*usual, 50*time.Millisecond)
-			during := p99()
-			for round := 1; round < attackRounds && during > limit; round++ {
-				t.Logf("p99 in round %d: %v", round, during)
-				during = p99()
-			}
-			cancel()
-			all.Wait()
-			t.Logf("p99 during the attack: %v", during)
-			if during > limit {
-				t.Errorf("p99 of an action is %v during the attack, %v without: want less than %v", during, usual, limit)
+			var quiet, attacked []time.Duration
+			for round := 1; ; round++ {
+				for range attackRuns {
+					quiet = append(quiet, act())
+				}
+				stop := a.begin(t, relay.Address)
+				for range attackRuns {
+					attacked = append(attacked, act())
+				}
+				stop()
+				usual, during := nineOfTen(quiet), nineOfTen(attacked)
+				t.Logf("round %d: nine of ten actions take %v at most, %v during the attack", round, usual, during)
+				// Below 50 ms the factor would measure this machine.
+				if limit := max(2*usual, 50*time.Millisecond); during <= limit {
+					break
+				} else if round == attackRounds {
+					t.Errorf("nine of ten actions take up to %v during the attack, %v without: want at most %v", during, usual, limit)
+					break
+				}
 			}
 			harness.Eventually(t, 10*time.Second, "the node is still running", func() error {
 				n, err := gateway.Node("web-1")
@@ -191,4 +181,33 @@ func TestAttacks(t *testing.T) {
 	if relay.Log() == "" {
 		t.Error("the RCP logged nothing at all")
 	}
+}
+
+// begin starts the attackers; what it returns ends them and waits for them.
+func (a attack) begin(t *testing.T, addr string) (stop func()) {
+	ctx, cancel := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	for range attackers {
+		all.Go(func() {
+			pace := time.NewTicker(attackEvery)
+			defer pace.Stop()
+			for ctx.Err() == nil {
+				a.run(ctx, addr)
+				select {
+				case <-pace.C:
+				case <-ctx.Done():
+				}
+			}
+		})
+	}
+	return func() {
+		cancel()
+		all.Wait()
+	}
+}
+
+// nineOfTen returns the time that nine of ten of took do not exceed.
+func nineOfTen(took []time.Duration) time.Duration {
+	slices.Sort(took)
+	return took[len(took)*9/10-1]
 }
