@@ -116,7 +116,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if err := a.loadTrust(); err != nil {
 		return err
 	}
-	if err := a.signTrust(0); err != nil { // a crash came between a change and its document
+	if err := a.signTrust(); err != nil { // a crash came between a change and its document
 		return err
 	}
 	if made {

@@ -35,6 +35,11 @@ type ledger struct {
 	Intermediates []interRecord `json:"intermediates"`
 	Issuing       int           `json:"issuing"` // N of an intermediate
 	Rollover      *rollover     `json:"rollover,omitempty"`
+
+	// TrustAbove is the highest number of a trust document that was seen
+	// elsewhere: the one that this ledger calls for is above it, also if it is
+	// signed after a crash only.
+	TrustAbove int64 `json:"trust_above,omitempty"`
 }
 
 type rootRecord struct {
@@ -72,7 +77,7 @@ type rollover struct {
 
 // clone is a copy to change.
 func (l *ledger) clone() *ledger {
-	c := &ledger{Roots: slices.Clone(l.Roots), Intermediates: slices.Clone(l.Intermediates), Issuing: l.Issuing}
+	c := &ledger{Roots: slices.Clone(l.Roots), Intermediates: slices.Clone(l.Intermediates), Issuing: l.Issuing, TrustAbove: l.TrustAbove}
 	if l.Rollover != nil {
 		r := *l.Rollover
 		c.Rollover = &r

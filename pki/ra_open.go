@@ -256,7 +256,7 @@ func (a *Authority) keepNow(ctx context.Context) error {
 	}
 	a.ra.moved.Store(false)
 	a.ra.waits.Store(nil)
-	if err := a.signTrust(0); err != nil {
+	if err := a.signTrust(); err != nil {
 		return err
 	}
 	a.log.InfoContext(ctx, "certificate for documents renewed", "not_after", next.document.NotAfter, "intermediate", wire.KeyOf(next.inter).Fingerprint())

@@ -243,6 +243,7 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	if err != nil {
 		return wire.CAState{}, err
 	}
+	l.TrustAbove = max(l.TrustAbove, atLeast)
 	if err := saveLedger(a.dir, l); err != nil {
 		return wire.CAState{}, err
 	}
@@ -253,7 +254,7 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	if err := a.use(m); err != nil {
 		return wire.CAState{}, err
 	}
-	if err := a.signTrust(atLeast); err != nil {
+	if err := a.signTrust(); err != nil {
 		return wire.CAState{}, err
 	}
 	if doors := a.doors.Load(); doors != nil {
@@ -275,11 +276,11 @@ func (a *Authority) reload() (*material, error) {
 
 // signTrust signs a trust document if the one held says another thing, or if
 // its signer is given up.
-func (a *Authority) signTrust(atLeast int64) error {
+func (a *Authority) signTrust() error {
 	m := a.mat()
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	doc := wire.Trust{TrustDomain: m.trustDomain, Number: max(a.trustNo, atLeast) + 1, Issued: time.Now().UTC(), Roots: m.trusted()}
+	doc := wire.Trust{TrustDomain: m.trustDomain, Number: max(a.trustNo, m.ledger.TrustAbove) + 1, Issued: time.Now().UTC(), Roots: m.trusted()}
 	if a.trust == nil && len(m.roots) == 1 {
 		return nil
 	}

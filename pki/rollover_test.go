@@ -422,3 +422,22 @@ func TestInterruptedRotation(t *testing.T) {
 	}
 	a = open(t, t.TempDir())
 }
+
+// A crash between the ledger and its trust document: the one that is signed at
+// the next start is numbered above what parties hold, or none would take it.
+func TestTrustNumberOutlivesACrash(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, dir)
+	defer func() { closeIt(t, a) }()
+	if s, err := a.Rotate(t.Context(), wire.RolloverRoot, 41); err != nil || s.Number != 42 {
+		t.Fatalf("%+v: %v", s, err)
+	}
+	closeIt(t, a)
+	if err := os.Remove(filepath.Join(dir, "trust.json")); err != nil {
+		t.Fatal(err)
+	}
+	a = open(t, dir)
+	if s := a.State(); s.Number != 42 {
+		t.Errorf("trust document %d after the crash, want 42", s.Number)
+	}
+}
