@@ -58,6 +58,9 @@ func checkJoin(j *store.Join, trustDomain string) *api.Problem {
 	if j.MaxUses < 1 || j.MaxUses > maxJoinUses {
 		fault("uses", "%d: want 1 to %d", j.MaxUses, maxJoinUses)
 	}
+	if j.Manual && j.MaxUses > 1 {
+		fault("uses", "a code without a token serves any number of parties: an operator grants each")
+	}
 	if j.Name != "" && j.MaxUses > 1 {
 		fault("uses", "one name cannot be used %d times: leave out the name, or the uses", j.MaxUses)
 	}
@@ -294,10 +297,13 @@ func joinView(j *store.Join, generation int64) api.Join {
 	switch {
 	case !j.RevokedAt.IsZero(), j.Generation != generation:
 		v.State = "revoked"
-	case j.Used >= j.MaxUses:
+	case !j.Manual && j.Used >= j.MaxUses:
 		v.State = "used"
 	case time.Now().After(j.ExpiresAt):
 		v.State = "expired"
+	}
+	if j.Manual {
+		v.Uses = 0 // an operator decides each time
 	}
 	if v.Tags == nil {
 		v.Tags = map[string]string{}

@@ -54,6 +54,35 @@ func TestManualGrant(t *testing.T) {
 	}
 }
 
+// A code without a token serves whoever an operator grants: it is open, and
+// says so, until it ends.
+func TestManualCodeStaysOpen(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	for _, name := range []string{"a", "b"} {
+		p := d.party(wire.RoleNode, code, name)
+		d.see(p)
+		if _, err := d.grant(t.Context(), name, api.Grant{}); err != nil {
+			t.Fatal(err)
+		}
+		d.see(p)
+		if err := p.Ready(); err != nil {
+			t.Error(err)
+		}
+	}
+	j, err := d.store.Join(t.Context(), mustParse(t, code).TokenID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := joinView(j, j.Generation); v.State != "open" || v.Uses != 0 || v.Used != 2 {
+		t.Errorf("after two nodes it is %s, %d of %d", v.State, v.Used, v.Uses)
+	}
+	if _, err := d.createJoin(t.Context(), api.CreateJoin{Manual: true, Uses: 3}); !api.Is(err, api.CodeInvalid) {
+		t.Errorf("a number of uses for it: %v", err)
+	}
+}
+
 func TestGrantSurvivesRestart(t *testing.T) {
 	t.Parallel()
 	ca := &memoryCA{CA: identitytest.NewCA(t), t: t}

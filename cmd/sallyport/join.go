@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -65,6 +66,9 @@ func (a *app) joinCreateCommand() *cobra.Command {
 			}
 			if in.Uses < 1 {
 				return cli.Usage("--uses: want a number of at least 1")
+			}
+			if in.Manual && cmd.Flags().Changed("uses") {
+				return cli.Usage("--manual with --uses: a code without a token serves any number of nodes, and you grant each")
 			}
 			if err := checkTTL(ttl.Duration); err != nil {
 				return err
@@ -139,11 +143,11 @@ func (a *app) printJoin(j api.CreatedJoin) error {
 func joinTable(all ...api.Join) cli.Table {
 	t := cli.Table{Columns: []string{"id", "role", "name", "state", "uses", "tags", "rcps", "kind", "expires", "created_by"}}
 	for _, j := range all {
-		kind := "token"
+		kind, used := "token", fmt.Sprintf("%d/%d", j.Used, j.Uses)
 		if j.Manual {
-			kind = "manual"
+			kind, used = "manual", strconv.Itoa(j.Used)
 		}
-		t.Add(j.ID, string(j.Role), j.Name, j.State, fmt.Sprintf("%d/%d", j.Used, j.Uses), cli.Pairs(j.Tags), strings.Join(j.RCPs, ","), kind, cli.Time(j.Expires), j.CreatedBy)
+		t.Add(j.ID, string(j.Role), j.Name, j.State, used, cli.Pairs(j.Tags), strings.Join(j.RCPs, ","), kind, cli.Time(j.Expires), j.CreatedBy)
 	}
 	return t
 }

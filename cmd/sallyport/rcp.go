@@ -150,18 +150,21 @@ func (a *app) printRCPJoin(r api.RCPJoin) error {
 
 // noteJoin writes to stderr what the other side needs.
 func (a *app) noteJoin(host, file, program string, j api.CreatedJoin, env []string) {
-	a.out.Note("# join code %s, good until %s for %s.", j.ID, cli.Time(j.Expires), uses(j.Uses))
+	a.out.Note("# join code %s, good until %s for %s.", j.ID, cli.Time(j.Expires), uses(j))
 	a.out.Note("# On %s: put the line from stdout into %s (mode 0600), and start `%s` with", host, file, program)
 	for _, line := range env {
 		a.out.Note("%s", line)
 	}
 }
 
-func uses(n int) string {
-	if n == 1 {
+func uses(j api.CreatedJoin) string {
+	switch {
+	case j.Manual:
+		return "any number of nodes, each granted by hand"
+	case j.Uses == 1:
 		return "one use"
 	}
-	return fmt.Sprintf("%d uses", n)
+	return fmt.Sprintf("%d uses", j.Uses)
 }
 
 func portOf(addr string) string {

@@ -30,7 +30,7 @@ type Join struct {
 	State     string            `json:"state"` // open, used, expired, revoked
 	Tags      map[string]string `json:"tags"`
 	AllowTags []string          `json:"allow_tags"`
-	Uses      int               `json:"uses"`
+	Uses      int               `json:"uses"` // 0: any number, an operator grants each
 	Used      int               `json:"used"`
 	RCPs      []string          `json:"rcps"`
 	Manual    bool              `json:"manual"`

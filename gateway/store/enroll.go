@@ -148,7 +148,7 @@ func (r Queries) JoinUsed(ctx context.Context, join string, key wire.KeyHash) (b
 	return r.q.NewSelect().Model((*JoinUse)(nil)).Where("join_id = ?", join).Where("key_hash = ?", key).Exists(ctx)
 }
 
-// UseJoin counts a use of a join code by a key, once for each key. A code that
+// UseJoin counts a use of a join code by a key, once for each key. A token that
 // is used up is [ErrExists].
 func (tx *Tx) UseJoin(ctx context.Context, join string, key wire.KeyHash, party wire.ID) error {
 	err := one(tx.prepared.useJoin.Exec(ctx, tx.q, join, key))

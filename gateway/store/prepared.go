@@ -65,7 +65,7 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 			WHERE id = ? AND (state <> ? OR state_reason <> ?)`},
 		{&p.setSeen, "UPDATE nodes SET last_seen = ? WHERE id = ?"},
 		{&p.clearTags, "DELETE FROM node_tags WHERE node_id = ? AND source = ?"},
-		{&p.useJoin, `UPDATE joins SET used = used + 1 WHERE id = ? AND used < max_uses
+		{&p.useJoin, `UPDATE joins SET used = used + 1 WHERE id = ? AND (manual OR used < max_uses)
 			AND NOT EXISTS (SELECT 1 FROM join_uses u WHERE u.join_id = joins.id AND u.key_hash = ?)`},
 		{&p.moveRequest, `UPDATE requests SET state = ?, reason = ?, seen_at = ?
 			WHERE id = (SELECT q.id FROM requests q WHERE q.key_hash = ? ORDER BY q.requested_at DESC, q.id DESC LIMIT 1)
