@@ -239,7 +239,7 @@ func (b *bundling) issue(ctx context.Context, c *api.Client, id *identity.Identi
 	}
 	out, err := c.ExportRequest(ctx, r.ID)
 	if err != nil {
-		return r, answer, fmt.Errorf("bundle for %s: %w", name, err)
+		return r, answer, fmt.Errorf("bundle for %s: it was granted, but its certificate was not issued and its key is not kept: run this again with --replace when the cause is mended: %w", name, err)
 	}
 	answer, err = wire.ParseOffline([]byte(out.File), wire.PEMOfflineAnswer, wire.MaxOfflineAnswer)
 	return out.Request, answer, err

@@ -59,7 +59,7 @@ type Request struct {
 	Tags        map[string]string `json:"tags"`
 	State       string            `json:"state"`
 	Reason      string            `json:"reason"`
-	Requested   time.Time         `json:"requested"`
+	Requested   time.Time         `json:"requested,omitzero"`
 	Decided     *time.Time        `json:"decided"`
 	DecidedBy   string            `json:"decided_by"`
 	Rule        string            `json:"rule"` // that granted it; empty: an operator, or its token
