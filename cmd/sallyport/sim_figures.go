@@ -162,7 +162,7 @@ func (s *simulation) events(ctx context.Context, calm func()) error {
 		return err
 	}
 	s.cost(before, after, func(p *partyMeasure, a, b procFigures) { p.EventsCPU = b.CPU - a.CPU })
-	last, err := s.crew.spools(ctx)
+	last, err := s.drained(ctx)
 	if err != nil {
 		return err
 	}
@@ -170,6 +170,23 @@ func (s *simulation) events(ctx context.Context, calm func()) error {
 	f.PerSecond = round(float64(s.crew.sum().Acked-acked) / took)
 	s.report.Events = f
 	return s.verify(ctx, f, began, base, last)
+}
+
+// drained returns the spools as soon as nothing waits in any: a report may be
+// older than the last event, so that each is asked.
+func (s *simulation) drained(ctx context.Context) ([]simnode.SpoolState, error) {
+	for until := time.Now().Add(s.o.timeout.Std()); ; {
+		all, err := s.crew.spools(ctx)
+		if err != nil || !slices.ContainsFunc(all, func(sp simnode.SpoolState) bool { return sp.Depth > 0 }) {
+			return all, err
+		}
+		if time.Now().After(until) {
+			return nil, cli.Fail(cli.ExitTimeout, "wait for the last event: not within %s", s.o.timeout)
+		}
+		if !rest(ctx, 20*time.Millisecond) {
+			return nil, context.Cause(ctx)
+		}
+	}
 }
 
 // sample is how many events were acknowledged at some time.

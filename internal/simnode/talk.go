@@ -39,11 +39,12 @@ type Arrival struct {
 	At       int64    `json:"at"`       // unix nanoseconds
 }
 
-// SpoolState is the highest event of one node that is on its disk.
+// SpoolState says how far the events of one node are.
 type SpoolState struct {
 	Node  wire.ID `json:"node"`
 	Spool string  `json:"spool"`
-	Last  int64   `json:"last"`
+	Last  int64   `json:"last"`  // highest on its disk
+	Depth int64   `json:"depth"` // not acknowledged of those
 }
 
 // Sender sends reports; Receiver takes commands.

@@ -284,7 +284,7 @@ func (w *Worker) spoolStates() []SpoolState {
 	out := make([]SpoolState, len(w.events))
 	for i, sp := range w.events {
 		st := sp.state()
-		out[i] = SpoolState{Node: w.nodes[i].id.ID(), Spool: st.Spool, Last: st.Next - 1}
+		out[i] = SpoolState{Node: w.nodes[i].id.ID(), Spool: st.Spool, Last: st.Next - 1, Depth: st.Depth}
 	}
 	return out
 }
