@@ -24,16 +24,19 @@ func (d *doorway) certificatesBelow(ctx context.Context, db *store.DB, given map
 	if err != nil {
 		return nil, err
 	}
-	stays := map[string]bool{} // names that have a certificate which does
+	stays := map[string]time.Time{} // when the newest certificate for a name was issued that does
 	for _, c := range rows {
 		if c.RevokedAt.IsZero() && !given[c.Issuer] {
 			for _, name := range c.Names {
-				stays[name] = true
+				if c.IssuedAt.After(stays[name]) {
+					stays[name] = c.IssuedAt
+				}
 			}
 		}
 	}
 	return slices.DeleteFunc(rows, func(c *store.Certificate) bool {
-		renewed := !slices.ContainsFunc(c.Names, func(name string) bool { return !stays[name] })
+		// After an abort it is the older one that stays: the program has put this one in its place.
+		renewed := !slices.ContainsFunc(c.Names, func(name string) bool { return stays[name].Before(c.IssuedAt) })
 		return !given[c.Issuer] || c.Door == doorSelf || !c.RevokedAt.IsZero() || renewed
 	}), nil
 }

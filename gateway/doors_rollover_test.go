@@ -85,6 +85,14 @@ func TestDoorsOfARootThatIsGivenUp(t *testing.T) {
 	if got, c := told(next.Root, true); got != "" || len(c.Notes) != 1 || !strings.Contains(c.Notes[0], "ca csr --doors") {
 		t.Errorf("the issuing one: %s %q", got, c.Notes)
 	}
+	// After an abort, what the other root certified is the newer: an older one
+	// of the same name is no program's any more.
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddCertificate(ctx, &store.Certificate{Issuer: before, Serial: "a9", Door: "est", KeyHash: before, Names: []string{"new.example"}, NotAfter: time.Now().Add(time.Hour)})
+	})
+	if got, _ := told(old.Root, true); got != "a9a1" {
+		t.Errorf("after an abort: %s", got)
+	}
 	s.doors = nil
 	if got, c := told(old.Root, true); got != "" || len(c.Notes) != 0 {
 		t.Errorf("while they are closed: %s %q", got, c.Notes)

@@ -80,9 +80,9 @@ type doorCA struct {
 	chain []*x509.Certificate // the intermediate first, the root last
 	// shown goes with a leaf: the intermediate, what is above it without the
 	// root, and its certificates from other roots. OpenSSL follows the first of
-	// one name, so that while a rollover lasts those of the other root come
-	// first: clients that know the new one know the old one too, which is
-	// handed out with it.
+	// one name, so that while a rollover lasts that of the older root comes
+	// first, whichever of them issues: clients that know the newer one know the
+	// older one too, which is handed out with it.
 	shown []*x509.Certificate
 	key   crypto.Signer
 }
@@ -425,12 +425,12 @@ func (k *doorKeys) openOne(r doorRecord, m *material) (ca doorCA, err error) {
 	if err != nil {
 		return ca, err
 	}
-	var late []*x509.Certificate // from roots that are retired
+	var late []*x509.Certificate // from roots that are retired, or newer than its own
 	for _, c := range cross {
 		for _, root := range m.roots {
 			switch {
 			case !root.vouches() || c.CheckSignatureFrom(root.cert) != nil:
-			case root.Retired.IsZero():
+			case root.Retired.IsZero() && root.N < r.Root:
 				ca.shown = append(ca.shown, c)
 			default:
 				late = append(late, c)

@@ -38,6 +38,12 @@ func knows(root *x509.Certificate, shown []*x509.Certificate) error {
 	return err
 }
 
+// follows tells whether OpenSSL gets from what a server shows to the one root
+// that a client trusts: of several issuers by one name it tries the first only.
+func follows(root *x509.Certificate, shown []*x509.Certificate) error {
+	return shown[1].CheckSignatureFrom(root)
+}
+
 func exists(t *testing.T, dir, name string) bool {
 	t.Helper()
 	_, err := os.Stat(filepath.Join(dir, name))
@@ -98,6 +104,9 @@ func TestDoorsFollowTheRoot(t *testing.T) {
 				t.Errorf("a client that knows the %s root: %v", what, err)
 			}
 		}
+		if err := follows(oldRoot, shown); err != nil {
+			t.Errorf("OpenSSL with the old root alone: %v", err)
+		}
 		for _, leaf := range []*x509.Certificate{before[0], shown[0]} {
 			issuer := oldInter
 			if leaf == shown[0] {
@@ -134,9 +143,12 @@ func TestDoorsTurnRound(t *testing.T) {
 	a := open(t, dir)
 	defer func() { closeIt(t, a) }()
 	d := openDoors(t, a, "")
-	oldInter := d.Chain()[0]
+	oldRoot, oldInter := a.Root(), d.Chain()[0]
 	rotate(t, a, wire.RolloverRoot)
 	newRoot, shown := a.Root(), doorLeaf(t, d)
+	if newRoot.Equal(oldRoot) {
+		t.Fatal("the root is the old one")
+	}
 	if _, err := a.Abort(t.Context(), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -148,6 +160,18 @@ func TestDoorsTurnRound(t *testing.T) {
 		if err := errors.Join(knows(root, back), knows(root, shown)); err != nil {
 			t.Error(err)
 		}
+	}
+	if err := follows(a.Root(), back); err != nil {
+		t.Errorf("OpenSSL with the old root alone, which most clients know: %v", err)
+	}
+	if _, err := a.Abort(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if on := doorLeaf(t, d); !a.Root().Equal(newRoot) || follows(oldRoot, on) != nil {
+		t.Error("OpenSSL with the old root alone, after a second abort")
+	}
+	if _, err := a.Abort(t.Context(), 0); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := a.Finish(t.Context(), true, 0); err != nil {
 		t.Fatal(err)
