@@ -119,6 +119,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if err := a.signTrust(); err != nil { // a crash came between a change and its document
 		return err
 	}
+	a.deleteKeys(ctx)
 	if made {
 		a.log.InfoContext(ctx, "made a new certificate authority", "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
 	}

@@ -162,6 +162,8 @@ func (k *doorKeys) follow(ctx context.Context) error {
 		root := m.ledger.root(r.Root)
 		if over := k.ended(*r) || r.Root != 0 && root != nil && !root.Retired.IsZero(); over && r.N != l.Issuing && r.Retired.IsZero() {
 			r.Retired, changed = time.Now().UTC(), true
+		}
+		if !r.Retired.IsZero() { // also one whose key an interrupted follow left
 			gone = append(gone, numbered(fileDoorsKey, r.N))
 		}
 	}

@@ -198,7 +198,6 @@ var errNone = fmt.Errorf("%w: no rollover is under way", ErrRollover)
 // year, for the one that issues, so that parties that were away can be given a
 // new leaf; with forget it does not.
 func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wire.CAState, error) {
-	var gone []string
 	s, err := a.turn(func(m *material) (*ledger, error) {
 		l := m.ledger.clone()
 		r := l.Rollover
@@ -211,13 +210,9 @@ func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wir
 		now := time.Now().UTC()
 		from, to := l.inter(r.From), l.inter(r.To)
 		from.Retired, l.Rollover = now, nil
-		gone = append(gone, numbered(fileInterKey, from.N))
 		if from.Root != to.Root {
 			root := l.root(from.Root)
 			root.Retired, root.Forgotten = now, forget
-			if forget {
-				gone = append(gone, numbered(fileRootKey, root.N))
-			}
 		}
 		return l, nil
 	}, atLeast, func(s wire.CAState) {
@@ -226,12 +221,30 @@ func (a *Authority) Finish(ctx context.Context, forget bool, atLeast int64) (wir
 	if err != nil {
 		return s, err
 	}
+	a.deleteKeys(ctx)
+	return s, nil
+}
+
+// deleteKeys deletes the keys of issuers that are given up. Each start does it
+// again: a crash or a full disk may have come between Finish and this.
+func (a *Authority) deleteKeys(ctx context.Context) {
+	var gone []string
+	l := a.mat().ledger
+	for _, i := range l.Intermediates {
+		if !i.Retired.IsZero() {
+			gone = append(gone, numbered(fileInterKey, i.N))
+		}
+	}
+	for _, r := range l.Roots {
+		if r.Forgotten {
+			gone = append(gone, numbered(fileRootKey, r.N))
+		}
+	}
 	for _, name := range gone {
 		if err := os.Remove(filepath.Join(a.dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			a.log.WarnContext(ctx, "a key that is not needed any more was not deleted: delete it", "file", filepath.Join(a.dir, name), "error", err)
 		}
 	}
-	return s, nil
 }
 
 // turn changes the ledger: everything that the change needs is on disk before

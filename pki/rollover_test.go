@@ -441,3 +441,45 @@ func TestTrustNumberOutlivesACrash(t *testing.T) {
 		t.Errorf("trust document %d after the crash, want 42", s.Number)
 	}
 }
+
+// A crash, or a full disk, between a finish and the deletion of the keys that it
+// gave up leaves none for good.
+func TestInterruptedFinish(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, dir)
+	defer func() { closeIt(t, a) }()
+	openDoors(t, a, "")
+	given := []string{"root.key", "intermediate.key", "doors.key"}
+	keys := map[string][]byte{}
+	for _, name := range given {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[name] = b
+	}
+	rotate(t, a, wire.RolloverRoot)
+	if _, err := a.Finish(t.Context(), true, 0); err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range keys {
+		if exists(t, dir, name) {
+			t.Errorf("%s is there after finish", name)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a = reopen(t, a, dir)
+	openDoors(t, a, "")
+	for _, name := range given {
+		if exists(t, dir, name) {
+			t.Errorf("%s is there after a restart", name)
+		}
+	}
+	for _, name := range []string{"root-2.key", "intermediate-2.key", "doors-2.key"} {
+		if !exists(t, dir, name) {
+			t.Errorf("%s is in use, and gone", name)
+		}
+	}
+}
