@@ -126,7 +126,7 @@ func intermediateRequest(td string, key crypto.Signer) ([]byte, error) {
 	csr := &x509.CertificateRequest{Subject: tmpl.Subject, URIs: tmpl.URIs}
 	for _, e := range model.Extensions {
 		switch e.Id.String() {
-		case "2.5.29.15", "2.5.29.19", "2.5.29.30": // key usage, basic constraints, name constraints
+		case "2.5.29.14", "2.5.29.15", "2.5.29.19", "2.5.29.30": // key identifier, key usage, basic constraints, name constraints
 			csr.ExtraExtensions = append(csr.ExtraExtensions, e)
 		}
 	}
@@ -348,6 +348,10 @@ func checkImport(chain []*x509.Certificate, td string, key crypto.Signer) error 
 		return bad("the intermediate is no CA: sign the request's extensions too (openssl x509 -req -copy_extensions copyall)")
 	case inter.KeyUsage&x509.KeyUsageDigitalSignature == 0:
 		return bad("the intermediate may not sign documents: key usage digitalSignature is missing, and revocations are signed with it")
+	case inter.KeyUsage&x509.KeyUsageCRLSign == 0:
+		return bad("the intermediate may not sign CRLs: key usage cRLSign is missing")
+	case len(inter.SubjectKeyId) == 0:
+		return bad("the intermediate has no subject key identifier, which a CA must have (RFC 5280, 4.2.1.2), and which its CRLs name")
 	case len(inter.URIs) != 1 || inter.URIs[0].String() != "spiffe://"+td:
 		return bad("the intermediate is not that of the trust domain: want the one URI name spiffe://%s, have %v", td, inter.URIs)
 	case now.Before(inter.NotBefore) || now.Before(root.NotBefore):

@@ -279,7 +279,12 @@ func TestImportRefuses(t *testing.T) {
 		"another key":  {[]*x509.Certificate{root.certify(&x509.Certificate{SerialNumber: big.NewInt(7), NotAfter: time.Now().AddDate(1, 0, 0)}, root.root, &other.PublicKey), root.root}, "not for the key"},
 		"no CA":        {[]*x509.Certificate{root.sign(csr, without("2.5.29.19")), root.root}, "no CA"},
 		"no key usage": {[]*x509.Certificate{root.sign(csr, without("2.5.29.15")), root.root}, "copy_extensions"},
-		"no SPIFFE ID": {[]*x509.Certificate{root.sign(csr, without("2.5.29.17")), root.root}, "spiffe://" + td},
+		"no CRLs": {[]*x509.Certificate{root.sign(csr, func(c *x509.Certificate) {
+			without("2.5.29.15")(c)
+			c.KeyUsage = x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature
+		}), root.root}, "may not sign CRLs"},
+		"no key identifier": {[]*x509.Certificate{root.sign(csr, without("2.5.29.14")), root.root}, "subject key identifier"},
+		"no SPIFFE ID":      {[]*x509.Certificate{root.sign(csr, without("2.5.29.17")), root.root}, "spiffe://" + td},
 		"two SPIFFE IDs": {[]*x509.Certificate{root.sign(csr, func(c *x509.Certificate) {
 			without("2.5.29.17")(c)
 			c.URIs = []*url.URL{{Scheme: "spiffe", Host: td}, {Scheme: "spiffe", Host: "x"}}
