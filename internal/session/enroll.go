@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"time"
 
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
@@ -82,7 +83,8 @@ func ServeEnroll(ctx context.Context, stream net.Conn, id *identity.Identity, h 
 			return err
 		},
 	}
-	if err := serve(ctx, stream, conf, id, verify, Handlers{API: h}); err != nil {
+	// A leaf that we have plays no part here: it is over when it is to be renewed.
+	if err := serve(ctx, stream, conf, id, time.Time{}, verify, Handlers{API: h}); err != nil {
 		return fmt.Errorf("enrolment session: %w", err)
 	}
 	return nil

@@ -57,7 +57,7 @@ func (h Handlers) Serve(ctx context.Context, stream net.Conn, id *identity.Ident
 			DynamicRecordSizingDisabled: true, // Batch makes large writes of them either way
 		}
 	})
-	err := serve(ctx, stream, conf, id, func(cs tls.ConnectionState) (identity.Peer, error) { return verifyGateway(id, cs) }, h)
+	err := serve(ctx, stream, conf, id, id.NotAfter(), func(cs tls.ConnectionState) (identity.Peer, error) { return verifyGateway(id, cs) }, h)
 	if err != nil {
 		return fmt.Errorf("session: %w", err)
 	}
@@ -79,8 +79,9 @@ func verifyGateway(id *identity.Identity, cs tls.ConnectionState) (identity.Peer
 	return peer, nil
 }
 
-// serve shakes hands as TLS server and answers what the gateway opens.
-func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.Identity, verify func(tls.ConnectionState) (identity.Peer, error), h Handlers) error {
+// serve shakes hands as TLS server and answers what the gateway opens. own is
+// the end of the leaf that we show; zero: we show none that ends.
+func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.Identity, own time.Time, verify func(tls.ConnectionState) (identity.Peer, error), h Handlers) error {
 	defer func() { _ = stream.Close() }()
 	below := tunnel.NewBatch(stream)
 	conn := tls.Server(below, conf)
@@ -106,7 +107,7 @@ func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
-		watch(ctx, id, peer, id.NotAfter(), end)
+		watch(ctx, id, peer, own, end)
 	}()
 	if proto == channel.ALPNTunnel {
 		err = tunnel.Server(conn, below, h.Targets, tunnel.Config{}).Run(ctx)

@@ -252,3 +252,24 @@ func TestEnrolment(t *testing.T) {
 		}
 	}
 }
+
+// TestEnrolmentOfAnExpiredParty: whose leaf is over is renewed in such a
+// session, so it lasts although the leaf does not.
+func TestEnrolmentOfAnExpiredParty(t *testing.T) {
+	for _, role := range []wire.Role{wire.RoleNode, wire.RoleRCP} {
+		ca := identitytest.NewCA(t)
+		w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Expired(t, role), session.ServeEnroll, http.HandlerFunc(whoami))
+		s, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, w.other.KeyHash())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 100 { // the end of a leaf that counted would be noticed by now
+			if _, err := get(t, s, "/who"); err != nil {
+				t.Errorf("%s: %v", role, err)
+				break
+			}
+		}
+		_ = s.Close()
+		w.waitServed(t)
+	}
+}
