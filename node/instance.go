@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -62,6 +63,7 @@ type instance struct {
 	dropped    chan int64
 	clock      local.Clock
 	copies     copies
+	rebirth    sync.Mutex           // one change of identity at a time
 	reborn     chan []*channel.Conn // of the identity before: they are to end
 	join       *identity.JoinSource
 }

@@ -24,6 +24,10 @@ func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 	if !decode(w, r, wire.MaxEnrollBody, &env) {
 		return
 	}
+	// Of two words that come at once the second finds that its node is gone: the
+	// node would show one code, and the gateway that sent the other waits for it.
+	in.rebirth.Lock()
+	defer in.rebirth.Unlock()
 	var q wire.Reidentify
 	_, err := in.id.VerifyEnvelope(env, wire.TypeReidentify, wire.RoleGateway, &q)
 	if err == nil {
