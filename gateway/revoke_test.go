@@ -211,7 +211,7 @@ func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !id.Expired() {
+	if !id.OutOfTime() {
 		t.Fatal("not expired")
 	}
 	b := d.partyOf(id, "", "")

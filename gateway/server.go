@@ -309,7 +309,7 @@ func (s *Server) ensureCertificate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if _, err := s.id.Certificate(); err == nil && !behind && time.Now().Before(s.id.RenewAfter()) {
+	if !behind && !s.id.RenewalDue() {
 		return nil
 	}
 	err = s.renewOwn(ctx)
@@ -341,12 +341,13 @@ func (s *Server) renewOwn(ctx context.Context) error {
 }
 
 // keepCertificate renews the leaf at two thirds of its life, and within a
-// minute when its intermediate is given up.
+// minute when its intermediate is given up, or when the clock was put back to
+// before its beginning.
 func (s *Server) keepCertificate(ctx context.Context) error {
 	var turned caTurn
 	for {
 		behind, err := s.takeTrust()
-		if err == nil && (behind || !time.Now().Before(s.id.RenewAfter())) {
+		if err == nil && (behind || s.id.RenewalDue()) {
 			err = s.renewOwn(ctx)
 		}
 		if err == nil {

@@ -11,6 +11,7 @@ import (
 	"sallyport/gateway/store"
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/session"
 	"sallyport/internal/wire"
 )
@@ -516,4 +517,15 @@ func TestProofGoesByAnotherRCP(t *testing.T) {
 	if a, b := one.connects(n.id.ID()), two.connects(n.id.ID()); a < 2 || b < 2 {
 		t.Fatalf("%d streams by one, %d by two", a, b)
 	}
+}
+
+// TestOwnCertificateOfAClockThatWasAhead: a gateway whose clock was put right
+// would else be refused by everybody until that day comes.
+func TestOwnCertificateOfAClockThatWasAhead(t *testing.T) {
+	w := newWorld(t)
+	w.run()
+	eventually(t, "the gateway has its certificate", func() bool { return w.s.Ready() == nil })
+	w.ca.Worn(t, w.s.id, identitytest.NotBefore(time.Now().Add(362*24*time.Hour)), identitytest.NotAfter(time.Now().Add(379*24*time.Hour)))
+	w.restart()
+	eventually(t, "it has another", func() bool { return !w.s.id.OutOfTime() })
 }

@@ -116,7 +116,7 @@ func (r *Relay) serveUpstream(ctx context.Context, c *channel.Conn) {
 	log.Info("upstream channel up", "dialled", c.Dialled(), "enrolling", c.Enrolling())
 	if c.Enrolling() {
 		leave, when, left := enroll.LeaveFor, r.applicant.Another(), make(chan struct{})
-		if _, certified := r.id.Party(); certified && !r.id.Expired() {
+		if _, certified := r.id.Party(); certified && !r.id.OutOfTime() {
 			leave, when = enroll.Leave, r.applicant.Decided()
 		}
 		go func() {

@@ -16,7 +16,7 @@ import (
 // waiting tells whether a party has to enrol before it can do anything else.
 func waiting(id *identity.Identity) bool {
 	_, ok := id.Party()
-	return !ok || id.Expired()
+	return !ok || id.OutOfTime()
 }
 
 // verified is what a handshake proved.

@@ -314,7 +314,7 @@ func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
 		a.decide()
 		a.cfg.Log.Info("enrolling", "source", join.Source, "trust_domain", join.Code.TrustDomain, "fingerprint", a.id.Fingerprint())
 	}
-	if (!enrolled || a.id.Expired()) && a.shown && a.asked != id && time.Since(a.denied[id]) >= retryAfter {
+	if (!enrolled || a.id.OutOfTime()) && a.shown && a.asked != id && time.Since(a.denied[id]) >= retryAfter {
 		close(a.another)
 		a.another = make(chan struct{})
 	}
@@ -340,9 +340,13 @@ func (a *Applicant) settle() {
 	case revoked:
 		a.set(Status{State: StateRevoked, Code: wire.EnrollRevoked,
 			Reason: "this identity is revoked: it enrols again when SALLYPORT_" + roleVar(a.id.Role()) + "_JOIN holds a new join code"})
-	case enrolled && a.id.Expired() && a.status.State == StateExpired:
-	case enrolled && a.id.Expired():
-		a.set(Status{State: StateExpired, Reason: "the certificate expired on " + a.id.NotAfter().UTC().Format(time.RFC3339) + "; waiting for the gateway to renew it"})
+	case enrolled && a.id.OutOfTime() && a.status.State == StateExpired:
+	case enrolled && a.id.OutOfTime():
+		why := "expired on " + a.id.NotAfter().UTC().Format(time.RFC3339)
+		if begin := a.id.NotBefore(); time.Now().Before(begin) {
+			why = "is good from " + begin.UTC().Format(time.RFC3339) + " on, which by the clock of this host is yet to come"
+		}
+		a.set(Status{State: StateExpired, Reason: "the certificate " + why + "; waiting for the gateway to renew it"})
 	case enrolled:
 		a.set(Status{State: StateEnrolled, Reason: a.refused})
 	case pinned == "":
@@ -416,7 +420,7 @@ func (a *Applicant) Ready() error {
 }
 
 // Needed tells whether the party has to present itself as pending: it has no
-// certificate, or only an expired one. A revoked one waits for a code.
+// certificate, or only one that is not good now. A revoked one waits for a code.
 func (a *Applicant) Needed() bool {
 	switch a.Status().State {
 	case StateWaiting, StateDenied, StateExpired:

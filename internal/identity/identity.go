@@ -449,6 +449,16 @@ func (i *Identity) Roots() *x509.CertPool {
 	return i.pool
 }
 
+// NotBefore is the beginning of the leaf; zero without one.
+func (i *Identity) NotBefore() time.Time {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if i.chain == nil {
+		return time.Time{}
+	}
+	return i.chain[0].NotBefore
+}
+
 // NotAfter is the end of the leaf; zero without one.
 func (i *Identity) NotAfter() time.Time {
 	i.mu.RLock()
@@ -479,10 +489,29 @@ func RenewAfter(leaf *x509.Certificate) time.Time {
 	return start.Add(leaf.NotAfter.Sub(start) * 2 / 3)
 }
 
-// Expired tells whether there is a leaf whose time is over.
-func (i *Identity) Expired() bool {
-	end := i.NotAfter()
-	return !end.IsZero() && time.Now().After(end)
+// RenewalDue tells whether the leaf is to be renewed: two thirds of its life are
+// over, or it has not begun, because it was made while the clock was ahead.
+// Without a leaf it is due.
+func (i *Identity) RenewalDue() bool {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if i.chain == nil {
+		return true
+	}
+	now := time.Now()
+	return now.Before(i.chain[0].NotBefore) || !now.Before(RenewAfter(i.chain[0]))
+}
+
+// OutOfTime tells whether there is a leaf that is not good now, by our clock:
+// its time is over, or has not begun.
+func (i *Identity) OutOfTime() bool {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if i.chain == nil {
+		return false
+	}
+	now := time.Now()
+	return now.Before(i.chain[0].NotBefore) || now.After(i.chain[0].NotAfter)
 }
 
 // Changed is closed at the next change of key, leaf, pin, roots or revocations.

@@ -74,7 +74,7 @@ func TestInstallSurvivesReopen(t *testing.T) {
 		if n := len(cert.Certificate); n != 3 {
 			t.Errorf("chain of %d, want leaf, intermediate and root", n)
 		}
-		if id.Expired() || id.NotAfter().IsZero() {
+		if id.OutOfTime() || id.NotAfter().IsZero() {
 			t.Error("a fresh leaf is expired")
 		}
 		// 30 days of life: two thirds are 20 days from now, whatever the backdating.
@@ -316,7 +316,7 @@ func TestExpiry(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(31 * 24 * time.Hour)
-		if !id.Expired() {
+		if !id.OutOfTime() {
 			t.Error("a leaf of 30 days lives after 31")
 		}
 		// The chains of a resumed session are those of the first handshake.
@@ -325,8 +325,15 @@ func TestExpiry(t *testing.T) {
 		}
 	})
 	ca := identitytest.NewCA(t)
-	if id := ca.Expired(t, wire.RoleRCP); !id.Expired() {
+	if id := ca.Expired(t, wire.RoleRCP); !id.OutOfTime() || !id.RenewalDue() {
 		t.Error("not expired")
+	}
+	// Made while the clock was ahead, which was put right since.
+	if id := ca.Early(t, wire.RoleRCP); !id.OutOfTime() || !id.RenewalDue() {
+		t.Error("a leaf that begins in ten days counts")
+	}
+	if id := ca.Party(t, wire.RoleRCP); id.OutOfTime() || id.RenewalDue() {
+		t.Error("a fresh leaf does not count")
 	}
 }
 

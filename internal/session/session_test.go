@@ -253,19 +253,19 @@ func TestEnrolment(t *testing.T) {
 	}
 }
 
-// TestEnrolmentOfAnExpiredParty: whose leaf is over is renewed in such a
-// session, so it lasts although the leaf does not.
+// TestEnrolmentOfAnExpiredParty: whose leaf is over, or has not begun, is renewed
+// in such a session, so it lasts although the leaf does not.
 func TestEnrolmentOfAnExpiredParty(t *testing.T) {
-	for _, role := range []wire.Role{wire.RoleNode, wire.RoleRCP} {
-		ca := identitytest.NewCA(t)
-		w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), ca.Expired(t, role), session.ServeEnroll, http.HandlerFunc(whoami))
+	ca := identitytest.NewCA(t)
+	for _, id := range []*identity.Identity{ca.Expired(t, wire.RoleNode), ca.Expired(t, wire.RoleRCP), ca.Early(t, wire.RoleNode)} {
+		w := newWorld(t, ca, ca.Party(t, wire.RoleGateway), id, session.ServeEnroll, http.HandlerFunc(whoami))
 		s, err := session.DialEnroll(t.Context(), w.stream(t), w.gateway, w.other.KeyHash())
 		if err != nil {
 			t.Fatal(err)
 		}
 		for range 100 { // the end of a leaf that counted would be noticed by now
 			if _, err := get(t, s, "/who"); err != nil {
-				t.Errorf("%s: %v", role, err)
+				t.Errorf("%s: %v", id.Role(), err)
 				break
 			}
 		}

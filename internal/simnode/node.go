@@ -88,7 +88,7 @@ func (n *node) save(s nodeState) error {
 // run enrols the node if it has to, and keeps it connected until ctx ends.
 func (n *node) run(ctx context.Context) error {
 	_, certified := n.id.Party()
-	if certified && !n.id.Expired() {
+	if certified && !n.id.OutOfTime() {
 		return n.connect(ctx)
 	}
 	select {

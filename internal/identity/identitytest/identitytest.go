@@ -123,9 +123,22 @@ func (c *CA) Pending(t testing.TB, role wire.Role) *identity.Identity {
 // Expired makes an identity whose leaf ended an hour ago.
 func (c *CA) Expired(t testing.TB, role wire.Role, opts ...Option) *identity.Identity {
 	t.Helper()
-	id := c.Party(t, role, opts...)
+	return c.Worn(t, c.Party(t, role, opts...), append(opts, NotAfter(time.Now().Add(-time.Hour)))...)
+}
+
+// Early makes an identity whose leaf begins in ten days, as one that was made
+// while the clocks were ahead.
+func (c *CA) Early(t testing.TB, role wire.Role, opts ...Option) *identity.Identity {
+	t.Helper()
+	return c.Worn(t, c.Party(t, role, opts...), append(opts, NotBefore(time.Now().Add(10*24*time.Hour)), NotAfter(time.Now().Add(43*24*time.Hour)))...)
+}
+
+// Worn is an identity with a leaf in its directory that no one installs now.
+func (c *CA) Worn(t testing.TB, id *identity.Identity, opts ...Option) *identity.Identity {
+	t.Helper()
+	role := id.Role()
 	var b bytes.Buffer
-	for _, der := range c.Issue(t, id, append(opts, NotAfter(time.Now().Add(-time.Hour)))...) {
+	for _, der := range c.Issue(t, id, opts...) {
 		if err := pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: der}); err != nil {
 			t.Fatal(err)
 		}
