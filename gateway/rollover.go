@@ -6,7 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
+	"net/url"
 	"slices"
 	"time"
 
@@ -367,6 +369,10 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 	atLeast, _ := s.id.Trust()
 	atLeast = max(atLeast, (s.store.Installation().Generation-1)*trustsOfAGeneration)
 	state, err := turn(ctx, atLeast)
+	if unanswered(err) {
+		s.log.WarnContext(ctx, "the certificate authority gave no answer: it may have changed its issuers", "what", what, "detail", detail, "error", err)
+		return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the certificate authority gave no answer, and may have changed its issuers nevertheless: look at `sallyport ca show` in a minute, before you repeat it: %v", err))
+	}
 	if err != nil { // the authority says what is in the way
 		s.log.WarnContext(ctx, "the certificate authority did not change its issuers", "what", what, "detail", detail, "error", err)
 		return change, api.NewProblem(api.CodeConflict, err.Error())
@@ -390,6 +396,15 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 	s.fleet.askAll(wantPush, wire.RoleRCP, wire.RoleNode)
 	change.CA, err = s.caView(ctx, state)
 	return change, err
+}
+
+// unanswered tells whether a request to an authority in another process may
+// have been served, and its answer lost. One that could not be dialled was asked
+// nothing.
+func unanswered(err error) bool {
+	var req *url.Error
+	var op *net.OpError
+	return errors.As(err, &req) && !(errors.As(err, &op) && op.Op == "dial")
 }
 
 // rehearse says what a rollover would do.

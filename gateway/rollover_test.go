@@ -3,7 +3,11 @@ package gateway
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
+	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +23,7 @@ type rollingCA struct {
 	state wire.CAState
 	env   *wire.Envelope
 	above int64 // what the number of the next list of roots was told to be above
+	fail  error // why a step is not taken, as far as anybody knows
 }
 
 func (c *rollingCA) State() wire.CAState { return c.state }
@@ -37,7 +42,7 @@ func (c *rollingCA) Rotate(_ context.Context, _ string, atLeast int64) (wire.CAS
 func (c *rollingCA) Follow(context.Context, []byte, bool, int64) (wire.CAState, error) {
 	return c.state, nil
 }
-func (c *rollingCA) Abort(context.Context, int64) (wire.CAState, error)        { return c.state, nil }
+func (c *rollingCA) Abort(context.Context, int64) (wire.CAState, error)        { return c.state, c.fail }
 func (c *rollingCA) Finish(context.Context, bool, int64) (wire.CAState, error) { return c.state, nil }
 
 // rolls gives the desk an authority whose first intermediate is the one that
@@ -212,5 +217,32 @@ func TestAbortSaysWhichWayItGoes(t *testing.T) {
 			t.Errorf("aborted before %v: %q, %v", aborted, c.Notes, err)
 		}
 		w.stop()
+	}
+}
+
+// TestLostAnswerOfAStep: a step whose answer was lost may have been taken. Who is
+// told that it was not repeats an abort, which turns the rollover round again.
+func TestLostAnswerOfAStep(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ca := newDesk(t).rolls()
+	ca.state.Rollover = &wire.CARollover{Kind: wire.RolloverIntermediate}
+	w.before = func(s *Server) { s.enrolment.ca = ca }
+	w.run()
+	defer w.stop()
+	for _, c := range []struct {
+		fail error
+		lost bool
+	}{
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: io.EOF}, true},
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: context.DeadlineExceeded}, true},
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: &net.OpError{Op: "dial", Err: io.EOF}}, false},
+		{errors.New("finish it first"), false},
+	} {
+		ca.fail = c.fail
+		_, err := w.s.abortCA(t.Context())
+		if err == nil || strings.Contains(err.Error(), "may have changed") != c.lost {
+			t.Errorf("%v: %v", c.fail, err)
+		}
 	}
 }
