@@ -38,6 +38,9 @@ const (
 	// two looks whether more is revoked.
 	crlAge  = time.Hour
 	crlLook = time.Second
+	// signTime bounds one signature. Clients of a CRL wait for it in turn, and
+	// each takes a place at the doors.
+	signTime = 5 * time.Second
 	// ocspAge is how long a signed response is handed out again as long as
 	// nothing changed; maxOCSP bounds how many are kept.
 	ocspAge = 10 * time.Minute
@@ -75,6 +78,7 @@ type signedCRL struct {
 	names  string // what is in it
 	made   time.Time
 	looked time.Time
+	err    error // why there is none
 }
 
 type ocspKey struct {
@@ -120,7 +124,6 @@ func (d *doorStatus) serveCRL(w http.ResponseWriter, req *http.Request) {
 		}
 		der, err := d.crl(req.Context(), wire.KeyOf(issuer))
 		if err != nil {
-			d.log.Error("no CRL", "issuer", issuer.Subject.CommonName, "error", err)
 			http.Error(w, "no CRL now", http.StatusServiceUnavailable)
 			return
 		}
@@ -135,15 +138,38 @@ func (d *doorStatus) serveCRL(w http.ResponseWriter, req *http.Request) {
 	http.Error(w, "no such CRL", http.StatusNotFound)
 }
 
-// crl returns the CRL of an issuer, which is at most crlLook behind.
+// crl returns the CRL of an issuer, which is at most crlLook behind. While no
+// other can be made, because the authority is away, the last one holds until
+// the end that it names.
 func (d *doorStatus) crl(ctx context.Context, issuer wire.KeyHash) ([]byte, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := d.now()
 	have := d.crls[issuer]
 	if have != nil && now.Sub(have.looked) < crlLook && !now.Before(have.looked) {
-		return have.der, nil
+		return have.der, have.err
 	}
+	der, err := d.newCRL(ctx, issuer, have, now)
+	if err == nil {
+		return der, nil
+	}
+	if have == nil {
+		have = &signedCRL{}
+		d.crls[issuer] = have
+	}
+	have.looked, have.err = d.now(), nil // those who wait for us need not try again
+	if now.Before(have.made) || !now.Before(have.made.Add(statusLife)) {
+		have.der, have.err = nil, err
+	}
+	d.log.Error("no new CRL", "issuer", issuer.Fingerprint(), "last_is_served", have.err == nil, "error", err)
+	return have.der, have.err
+}
+
+// newCRL returns the CRL that there is if it is still right, or another; d.mu
+// is held.
+func (d *doorStatus) newCRL(ctx context.Context, issuer wire.KeyHash, have *signedCRL, now time.Time) ([]byte, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), signTime) // others wait for it too
+	defer cancel()
 	list, err := revokedOf(ctx, d.store, issuer, now.Add(-certificateMemory))
 	if err != nil {
 		return nil, err
@@ -152,8 +178,8 @@ func (d *doorStatus) crl(ctx context.Context, issuer wire.KeyHash) ([]byte, erro
 	for _, r := range list {
 		fmt.Fprintf(&names, "%s %d\n", doors.Serial(r.Serial), r.Reason)
 	}
-	if have != nil && have.names == names.String() && now.Sub(have.made) < crlAge && !now.Before(have.made) {
-		have.looked = now
+	if have != nil && have.der != nil && have.names == names.String() && now.Sub(have.made) < crlAge && !now.Before(have.made) {
+		have.looked, have.err = now, nil
 		return have.der, nil
 	}
 	// Numbers rise with the clock, so that they need no memory and a restored
@@ -190,8 +216,8 @@ func (d *doorStatus) serveOCSPGet(w http.ResponseWriter, req *http.Request) {
 		d.answerOCSP(w, ocsp.MalformedRequestErrorResponse)
 		return
 	}
-	der, fresh := d.ocsp(req.Context(), b)
-	if !fresh {
+	der, keep := d.ocsp(req.Context(), b)
+	if keep {
 		w.Header().Set("Cache-Control", statusCache)
 	}
 	d.answerOCSP(w, der)
@@ -203,25 +229,27 @@ func (d *doorStatus) answerOCSP(w http.ResponseWriter, der []byte) {
 }
 
 // ocsp answers one request in DER. What was not issued here is answered
-// without a signature (RFC 5019, 2.2.3), so that nobody has us sign at will. A
-// fresh answer repeats the request's nonce, and is good for nobody else.
-func (d *doorStatus) ocsp(ctx context.Context, in []byte) (der []byte, fresh bool) {
+// without a signature (RFC 5019, 2.2.3), so that nobody has us sign at will.
+// Caches may keep it unless it repeats the request's nonce, and is good for
+// nobody else, or says to try again. While the authority is away, the last
+// answer holds until the end that it names.
+func (d *doorStatus) ocsp(ctx context.Context, in []byte) (der []byte, keep bool) {
 	req, err := ocsp.ParseRequest(in)
 	if err != nil {
-		return ocsp.MalformedRequestErrorResponse, false
+		return ocsp.MalformedRequestErrorResponse, true
 	}
 	nonce, err := doors.NonceOf(in)
 	if err != nil {
-		return ocsp.MalformedRequestErrorResponse, false
+		return ocsp.MalformedRequestErrorResponse, true
 	}
 	issuer := d.named(req)
 	if issuer == nil {
-		return ocsp.UnauthorizedErrorResponse, false
+		return ocsp.UnauthorizedErrorResponse, true
 	}
 	key := wire.KeyOf(issuer)
 	row, err := d.store.Certificate(ctx, key, doors.Serial(req.SerialNumber))
 	if errors.Is(err, store.ErrNotFound) {
-		return ocsp.UnauthorizedErrorResponse, false
+		return ocsp.UnauthorizedErrorResponse, true
 	}
 	if err != nil {
 		d.log.Error("no OCSP response", "error", err)
@@ -236,19 +264,25 @@ func (d *doorStatus) ocsp(ctx context.Context, in []byte) (der []byte, fresh boo
 	have, ok := d.responses[cached]
 	d.ocspMu.Unlock()
 	if ok && nonce == nil && now.Sub(have.made) < ocspAge && !now.Before(have.made) {
-		return have.der, false
+		return have.der, true
 	}
 	s := doors.Status{Serial: req.SerialNumber, Hash: req.HashAlgorithm, This: now.Add(-statusBackdate), Next: now.Add(statusLife), Nonce: nonce}
 	if cached.revoked {
 		s.Revoked = &doors.Revoked{Serial: req.SerialNumber, At: row.RevokedAt, Reason: row.Reason}
 	}
+	ctx, cancel := context.WithTimeout(ctx, signTime)
+	defer cancel()
 	der, err = d.ca.SignOCSP(ctx, key, s)
+	if err != nil && ok && now.Before(have.made.Add(statusLife)) && !now.Before(have.made) {
+		d.log.Warn("no new OCSP response; the last one is served", "error", err)
+		return have.der, nonce == nil
+	}
 	if err != nil {
 		d.log.Error("no OCSP response", "error", err)
 		return ocsp.TryLaterErrorResponse, false
 	}
 	if nonce != nil {
-		return der, true
+		return der, false
 	}
 	d.ocspMu.Lock()
 	defer d.ocspMu.Unlock()
@@ -256,7 +290,7 @@ func (d *doorStatus) ocsp(ctx context.Context, in []byte) (der []byte, fresh boo
 		clear(d.responses)
 	}
 	d.responses[cached] = signedOCSP{der: der, made: now}
-	return der, false
+	return der, true
 }
 
 // named finds the issuer that a request means.
