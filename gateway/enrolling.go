@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
 	"sallyport/internal/identity"
 	"sallyport/internal/session"
@@ -71,6 +72,7 @@ func (s *Server) partyChanged(ctx context.Context, role wire.Role, id wire.ID) {
 	var err error
 	if role == wire.RoleRCP {
 		err = s.links.reload(ctx)
+		s.bus.Wake(bus.RCPs) // a removed one is dialled no more, and nodes hear of it
 	} else {
 		err = s.nodeChanged(ctx, id)
 	}

@@ -65,8 +65,9 @@ func (i testIssuer) IssueGateway(_ context.Context, id wire.ID, csr []byte) ([][
 	return i.ca.IssueKey(i.t, wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: i.ca.TrustDomain}, pub), nil
 }
 
-func (i testIssuer) SignRevocations(context.Context, wire.Revocations) (wire.Envelope, error) {
-	return wire.Envelope{}, errors.New("not in this test")
+func (i testIssuer) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+	set.TrustDomain, set.Issued = i.ca.TrustDomain, time.Now().UTC()
+	return i.ca.Seal(i.t, wire.TypeRevocations, set), nil
 }
 func (i testIssuer) Revocations() (wire.Envelope, bool) { return wire.Envelope{}, false }
 func (i testIssuer) Root() *x509.Certificate            { return i.ca.Root }
@@ -674,6 +675,16 @@ func (r *fakeRCP) self() http.Handler {
 	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, _ *http.Request) {
 		party, _ := r.id.Party()
 		_ = json.NewEncoder(w).Encode(wire.Hello{Party: party, Program: "test", Versions: wire.OwnVersions, State: wire.StateRunning, Time: time.Now(), NotAfter: r.id.NotAfter()})
+	})
+	mux.HandleFunc("PUT "+wire.PathRevocations, func(w http.ResponseWriter, req *http.Request) {
+		var env wire.Envelope
+		err := wire.DecodeJSON(req.Body, wire.MaxRevocations, &env)
+		if err == nil {
+			_, err = r.id.ApplyRevocations(env)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusUnprocessableEntity)
+		}
 	})
 	return mux
 }

@@ -40,6 +40,7 @@ func (r *rest) rcpView(p *store.RCP) api.RCP {
 		v.Fingerprint = p.KeyHash.Fingerprint()
 	}
 	if p.PartyID == "" {
+		v.LastError = r.s.links.lastError(p)
 		return v
 	}
 	seen := r.s.fleet.Presence(p.PartyID)

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/doctor"
 	"sallyport/internal/local"
 	"sallyport/internal/wire"
 )
@@ -77,11 +78,15 @@ func (s *Server) checkRCPs(ctx context.Context) []local.Check {
 		switch {
 		case c.OK:
 			c.Detail = fmt.Sprintf("connected over %s since %s", hop.Carrier, hop.Since.UTC().Format(time.RFC3339))
+		case r.Via != "" && s.fleet.Presence(r.PartyID).Connected:
+			c.OK, c.Detail = true, "connected, behind "+r.Via
 		case r.Via != "":
-			c.OK, c.Detail = true, "stands behind "+r.Via
+			c.Detail = "not connected, and it stands behind " + r.Via
+			c.Fix = "see " + r.Via + " first; on the host of each `sallyport local doctor`"
 		default:
-			c.Detail = strings.TrimSuffix(fmt.Sprintf("%s: %s", r.State, hop.LastErr), ": ")
-			c.Fix = "`sallyport rcp show " + r.Name + "`; on its host `sallyport local doctor`; see whether a firewall lets the dialling side through, TCP and UDP"
+			cause := s.links.lastError(r)
+			c.Detail = strings.TrimSuffix("not connected: "+cause, ": ")
+			c.Fix = "on its host `sallyport local doctor`; " + doctor.Upstream(cause)
 		}
 		checks = append(checks, c)
 	}

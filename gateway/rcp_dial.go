@@ -69,6 +69,7 @@ func (l *links) dial(ctx context.Context, t dialTarget) {
 	var attempts atomic.Int64
 	var in atomic.Bool // by the ordinary protocol: further connections come by it too
 	var missed channel.Fallback
+	defer l.note(t.name, nil)
 	d := &channel.Dialer{
 		Addr: t.addr, Peer: channel.PeerDownstream, Identity: l.s.id, Carrier: string(l.s.cfg.Carrier), Class: channel.ClassAdmin, Backoff: channel.Backoff{Max: redialMax}, Log: log,
 		OnState: func(st channel.State) {
@@ -77,7 +78,7 @@ func (l *links) dial(ctx context.Context, t dialTarget) {
 			if st.Err != nil && t.id != "" {
 				l.s.fleet.linkError(t.id, st.Err.Error())
 			}
-			if st.Err != nil {
+			if st.Err != nil || st.Conn != nil {
 				l.note(t.name, st.Err)
 			}
 		},
@@ -115,25 +116,23 @@ func (l *links) retry(r *store.RCP) {
 }
 
 // note keeps the reason why a pending RCP cannot be connected where operators
-// look for it.
+// look for it; nil ends it.
 func (l *links) note(name string, cause error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if r := l.records[name]; r != nil {
-		copied := *r
-		copied.StateReason = clip(cause.Error())
-		l.records[name] = &copied
+	if cause == nil {
+		delete(l.trouble, name)
+		return
 	}
+	l.trouble[name] = clip(cause.Error())
 }
 
 // lastError is why an RCP cannot be connected; empty if it is, or was not tried.
-func (l *links) lastError(name string) string {
-	r := l.record(name)
-	if r == nil {
-		return ""
-	}
+func (l *links) lastError(r *store.RCP) string {
 	if r.PartyID == "" {
-		return r.StateReason
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.trouble[r.Name]
 	}
 	if h, ok := l.s.fleet.hop(r.PartyID); ok && !h.Up {
 		return h.LastErr

@@ -40,6 +40,7 @@ type links struct {
 	inbound map[wire.ID]*channel.Link // of parties that dial us
 	pending map[wire.KeyHash]*pendingConn
 	retries map[string]context.CancelFunc // by name: dial now
+	trouble map[string]string             // by name: why a pending one cannot be connected
 	addr    net.Addr                      // of the listener
 }
 
@@ -61,7 +62,7 @@ type pendingConn struct {
 
 func newLinks(s *Server) *links {
 	return &links{s: s, records: make(map[string]*store.RCP), hops: make(map[wire.ID][]*hopConn),
-		inbound: make(map[wire.ID]*channel.Link), retries: make(map[string]context.CancelFunc), pending: make(map[wire.KeyHash]*pendingConn)}
+		inbound: make(map[wire.ID]*channel.Link), retries: make(map[string]context.CancelFunc), trouble: make(map[string]string), pending: make(map[wire.KeyHash]*pendingConn)}
 }
 
 // Run dials every RCP that has an address, answers those that dial us, and

@@ -8,6 +8,7 @@ import (
 
 	"sallyport/config"
 	"sallyport/gateway/api"
+	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
@@ -258,7 +259,7 @@ func TestConfiguredRCPIsPinnedToWhoAnswersFirst(t *testing.T) {
 	r.id = w.ca.Party(t, wire.RoleRCP)
 	r.listen()
 	w.state(n.id.ID(), wire.StateUnreachable)
-	eventually(t, "the reason is told", func() bool { return w.s.links.lastError(r.addr) != "" })
+	eventually(t, "the reason is told", func() bool { return w.s.links.lastError(rec) != "" })
 }
 
 func TestRemovedRCPIsForgotten(t *testing.T) {
@@ -268,10 +269,64 @@ func TestRemovedRCPIsForgotten(t *testing.T) {
 	r.hold(n)
 	w.run()
 	w.state(n.id.ID(), wire.StateRunning)
-	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.RemoveRCP(ctx, "dmz") })
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		tx.Wake(bus.RCPs)
+		return tx.RemoveRCP(ctx, "dmz")
+	})
 	w.state(n.id.ID(), wire.StateDown)
 	if _, ok := w.s.fleet.hop(r.id.ID()); ok {
 		t.Fatal("its link is still there")
+	}
+}
+
+// An RCP that listens hears of its removal now or never: nobody lets it in
+// afterwards, and it takes a new join code only if it knows.
+func TestRemovedRCPIsTold(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	rec, err := w.db.RCP(context.Background(), "dmz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.s.removeRCP(context.Background(), rec); err != nil {
+		t.Fatal(err)
+	}
+	if !r.id.Revoked(r.id.KeyHash()) {
+		t.Error("it does not know that it is revoked")
+	}
+	w.state(n.id.ID(), wire.StateDown)
+	eventually(t, "it is dialled no more", func() bool {
+		w.s.links.mu.Lock()
+		defer w.s.links.mu.Unlock()
+		return len(w.s.links.hops[rec.PartyID]) == 0
+	})
+}
+
+// What keeps an RCP that waits for its enrolment away is shown with it.
+func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddRCP(ctx, &store.RCP{Name: "typo", Address: "127.0.0.1:1", Source: store.RCPAdded, State: api.RCPPending, StateReason: "waiting for it to enrol"})
+	})
+	view := func() api.RCP {
+		rec, err := w.db.RCP(context.Background(), "typo")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return (&rest{s: w.s}).rcpView(rec)
+	}
+	eventually(t, "the reason is told", func() bool { return strings.Contains(view().LastError, "127.0.0.1:1") })
+	if err := w.s.links.reload(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if v := view(); !strings.Contains(v.LastError, "127.0.0.1:1") || v.StateReason != "waiting for it to enrol" {
+		t.Errorf("after the records were read anew: %+v", v)
 	}
 }
 

@@ -119,8 +119,20 @@ func (d *dialler) serve(ctx context.Context, c *channel.Conn) {
 	d.r.serve(ctx, c)
 }
 
+// note follows the state. An upstream that does not accept our certificate
+// matters when there is a new join code: a removed RCP may have been away when
+// it could be told.
 func (d *dialler) note(s channel.State) {
 	d.missed.Note(s)
+	switch {
+	case d.peer != channel.PeerUpstream:
+	case s.Connected():
+		if !s.Conn.Enrolling() {
+			d.r.applicant.Refused(nil)
+		}
+	case channel.RefusesUs(s.Err):
+		d.r.applicant.Refused(s.Err)
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if s.Conn != nil || d.state.Conn != nil {

@@ -534,6 +534,34 @@ func TestRCPThatClaimsAnythingOfItsPeers(t *testing.T) {
 	}
 }
 
+// An RCP that was removed while it was away does not know it. The one above it
+// refuses it, and with a new join code it takes that for an answer.
+func TestRemovedRCPBelowAnotherEnrolsAgain(t *testing.T) {
+	p := newPlant(t)
+	above := p.rcp(nil)
+	data, _ := p.certified()
+	below := p.start(data, func(c *Config) { c.Upstreams = config.Endpoints{{Addr: above.addr, ID: string(above.id.ID())}} })
+	old := below.id.KeyHash()
+	eventually(t, "it is connected", func() bool { return len(above.roster.channels(target{id: below.id.ID()})) > 0 })
+	if _, err := above.id.ApplyRevocations(p.ca.Revoke(t, 1, old)); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is refused", func() bool { return below.applicant.Status().Reason != "" })
+	if below.id.KeyHash() != old {
+		t.Fatal("it gave its key up without a code")
+	}
+	code, err := (wire.JoinCode{TrustDomain: below.id.TrustDomain(), Root: wire.KeyOf(p.ca.Root), Role: wire.RoleRCP}).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := local.NewClient(local.SocketPath(below.data, wire.RoleRCP)).Join(t.Context(), code); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it waits above with a new key", func() bool {
+		return below.id.KeyHash() != old && len(above.roster.channels(target{key: below.id.KeyHash()})) > 0
+	})
+}
+
 func TestDiallerlessRCP(t *testing.T) {
 	p := newPlant(t)
 	r := p.rcp(func(c *Config) { c.Upstreams = config.Endpoints{{ID: string(wire.NewID())}} }) // a bare UUID gives no target

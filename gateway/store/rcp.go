@@ -111,8 +111,8 @@ func (tx *Tx) SetRCPSeen(ctx context.Context, name, program string, notAfter, re
 	return one(tx.q.NewUpdate().Model(p).Column("program", "not_after", "renew_after", "last_seen", "skew_seconds").WherePK().Exec(ctx))
 }
 
-// RemoveRCP deletes a record.
+// RemoveRCP deletes a record. It wakes nobody: whoever hears of it ends the
+// RCP's channel, by which the RCP has yet to be told that it is revoked.
 func (tx *Tx) RemoveRCP(ctx context.Context, name string) error {
-	tx.Wake(bus.RCPs)
 	return one(tx.q.NewRaw("DELETE FROM rcps WHERE name = ?", name).Exec(ctx))
 }

@@ -40,6 +40,7 @@ const (
 	fixRefused   = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
 	fixRoute     = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
 	fixAuthority = "one side does not know the other's CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
+	fixRefusedUs = "something answers there, and does not accept this certificate: if `sallyport revocation list` on the gateway has its key, a new join code enrols this host again; else compare the clocks, and see whether it is the right address"
 	fixClock     = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
 )
 
@@ -336,7 +337,7 @@ func Upstream(text string) string {
 		err error
 		fix string
 	}{
-		{identity.ErrRevoked, "one side was revoked: `sallyport revocation list` on the gateway says which; a new join code enrols it again"},
+		{identity.ErrRevoked, "one side was revoked: `sallyport revocation list` on the gateway says which; a new join code enrols it again, after `sallyport local rejoin` on its host if it was away then and does not know it"},
 		{identity.ErrWrongTrustDomain, fixForeign},
 		{identity.ErrWrongRole, "another role answers at that address: correct it"},
 		{identity.ErrWrongParty, "another RCP than the configured UUID answers: correct the address or the UUID"},
@@ -360,6 +361,9 @@ func Upstream(text string) string {
 	}
 	if strings.Contains(text, "unknown certificate authority") || strings.Contains(text, "unknown authority") {
 		return fixAuthority
+	}
+	if strings.Contains(text, "the other side refuses us") {
+		return fixRefusedUs
 	}
 	return "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
 }
