@@ -300,10 +300,15 @@ func (s *Server) cutParty(id wire.ID) {
 // ensureCertificate issues the gateway's own leaf if it has none that is good.
 // The gateway is the local operator of its CA.
 func (s *Server) ensureCertificate(ctx context.Context) error {
-	if root := wire.KeyOf(s.ca.Root()); s.id.TrustDomain() == "" {
-		if err := s.id.Pin(root, s.ca.TrustDomain()); err != nil {
+	switch own, issued := s.id.TrustDomain(), s.ca.TrustDomain(); own {
+	case issued:
+	case "":
+		if err := s.id.Pin(wire.KeyOf(s.ca.Root()), issued); err != nil {
 			return fmt.Errorf("trust the certificate authority: %w", err)
 		}
+	default: // a directory that was lost is made anew, with another root, which no party here trusts
+		return fmt.Errorf("the certificate authority is of trust domain %s, this gateway and its parties are of %s: put back its pki directory, or restore both from one backup (`sallyport restore FILE`); "+
+			"without either move %s away, and every party has to enrol again", issued, own, s.id.Dir())
 	}
 	behind, err := s.takeTrust()
 	if err != nil {

@@ -279,6 +279,27 @@ func TestRemovedRCPIsForgotten(t *testing.T) {
 	}
 }
 
+// A pki directory that was lost is made anew at the next start. Join codes would
+// pin a root that no party of this installation trusts.
+func TestAnotherAuthorityIsRefused(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run()
+	eventually(t, "the gateway has its certificate", func() bool { return w.s.Ready() == nil })
+	w.stop()
+	w.open()
+	s, err := New(w.cfg, Deps{Store: w.db, Bus: w.bus, CA: testIssuer{t, identitytest.NewCA(t)}, Identity: w.s.id, Log: testLog(t)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = w.db.Close() })
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := s.Run(ctx); err == nil || !strings.Contains(err.Error(), "put back its pki directory") {
+		t.Errorf("it started, or says: %v", err)
+	}
+}
+
 // An RCP that listens hears of its removal now or never: nobody lets it in
 // afterwards, and it takes a new join code only if it knows.
 func TestRemovedRCPIsTold(t *testing.T) {

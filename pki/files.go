@@ -59,7 +59,11 @@ type material struct {
 }
 
 func damaged(file, cause string) error {
-	return fmt.Errorf("%w: %s %s; restore the pki directory from a backup (without it every party has to enrol again)", ErrDamaged, file, cause)
+	repair := "restore the pki directory from a backup (without it every party has to enrol again)"
+	if file == fileRevocations {
+		repair = "delete it: it is signed again, from what the gateway's database says"
+	}
+	return fmt.Errorf("%w: %s %s; %s", ErrDamaged, file, cause, repair)
 }
 
 // loadOrMake reads the authority in dir, or makes one in an empty directory.

@@ -109,8 +109,11 @@ func (l *localRole) files(c config.Common, role wire.Role, running bool) (checks
 		if running && !doctor.Readable(dir) {
 			continue
 		}
-		checks = append(checks, doctor.Label(word, doctor.Identity(dir, role, now))...)
+		checks = append(checks, doctor.Label(word, append(doctor.Identity(dir, role, now), doctor.State(filepath.Dir(dir), role)...))...)
 		if role == wire.RoleGateway {
+			if g, err := config.LoadGateway(l.streams.Env); err == nil && !running { // one that runs has looked itself
+				checks = append(checks, doctor.Database(g.Database, dir)...)
+			}
 			checks = append(checks, doctor.Authority(c.Dir("pki"), dir, now)...)
 			checks = append(checks, doctor.Restoration(c.Dir(string(role)))...)
 		}

@@ -64,7 +64,7 @@ func (o *offline) rejoin(yes bool) (err error) {
 	}
 	code := "sallyport join create --name NAME --replace"
 	if role == wire.RoleRCP {
-		code = "sallyport rcp join NAME"
+		code = "sallyport rcp join NAME --replace"
 	}
 	o.out.Note("Put a new join code (`%s` on the gateway) where the %s looks for it, and start it.", code, role)
 	o.out.Note("%s holds the old private key: delete it when the %s is enrolled.", to, role)

@@ -4,6 +4,7 @@
 package doctor
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/x509"
@@ -34,7 +35,6 @@ const (
 )
 
 const (
-	fixEnrol     = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code (`sallyport join create --name NAME --replace`, `sallyport rcp join NAME`)"
 	fixForeign   = "that is the RCP or gateway of another installation: correct the address"
 	fixName      = "the name is not known here: correct it, or ask for another resolver (/etc/resolv.conf); an IP address works too"
 	fixRefused   = "the host is there and nothing listens on that port: see whether the role runs there, and whether it is the right port"
@@ -60,6 +60,18 @@ func (p *patient) bad(check, detail, fix string) {
 
 func (p *patient) good(check, detail string) {
 	p.checks = append(p.checks, local.Check{Check: check, OK: true, Detail: detail})
+}
+
+// enrol is what to do about an identity that is lost.
+func (p *patient) enrol() string {
+	const aside = "restore the directory from a backup, or stop the role, set its identity aside (`sallyport local rejoin`), and enrol again with a new join code "
+	switch p.role {
+	case wire.RoleGateway:
+		return "restore the gateway from a backup (`sallyport restore FILE`); or stop it and move " + p.dir + " away: its certificate authority makes it a new identity when it starts"
+	case wire.RoleRCP:
+		return aside + "(`sallyport rcp join NAME --replace`)"
+	}
+	return aside + "(`sallyport join create --name NAME --replace`)"
 }
 
 // Identity examines the files of an identity.
@@ -101,11 +113,11 @@ func (p *patient) key() {
 		p.bad("key", err.Error(), "run as the user that owns "+p.dir+", or as root")
 		return
 	case b == nil:
-		p.bad("key", "there is no "+name+" in "+p.dir, fixEnrol)
+		p.bad("key", "there is no "+name+" in "+p.dir, p.enrol())
 		return
 	}
 	if _, err := parseKey(b); err != nil {
-		p.bad("key", name+" is corrupt: "+err.Error(), fixEnrol)
+		p.bad("key", name+" is corrupt: "+err.Error(), p.enrol())
 		return
 	}
 	if st, err := os.Stat(filepath.Join(p.dir, name)); err == nil && st.Mode().Perm()&0o077 != 0 {
@@ -132,15 +144,19 @@ func parseKey(b []byte) (*ecdsa.PrivateKey, error) {
 }
 
 func parseCerts(b []byte) (out []*x509.Certificate, err error) {
-	for block, rest := pem.Decode(b); block != nil; block, rest = pem.Decode(rest) {
+	block, rest := pem.Decode(b)
+	for ; block != nil; block, rest = pem.Decode(rest) {
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
 			return nil, err
 		}
 		out = append(out, c)
 	}
-	if len(out) == 0 {
+	switch {
+	case len(out) == 0:
 		return nil, errors.New("it holds no certificate")
+	case len(bytes.TrimSpace(rest)) > 0:
+		return nil, errors.New("it was cut off, or holds more than certificates")
 	}
 	return out, nil
 }
@@ -165,15 +181,15 @@ func (p *patient) certificates() {
 		return
 	}
 	if p.chain, err = parseCerts(chainPEM); err != nil {
-		p.bad("certificate", "chain.pem is corrupt: "+err.Error(), fixEnrol)
+		p.bad("certificate", "chain.pem is corrupt: "+err.Error(), p.enrol())
 		return
 	}
 	if rootPEM == nil {
-		p.bad("trust", "root.pem is missing: nobody can be verified", fixEnrol)
+		p.bad("trust", "root.pem is missing: nobody can be verified", p.enrol())
 		return
 	}
 	if p.roots, err = parseCerts(rootPEM); err != nil {
-		p.bad("trust", "root.pem is corrupt: "+err.Error(), fixEnrol)
+		p.bad("trust", "root.pem is corrupt: "+err.Error(), p.enrol())
 		return
 	}
 	leaf := p.chain[0]
@@ -186,7 +202,7 @@ func (p *patient) certificates() {
 		}
 	}
 	if !fits && whole {
-		p.bad("certificate", "chain.pem does not belong to key.pem: files of two identities are mixed", fixEnrol)
+		p.bad("certificate", "chain.pem does not belong to key.pem: files of two identities are mixed", p.enrol())
 		return
 	}
 	p.names(leaf)
@@ -196,16 +212,16 @@ func (p *patient) certificates() {
 // names compares who the certificate says this is with what the files say.
 func (p *patient) names(leaf *x509.Certificate) {
 	if len(leaf.URIs) != 1 {
-		p.bad("name", "the certificate names no party (SPIFFE ID)", fixEnrol)
+		p.bad("name", "the certificate names no party (SPIFFE ID)", p.enrol())
 		return
 	}
 	party, err := wire.ParsePartyURI(leaf.URIs[0])
 	switch {
 	case err != nil:
-		p.bad("name", err.Error(), fixEnrol)
+		p.bad("name", err.Error(), p.enrol())
 		return
 	case party.Role != p.role:
-		p.bad("name", fmt.Sprintf("the certificate is for a %s, this is a %s", party.Role, p.role), "give each role its own SALLYPORT_DATA, and this one its own identity: "+fixEnrol)
+		p.bad("name", fmt.Sprintf("the certificate is for a %s, this is a %s", party.Role, p.role), "give each role its own SALLYPORT_DATA, and this one its own identity: "+p.enrol())
 		return
 	}
 	if b, err := p.read("id"); err == nil && b != nil && strings.TrimSpace(string(b)) != string(party.ID) {
@@ -221,14 +237,14 @@ func (p *patient) names(leaf *x509.Certificate) {
 			return
 		}
 		if pinned.TrustDomain != "" && pinned.TrustDomain != party.TrustDomain {
-			p.bad("name", fmt.Sprintf("the certificate belongs to %s, the join code pinned %s: it is of another gateway", party.TrustDomain, wire.Quotable(pinned.TrustDomain)), fixEnrol)
+			p.bad("name", fmt.Sprintf("the certificate belongs to %s, the join code pinned %s: it is of another gateway", party.TrustDomain, wire.Quotable(pinned.TrustDomain)), p.enrol())
 			return
 		}
 	}
 	p.good("name", party.String()+" of "+party.TrustDomain)
 	if b, err := p.read("trust.json"); err == nil && b != nil {
 		if err := identity.CheckTrust(b, party.TrustDomain); err != nil {
-			p.bad("trust", "trust.json is corrupt: "+err.Error(), fixEnrol)
+			p.bad("trust", "trust.json is corrupt: "+err.Error(), p.enrol())
 		}
 	}
 }
@@ -245,7 +261,7 @@ func (p *patient) trust() {
 		opts.Intermediates.AddCert(c)
 	}
 	if _, err := leaf.Verify(opts); err != nil {
-		p.bad("trust", "the certificate was not issued by the root in root.pem, but by another CA: "+err.Error(), fixEnrol)
+		p.bad("trust", "the certificate was not issued by the root in root.pem, but by another CA: "+err.Error(), p.enrol())
 		return
 	}
 	p.good("trust", "the chain leads to root "+wire.KeyOf(p.roots[0]).Fingerprint())

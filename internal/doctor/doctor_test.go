@@ -187,12 +187,85 @@ func TestAuthority(t *testing.T) {
 	if got := failed(Authority(pki, dir, time.Now())); !strings.Contains(got["authority"].Detail, "corrupt") {
 		t.Errorf("corrupt: %+v", got)
 	}
+	write(t, pki, "intermediate.pem", string(issuers))
+	for name, text := range map[string]string{"intermediate.key": "", "revocations.json": "{", "trust-domain": "other.sallyport"} {
+		write(t, pki, name, text)
+		if got := failed(Authority(pki, dir, time.Now()))["authority"]; !strings.Contains(got.Detail, name) || got.Fix == "" {
+			t.Errorf("%s: %+v", name, got)
+		}
+		remove(t, pki, name)
+	}
+	if got := failed(Authority(pki, dir, time.Now())); len(got) != 0 {
+		t.Errorf("repaired: %+v", got)
+	}
 	if got := Restoration(pki); got != nil {
 		t.Errorf("restoration: %+v", got)
 	}
 	write(t, pki, "restoring", "2")
 	if got := failed(Restoration(pki)); len(got) != 1 {
 		t.Errorf("cut off: %+v", got)
+	}
+}
+
+func TestState(t *testing.T) {
+	for role, files := range keptBy {
+		dir := t.TempDir()
+		for _, k := range files {
+			if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, k.name)), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			write(t, dir, k.name, "{}")
+			if got := State(dir, role); len(got) != 0 {
+				t.Errorf("healthy: %+v", got)
+			}
+			write(t, dir, k.name, "{")
+			if got := failed(State(dir, role))["state"]; !strings.Contains(got.Detail, k.name) || !strings.Contains(got.Fix, k.fix) {
+				t.Errorf("%s: %+v", k.name, got)
+			}
+			remove(t, dir, k.name)
+		}
+	}
+}
+
+func TestDatabase(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	dir, fresh := healthy(t, ca, wire.RoleGateway), t.TempDir()
+	head := make([]byte, 2*4096) // two pages of 4096 bytes, and the header is sure of it
+	copy(head, "SQLite format 3\x00\x10\x00")
+	head[31] = 2
+	for _, c := range []struct{ name, text, says string }{
+		{"lost", "", "new installation"},
+		{"foreign", "no database at all", "no database"},
+		{"cut", string(head[:5000]), "5000 of 8192"},
+		{"whole", string(head), ""},
+	} {
+		write(t, fresh, c.name, c.text)
+		got := failed(Database(filepath.Join(fresh, c.name), dir))["database"]
+		if !strings.Contains(got.Detail, c.says) || (got.Fix == "") != (c.says == "") {
+			t.Errorf("%s: %+v", c.name, got)
+		}
+	}
+	if got := failed(Database(filepath.Join(fresh, "nothing"), dir)); len(got) != 1 {
+		t.Errorf("missing: %+v", got)
+	}
+	if got := Database(filepath.Join(fresh, "nothing"), fresh); len(got) != 0 {
+		t.Errorf("never started: %+v", got)
+	}
+}
+
+// What is named is what works: only nodes and RCPs enrol with a code, and an
+// RCP's name is taken by the identity that it has lost.
+func TestLostIdentity(t *testing.T) {
+	for role, want := range map[wire.Role]string{
+		wire.RoleNode: "join create --name NAME --replace", wire.RoleRCP: "rcp join NAME --replace", wire.RoleGateway: "certificate authority makes it",
+	} {
+		dir := healthy(t, identitytest.NewCA(t), role)
+		write(t, dir, "key.pem", "x")
+		_, err := identity.Open(dir, role)
+		fix := failed(Identity(dir, role, time.Now()))["key"].Fix
+		if err == nil || !strings.Contains(fix, want) || strings.Contains(fix, "rejoin") != strings.Contains(err.Error(), "rejoin") || strings.Contains(fix, "rejoin") == (role == wire.RoleGateway) {
+			t.Errorf("%s: %q, and it says: %v", role, fix, err)
+		}
 	}
 }
 
@@ -224,6 +297,7 @@ func TestReach(t *testing.T) {
 func TestUpstream(t *testing.T) {
 	for text, want := range map[string]string{
 		"x: " + identity.ErrRevoked.Error() + " y":          "revoked",
+		"the other side refuses us (its log says why): tls": "revocation list",
 		identity.ErrWrongTrustDomain.Error():                "another installation",
 		identity.ErrUntrusted.Error():                       "another CA",
 		"remote error: tls: unknown certificate authority":  "right gateway",

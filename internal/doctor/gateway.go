@@ -3,11 +3,14 @@ package doctor
 import (
 	"bytes"
 	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -48,7 +51,11 @@ func Authority(pki, dir string, now time.Time) []local.Check {
 				Fix: "if the clock is right, rotate it (`sallyport ca rotate`); if not: " + fixClock}}
 		}
 	}
+	besides := keys(pki, issuers)
 	b, err := os.ReadFile(filepath.Join(dir, "chain.pem"))
+	if err != nil && besides != nil {
+		return besides
+	}
 	if err != nil {
 		return []local.Check{{Check: "authority", OK: true, Detail: fmt.Sprintf("%d certificates in %s", len(issuers), pki)}}
 	}
@@ -58,11 +65,44 @@ func Authority(pki, dir string, now time.Time) []local.Check {
 	}
 	for _, c := range issuers {
 		if bytes.Equal(c.RawSubject, chain[0].RawIssuer) && chain[0].CheckSignatureFrom(c) == nil {
+			if besides != nil {
+				return besides
+			}
 			return []local.Check{{Check: "authority", OK: true, Detail: "it has issued the gateway's certificate: " + c.Subject.CommonName}}
 		}
 	}
 	return []local.Check{{Check: "authority", Detail: "the CA in " + pki + " is another one than that which issued the gateway's certificate: the directories are of two installations",
 		Fix: "put back the pki directory that belongs to it, or restore both from one backup (`sallyport restore FILE`)"}}
+}
+
+// keys examines what stands beside the certificates of an authority. A key that
+// is not there may be with a signer.
+func keys(pki string, issuers []*x509.Certificate) []local.Check {
+	bad := func(name, detail, fix string) []local.Check {
+		return []local.Check{{Check: "authority", Detail: filepath.Join(pki, name) + " " + detail, Fix: fix}}
+	}
+	names, err := filepath.Glob(filepath.Join(pki, "*.key"))
+	if err != nil {
+		return nil
+	}
+	for _, name := range names {
+		if b, err := os.ReadFile(name); err == nil {
+			if block, _ := pem.Decode(b); block == nil {
+				return bad(filepath.Base(name), "is corrupt: it is not a PEM file", "restore it from a backup (`sallyport restore FILE`)")
+			}
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(pki, "revocations.json")); err == nil && !json.Valid(b) {
+		return bad("revocations.json", "is corrupt", "stop the gateway and delete it: it is signed again, from what the database says")
+	}
+	b, err := os.ReadFile(filepath.Join(pki, "trust-domain"))
+	named := func(c *x509.Certificate) bool {
+		return len(c.URIs) == 1 && c.URIs[0].Host == strings.TrimSpace(string(b))
+	}
+	if err == nil && !slices.ContainsFunc(issuers, named) {
+		return bad("trust-domain", "names another trust domain than the certificates", "stop the gateway and delete it: it is made again from intermediate.pem")
+	}
+	return nil
 }
 
 // Restoration tells of a restoration that was cut off.

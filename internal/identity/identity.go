@@ -111,7 +111,17 @@ func damaged(file string, cause error, repair string) error {
 	return fmt.Errorf("%w: %s: %w; %s", ErrDamaged, file, cause, repair)
 }
 
-const repairEnrol = "restore the directory from a backup, or set it aside (`sallyport local rejoin`) and enrol again with a new join code (join create --replace)"
+// repair is what to do about files that cannot be made again from others.
+func (i *Identity) repair() string {
+	const aside = "restore the directory from a backup, or set it aside (`sallyport local rejoin`) and enrol again with a new join code "
+	switch i.role {
+	case wire.RoleGateway:
+		return "restore it from a backup (`sallyport restore FILE`), or move the directory away: the certificate authority makes the gateway a new identity when it starts"
+	case wire.RoleRCP:
+		return aside + "(`sallyport rcp join NAME --replace`)"
+	}
+	return aside + "(`sallyport join create --name NAME --replace`)"
+}
 
 func (i *Identity) load() error {
 	files := map[string][]byte{}
@@ -133,7 +143,7 @@ func (i *Identity) load() error {
 	if b := files[fileRoots]; b != nil {
 		roots, err := decodeCerts(b)
 		if err != nil {
-			return damaged(fileRoots, err, repairEnrol)
+			return damaged(fileRoots, err, i.repair())
 		}
 		i.setRoots(roots)
 	}
@@ -142,7 +152,7 @@ func (i *Identity) load() error {
 	}
 	if b := files[fileTrust]; b != nil {
 		if err := i.loadTrust(b); err != nil {
-			return damaged(fileTrust, err, repairEnrol)
+			return damaged(fileTrust, err, i.repair())
 		}
 	}
 	if err := i.loadID(files[fileID]); err != nil {
@@ -165,17 +175,17 @@ func (i *Identity) loadChain(b []byte) error {
 	}
 	chain, err := decodeCerts(b)
 	if err != nil {
-		return damaged(fileChain, err, repairEnrol)
+		return damaged(fileChain, err, i.repair())
 	}
 	party, err := partyOf(chain[0])
 	if err != nil {
-		return damaged(fileChain, err, repairEnrol)
+		return damaged(fileChain, err, i.repair())
 	}
 	if party.Role != i.role {
 		return damaged(fileChain, fmt.Errorf("%w: it is for a %s, this is a %s", ErrWrongRole, party.Role, i.role), "give each role its own SALLYPORT_DATA sub-directory")
 	}
 	if len(i.roots) == 0 {
-		return damaged(fileRoots, errors.New("missing while "+fileChain+" is there"), repairEnrol)
+		return damaged(fileRoots, errors.New("missing while "+fileChain+" is there"), i.repair())
 	}
 	i.chain, i.party = chain, party
 	return nil
@@ -194,7 +204,7 @@ func (i *Identity) loadID(b []byte) error {
 		return damaged(fileID, err, "delete it if "+fileChain+" is there, or restore it from a backup")
 	}
 	if i.chain != nil && i.party.ID != id {
-		return damaged(fileID, fmt.Errorf("it says %s, the certificate says %s", id, i.party.ID), repairEnrol)
+		return damaged(fileID, fmt.Errorf("it says %s, the certificate says %s", id, i.party.ID), i.repair())
 	}
 	i.id = id
 	return nil
@@ -212,7 +222,7 @@ func (i *Identity) loadKeys(b, nextB []byte) error {
 	}
 	if b != nil {
 		if key, err = decodeKey(b); err != nil {
-			return damaged(fileKey, err, repairEnrol)
+			return damaged(fileKey, err, i.repair())
 		}
 	}
 	if i.chain != nil && next != nil && next.PublicKey.Equal(i.chain[0].PublicKey) {
@@ -224,9 +234,9 @@ func (i *Identity) loadKeys(b, nextB []byte) error {
 	if i.chain != nil {
 		switch {
 		case key == nil:
-			return damaged(fileKey, errors.New("missing while "+fileChain+" is there"), repairEnrol)
+			return damaged(fileKey, errors.New("missing while "+fileChain+" is there"), i.repair())
 		case !key.PublicKey.Equal(i.chain[0].PublicKey):
-			return damaged(fileKey, errors.New("does not belong to the certificate in "+fileChain), repairEnrol)
+			return damaged(fileKey, errors.New("does not belong to the certificate in "+fileChain), i.repair())
 		}
 	}
 	if key == nil {

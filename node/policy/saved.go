@@ -180,7 +180,7 @@ func loadJSON(file string, v any) error {
 		return err
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return fmt.Errorf("%s is damaged: %w", file, err)
+		return fmt.Errorf("%s is damaged: %w (move it away to go on without: what policies replaced is then not put back when they go)", file, err)
 	}
 	return nil
 }
