@@ -177,8 +177,10 @@ func describe(ctx context.Context, path string) (uid string, generation int64, e
 	return inst.UID, inst.Generation, db.Close()
 }
 
+// open opens the database of an installation. Any other one of SQLite would
+// become one, with a UID that no node knows.
 func open(ctx context.Context, path string) (*store.DB, error) {
-	return store.Open(ctx, store.Config{Path: path, Log: slog.New(slog.DiscardHandler), Bus: &bus.Local{}})
+	return store.Open(ctx, store.Config{Path: path, Log: slog.New(slog.DiscardHandler), Bus: &bus.Local{}, Used: true})
 }
 
 // archive writes the parts in the order in which a restoration wants them.

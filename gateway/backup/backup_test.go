@@ -3,10 +3,12 @@ package backup
 import (
 	"archive/tar"
 	"bytes"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -15,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 
+	"sallyport/gateway/bus"
+	"sallyport/gateway/store"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 )
@@ -47,7 +51,7 @@ func live(t *testing.T) Place {
 	put(t, filepath.Join(p.PKI, "root.key"), "the root's key", 0o600)
 	put(t, filepath.Join(p.PKI, "intermediate.pem"), "issuer", 0o600)
 	put(t, filepath.Join(p.PKI, "revocations.json"), revocations(3), 0o600)
-	db, err := open(t.Context(), p.Database)
+	db, err := store.Open(t.Context(), store.Config{Path: p.Database, Log: slog.New(slog.DiscardHandler), Bus: &bus.Local{}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -320,6 +324,17 @@ func TestRefused(t *testing.T) {
 	put(t, short, string(b[:len(b)/2]), 0o600)
 	text := filepath.Join(t.TempDir(), "text")
 	put(t, text, "no backup", 0o600)
+	foreign := filepath.Join(t.TempDir(), "foreign") // a database, but not of a gateway
+	db, err := sql.Open("sqlite", foreign)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.ExecContext(t.Context(), "CREATE TABLE shopping (item TEXT)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
 	reg := func(name string) *tar.Header { return &tar.Header{Name: name, Typeflag: tar.TypeReg} }
 	for name, f := range map[string]struct {
 		file string
@@ -328,6 +343,7 @@ func TestRefused(t *testing.T) {
 		"cut off":       {cut, sealed.ErrOpen},
 		"half":          {short, sealed.ErrOpen},
 		"text":          {text, ErrNoBackup},
+		"foreign":       {foreign, ErrNoBackup},
 		"empty":         {hostile(t), ErrNoBackup},
 		"no database":   {hostile(t, reg(nameManifest)), ErrNoBackup},
 		"not SQLite":    {hostile(t, reg(nameManifest), reg(nameDatabase)), ErrNoBackup},
@@ -342,7 +358,7 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	if _, err := Restore(t.Context(), p, file, func() ([]byte, error) { return []byte("another passphrase"), nil }); !errors.Is(err, sealed.ErrOpen) {
+	if _, err := Restore(t.Context(), p, file, func() ([]byte, error) { return []byte("another passphrase"), nil }); !errors.Is(err, sealed.ErrOpen) || errors.Is(err, ErrNoBackup) {
 		t.Errorf("wrong passphrase: %v", err)
 	}
 	after := tree(t, filepath.Dir(p.Gateway))

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"sallyport/internal/lockdir"
+	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
 )
 
@@ -44,7 +45,10 @@ func (s *stage) unpack(in io.Reader) error {
 		if errors.Is(err, io.EOF) {
 			break
 		}
-		if err != nil {
+		switch {
+		case errors.Is(err, sealed.ErrOpen): // which says it all
+			return err
+		case err != nil:
 			return fmt.Errorf("%w: %w", ErrNoBackup, err)
 		}
 		name := path.Clean(h.Name)

@@ -43,6 +43,7 @@ var (
 	ErrFull     = sqldb.ErrFull
 	ErrExists   = errors.New("exists already")
 	ErrChanged  = errors.New("changed in the meantime")
+	ErrEmpty    = errors.New("no gateway has ever used this database")
 )
 
 // Config says which database to open.
@@ -51,6 +52,7 @@ type Config struct {
 	Log  *slog.Logger
 	Bus  bus.Bus          // woken after commits
 	Now  func() time.Time // nil: time.Now
+	Used bool             // one that holds no installation is refused with [ErrEmpty], and none is made
 }
 
 // DB is the gateway's database.
@@ -90,18 +92,21 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if db.now == nil {
 		db.now = time.Now
 	}
-	if err := db.initialise(ctx); err != nil {
+	if err := db.initialise(ctx, cfg.Used); err != nil {
 		return nil, errors.Join(fmt.Errorf("open database %s: %w", cfg.Path, err), s.Close())
 	}
 	return db, nil
 }
 
 // initialise makes the installation UID when the database is new.
-func (db *DB) initialise(ctx context.Context) error {
+func (db *DB) initialise(ctx context.Context, used bool) error {
 	return db.Update(ctx, func(ctx context.Context, tx *Tx) error {
 		err := tx.q.NewSelect().Model(&db.inst).Where("id = 1").Scan(ctx)
-		if !errors.Is(err, sql.ErrNoRows) {
+		switch {
+		case !errors.Is(err, sql.ErrNoRows):
 			return err
+		case used:
+			return ErrEmpty
 		}
 		db.inst = Installation{ID: 1, UID: string(wire.NewID()), Generation: 1, CreatedAt: tx.Now()}
 		if _, err := tx.q.NewInsert().Model(&db.inst).Exec(ctx); err != nil {
