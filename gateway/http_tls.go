@@ -131,8 +131,8 @@ func makeAPICertificate(dir, addr string) error {
 		return err
 	}
 	// The key first: a certificate without its key would not be made again.
-	if err := renameio.WriteFile(filepath.Join(dir, apiKeyFile), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600); err != nil {
+	if err := renameio.WriteFile(filepath.Join(dir, apiKeyFile), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600, renameio.WithTempDir(dir)); err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644)
+	return renameio.WriteFile(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644, renameio.WithTempDir(dir))
 }

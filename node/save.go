@@ -14,7 +14,7 @@ import (
 // saveFile replaces a file atomically; it is on disk, name included, when it
 // returns.
 func saveFile(file string, b []byte) error {
-	if err := renameio.WriteFile(file, b, 0o600); err != nil {
+	if err := renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file))); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(file))

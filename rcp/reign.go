@@ -102,7 +102,7 @@ func (r *reigns) save() error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(r.file, b, 0o600, renameio.WithStaticPermissions(0o600))
+	return renameio.WriteFile(r.file, b, 0o600, renameio.WithTempDir(filepath.Dir(r.file)), renameio.WithStaticPermissions(0o600))
 }
 
 func (r *reigns) get(installation string) (wire.Envelope, bool) {

@@ -192,5 +192,5 @@ func (a *app) simPrepare(o *simOptions) (place simPlace, code string, err error)
 	if b, err = json.MarshalIndent(place, "", "  "); err != nil {
 		return place, "", err
 	}
-	return place, code, renameio.WriteFile(name, append(b, '\n'), 0o600)
+	return place, code, renameio.WriteFile(name, append(b, '\n'), 0o600, renameio.WithTempDir(filepath.Dir(name)))
 }

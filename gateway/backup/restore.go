@@ -163,7 +163,7 @@ func Interrupted(p Place) error {
 // swap puts the staged files in place and what was there aside.
 func (s *stage) swap(generation int64, now time.Time) (previous string, err error) {
 	stamp := keptPrefix + now.UTC().Format("20060102T150405.000Z")
-	if err := renameio.WriteFile(s.place.marker(), []byte(strconv.FormatInt(generation, 10)+"\n"), 0o600); err != nil {
+	if err := renameio.WriteFile(s.place.marker(), []byte(strconv.FormatInt(generation, 10)+"\n"), 0o600, renameio.WithTempDir(s.place.Gateway)); err != nil {
 		return "", err
 	}
 	if err := sqldb.SyncDir(s.place.Gateway); err != nil {

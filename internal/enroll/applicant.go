@@ -199,7 +199,7 @@ func (m joinMemory) write(dir string) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(dir, fileJoin), b, 0o644)
+	return renameio.WriteFile(filepath.Join(dir, fileJoin), b, 0o644, renameio.WithTempDir(dir))
 }
 
 // refresh reads the codes and settles the state.

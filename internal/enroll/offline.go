@@ -62,7 +62,7 @@ func Import(id *identity.Identity, env wire.Envelope) (wire.OfflineAnswer, error
 		return a, err
 	}
 	// All that is asked for later is there before the certificate counts.
-	if err := renameio.WriteFile(filepath.Join(id.Dir(), fileImported), b, 0o600); err != nil {
+	if err := renameio.WriteFile(filepath.Join(id.Dir(), fileImported), b, 0o600, renameio.WithTempDir(id.Dir())); err != nil {
 		return a, fmt.Errorf("keep the answer: %w", err)
 	}
 	if err := rememberAddresses(id.Dir(), verdict.RCPs); err != nil {

@@ -168,7 +168,7 @@ func saveJSON(file string, v any) error {
 	if err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(file, b, 0o600); err != nil {
+	if err := renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file))); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(file))
