@@ -264,6 +264,9 @@ func (d *acmeDB) CreateAuthorization(ctx context.Context, az *acme.Authorization
 	if az.Wildcard {
 		return acme.NewDetailedError(acme.ErrorRejectedIdentifierType, "wildcard names are not certified: they need dns-01, which is not offered")
 	}
+	if az.Identifier.Type == acme.DNS && net.ParseIP(az.Identifier.Value) != nil { // old clients do; its certificate could not be made
+		return acme.NewDetailedError(acme.ErrorRejectedIdentifierType, "%s is an address: ask for it as an identifier of type ip (RFC 8738)", az.Identifier.Value)
+	}
 	if err := d.allow(ctx, az.Identifier.Value); err != nil {
 		return err
 	}

@@ -81,7 +81,7 @@ func newACMESite(t *testing.T) *acmeSite {
 			}
 			return doors.Side{ID: "id-" + name, Name: name,
 				Allow: func(_ context.Context, host string) error {
-					if strings.HasSuffix(host, "."+name+".example") || strings.HasSuffix(host, a.TrustDomain()) {
+					if strings.HasSuffix(host, "."+name+".example") || strings.HasSuffix(host, a.TrustDomain()) || host == "192.0.2.1" {
 						return nil
 					}
 					return fmt.Errorf("%s is not for side %s", host, name)
@@ -185,6 +185,9 @@ func TestACMESides(t *testing.T) {
 		if status, _, body := s.post(key, kid, s.srv.URL+"/acme/one/new-order", identifiers(names...)); status/100 != 4 {
 			t.Errorf("%s: %d %s", what, status, body)
 		}
+	}
+	if status, _, body := s.post(key, kid, s.srv.URL+"/acme/one/new-order", identifiers("192.0.2.1")); status/100 != 4 || !strings.Contains(string(body), "type ip") {
+		t.Errorf("an address as a host name: %d %s", status, body)
 	}
 	status, order, body := s.post(key, kid, s.srv.URL+"/acme/one/new-order", identifiers("www.one.example"))
 	var o struct {
