@@ -270,7 +270,7 @@ func (d *doorway) run(ctx context.Context) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.keep(ctx) })
-	g.Go(func() error { return d.serve(ctx, d.proxied, d) })
+	g.Go(func() error { return d.serve(ctx, d.proxied, d.atProxies()) })
 	if addr := string(d.s.cfg.DoorsListen); addr != "" {
 		ln, err := new(net.ListenConfig).Listen(ctx, "tcp", addr)
 		if err != nil {
@@ -291,6 +291,19 @@ func (d *doorway) plain() http.Handler {
 			return
 		}
 		http.Error(w, "this is served over https only", http.StatusForbidden)
+	})
+}
+
+// atProxies serves clients at proxies, who may come without TLS: there, a hostile
+// proxy could give a client of EST another CA.
+func (d *doorway) atProxies() http.Handler {
+	plain := d.plain()
+	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		if req.TLS == nil {
+			plain.ServeHTTP(w, req)
+			return
+		}
+		d.ServeHTTP(w, req)
 	})
 }
 

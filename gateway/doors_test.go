@@ -12,6 +12,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -287,3 +288,16 @@ func FuzzOCSP(f *testing.F) {
 type noIssuers struct{ doors.Authority }
 
 func (noIssuers) Issuers() []*x509.Certificate { return nil }
+
+// Without TLS, a proxy could put another CA in the place of ours.
+func TestPlainClientsAtProxies(t *testing.T) {
+	t.Parallel()
+	h := (&doorway{}).atProxies()
+	for _, path := range []string{"/.well-known/est/cacerts", "/root/00", "/acme/here/directory", "/spiffe/bundle.json"} {
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "http://doors.sallyport"+path, nil))
+		if w.Code != http.StatusForbidden {
+			t.Errorf("%s: %d", path, w.Code)
+		}
+	}
+}

@@ -290,6 +290,9 @@ func TestDoorEST(t *testing.T) {
 	if r := s.Exec("curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "http://"+s.plain+"/.well-known/est/cacerts"); r.Stdout != "403" {
 		t.Errorf("EST without https: %v", r)
 	}
+	if code, _ := s.curl("http://doors.sallyport/.well-known/est/cacerts"); code != "403" {
+		t.Errorf("EST without https at a proxy: %s", code)
+	}
 }
 
 // TestDoorStatusOfParties: OCSP and CRL know nodes too, and their revocation.
