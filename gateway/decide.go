@@ -164,8 +164,10 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 		}
 		current, d.name = r.KeyHash, r.Name
 	}
-	if current != key {
-		return false, nil // its record is gone, or another key took its place
+	// Another key may stand in its record: the party took the leaf of a new key,
+	// and its answer was lost. What a key took the place of for good is revoked.
+	if current == "" {
+		return false, nil // its record is gone
 	}
 	d.known = true
 	d.is(wire.EnrollGranted, "", "")

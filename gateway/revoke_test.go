@@ -224,6 +224,43 @@ func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
 	}
 }
 
+// TestExpiredLeafOfANewKeyWhoseAnswerWasLost: the node took the leaf for its new
+// key, the gateway fell before it heard so, and the node was away until it ended.
+func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	first := a.id.KeyHash()
+	lost := errors.New("the connection broke")
+	d.answer = func(_ wire.Party, _, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			der, err := a.id.CSR(true)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			return errors.Join(a.id.Install(in.(wire.Certificate).Chain), lost)
+		}
+		return nil
+	}
+	if err := d.renewNow(t.Context(), party.ID, true); !errors.Is(err, lost) || a.id.KeyHash() == first {
+		t.Fatalf("rekey: %v", err)
+	}
+	id := d.ca.CA.Worn(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour)))
+	b := d.partyOf(id, "", "")
+	d.see(b)
+	if err := b.Ready(); err != nil {
+		t.Errorf("renewal: %v", err)
+	}
+	if n, err := d.store.Node(t.Context(), party.ID); err != nil || n.KeyHash != id.KeyHash() {
+		t.Errorf("node %+v %v", n, err)
+	}
+	if n := len(d.requests("")); n != 1 {
+		t.Errorf("%d requests, want the first one alone", n)
+	}
+}
+
 func TestRenewal(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
