@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -335,6 +337,42 @@ func TestSlowReaderStallsNobody(t *testing.T) {
 	}
 	defer func() { _ = s.Close() }()
 	roundTrip(t, s, bytes.Repeat([]byte("x"), 100_000))
+}
+
+// A full disk keeps nobody in: the set counts at once, and is asked for again.
+func TestRevocationThatCannotBeWrittenCuts(t *testing.T) {
+	p := newPlant(t)
+	r := p.rcp(nil)
+	gw := p.gateway(r.addr)
+	bad := p.node(r.addr)
+	obstacle := filepath.Join(r.data, "rcp", "identity", "revocations.json") // no file takes the place of a directory
+	if err := os.Mkdir(obstacle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	set := p.ca.Revoke(t, 5, bad.id.KeyHash())
+	if got := put(t, gw, http.MethodPut, wire.PathRevocations, set); got != 422 {
+		t.Errorf("the set: %d", got)
+	}
+	select {
+	case <-bad.conn.Done():
+	case <-time.After(10 * time.Second):
+		t.Fatal("the revoked node's channel lives on")
+	}
+	if number, _ := r.id.Revocations(); number != 0 {
+		t.Errorf("it says that it holds set %d", number)
+	}
+	if got := put(t, gw, http.MethodPut, wire.PathRevocations, p.ca.Revoke(t, 4)); got != 409 {
+		t.Errorf("a lower number: %d, want 409", got)
+	}
+	if err := os.Remove(obstacle); err != nil {
+		t.Fatal(err)
+	}
+	if got := put(t, gw, http.MethodPut, wire.PathRevocations, set); got != 204 {
+		t.Errorf("the same set again: %d", got)
+	}
+	if number, _ := r.id.Revocations(); number != 5 || !r.id.Revoked(bad.id.KeyHash()) {
+		t.Errorf("held: %d", number)
+	}
 }
 
 func TestRevocationCutsAndLasts(t *testing.T) {

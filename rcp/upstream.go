@@ -188,6 +188,8 @@ func (r *Relay) takeRevocations(w http.ResponseWriter, req *http.Request) {
 		channel.Refuse(w, http.StatusConflict, err.Error())
 		return
 	case err != nil:
+		r.cutRevoked() // it may be in force although it could not be written
+		r.log.Error("a revocation set was not taken", "error", err)
 		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
 		return
 	case newer:

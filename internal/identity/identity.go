@@ -54,7 +54,8 @@ type Identity struct {
 	pin         pin
 	verified    verified
 	revoked     map[wire.KeyHash]struct{}
-	revNumber   int64
+	revNumber   int64 // of revEnv, which is on disk
+	revInForce  int64 // of revoked: above revNumber where that set could not be written
 	revEnv      *wire.Envelope
 	changed     chan struct{}
 }

@@ -28,7 +28,8 @@ func (i *Identity) Revoked(key wire.KeyHash) bool {
 // ApplyRevocations takes a set signed by the trust domain's SPIFFE
 // intermediate, whoever brought it. It tells whether the set is newer than the
 // one held, which is then on disk; the same set again is no error, a lower
-// number is ErrOlder.
+// number is ErrOlder. One that cannot be written is in force until the next
+// start, and counts as not held: it is brought again.
 func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	i.write.Lock()
 	defer i.write.Unlock()
@@ -36,9 +37,11 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	held, _ := i.Revocations()
-	if set.Number < held {
-		return false, fmt.Errorf("%w: number %d is below %d", ErrOlder, set.Number, held)
+	i.mu.RLock()
+	held, inForce := i.revNumber, i.revInForce
+	i.mu.RUnlock()
+	if set.Number < inForce {
+		return false, fmt.Errorf("%w: number %d is below %d", ErrOlder, set.Number, inForce)
 	}
 	if set.Number == held {
 		return false, nil
@@ -47,14 +50,16 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	if err := i.store.Write(fileRevocations, b, 0o644); err != nil {
-		return false, err
-	}
+	err = i.store.Write(fileRevocations, b, 0o644)
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.setRevocations(set, env)
+	if err != nil {
+		i.setRevoked(set)
+	} else {
+		i.setRevocations(set, env)
+	}
 	i.notify()
-	return true, nil
+	return err == nil, err
 }
 
 // CheckRevocations verifies a set as [Identity.ApplyRevocations] does, whatever
@@ -96,11 +101,16 @@ func (i *Identity) loadRevocations(b []byte) error {
 }
 
 func (i *Identity) setRevocations(set wire.Revocations, env wire.Envelope) {
+	i.setRevoked(set)
+	i.revNumber, i.revEnv = set.Number, &env
+}
+
+func (i *Identity) setRevoked(set wire.Revocations) {
 	i.revoked = make(map[wire.KeyHash]struct{}, len(set.Revoked))
 	for _, r := range set.Revoked {
 		i.revoked[r.Key] = struct{}{}
 	}
-	i.revNumber, i.revEnv = set.Number, &env
+	i.revInForce = set.Number
 }
 
 // verifyRevocations checks the signature and that the signer is a SPIFFE
