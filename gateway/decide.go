@@ -164,10 +164,17 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 		}
 		current, d.name = r.KeyHash, r.Name
 	}
-	// Another key may stand in its record: the party took the leaf of a new key,
-	// and its answer was lost. What a key took the place of for good is revoked.
-	if current == "" {
-		return false, nil // its record is gone
+	if current != key {
+		// The party may have taken the leaf of a new key, and its answer was lost.
+		// One that is older than that in the record has had its place taken.
+		switch c, err := q.Key(ctx, current); {
+		case errors.Is(err, store.ErrNotFound): // its record is gone
+			return false, nil
+		case err != nil:
+			return false, err
+		case !k.IssuedAt.After(c.IssuedAt):
+			return false, nil
+		}
 	}
 	d.known = true
 	d.is(wire.EnrollGranted, "", "")

@@ -232,6 +232,10 @@ func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
 	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
 	party, _ := a.id.Party()
 	first := a.id.KeyHash()
+	stolen := t.TempDir()
+	if err := os.CopyFS(stolen, os.DirFS(a.id.Dir())); err != nil {
+		t.Fatal(err)
+	}
 	lost := errors.New("the connection broke")
 	d.answer = func(_ wire.Party, _, path string, in, out any) error {
 		switch path {
@@ -258,6 +262,16 @@ func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
 	}
 	if n := len(d.requests("")); n != 1 {
 		t.Errorf("%d requests, want the first one alone", n)
+	}
+	// Whoever has the key that it had before is not taken for it any more.
+	old, err := identity.Open(stolen, wire.RoleNode)
+	if err != nil {
+		t.Fatal(err)
+	}
+	thief := d.partyOf(d.ca.CA.Worn(t, old, identitytest.NotAfter(time.Now().Add(-time.Hour))), "", "")
+	d.see(thief)
+	if err := thief.Ready(); err == nil {
+		t.Error("an older key was renewed")
 	}
 }
 
