@@ -55,6 +55,7 @@ func codeOf(status int) api.Code {
 func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem {
 	var p *api.Problem
 	var faults manifest.Errors
+	var refused *statusError
 	is := func(targets ...error) bool {
 		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 	}
@@ -74,6 +75,11 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 	case is(store.ErrChanged):
 		return api.NewProblem(api.CodeChanged, err.Error())
 	case is(ErrNotConnected):
+		return api.NewProblem(api.CodeUnavailable, err.Error())
+	case errors.As(err, &refused): // by the party, which says why
+		if refused.Status < http.StatusInternalServerError {
+			return api.NewProblem(api.CodeConflict, err.Error())
+		}
 		return api.NewProblem(api.CodeUnavailable, err.Error())
 	case is(store.ErrFull): // the database has logged it
 		return api.NewProblem(api.CodeUnavailable, "the gateway stored nothing: "+store.ErrFull.Error())

@@ -520,6 +520,17 @@ func TestNetworkNeedsATokenAlsoOnLoopback(t *testing.T) {
 	http.DefaultClient.CloseIdleConnections()
 }
 
+// TestWhatAPartyRefusesIsTold: the gateway has not failed, and its log says no more.
+func TestWhatAPartyRefusesIsTold(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]api.Code{422: api.CodeConflict, 500: api.CodeUnavailable} {
+		p := new(rest).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", &statusError{Status: status, Reason: "no space left on device"}))
+		if p.Code != want || !strings.Contains(p.Error(), "no space left on device") {
+			t.Errorf("status %d: %s %v", status, p.Code, p)
+		}
+	}
+}
+
 func TestExpiredToken(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -54,7 +54,9 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		return fmt.Errorf("renew certificate of %s: %w", party, err)
 	}
 	var ended int64 // keys that the new one takes the place of
+	reached := false
 	err = e.talk(ctx, party, func(ctx context.Context, call caller) error {
+		reached = true
 		var csr wire.CSR
 		if err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{Rekey: rekey}, &csr, wire.MaxEnrollBody); err != nil {
 			return err
@@ -98,6 +100,9 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		e.changed(ctx, party.Role, party.ID)
 	}
 	if err != nil {
+		if !reached && !errors.Is(err, ErrNotConnected) && !errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("%w: %w", ErrNotConnected, err) // the gateway has not failed
+		}
 		return fmt.Errorf("renew certificate of %s (%s): %w", name, party, err)
 	}
 	e.log.Info("certificate renewed", "party", party.String(), "name", name)

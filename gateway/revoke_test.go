@@ -324,6 +324,12 @@ func TestRenewal(t *testing.T) {
 	if err := d.renewNow(t.Context(), party.ID, false); err != nil || len(d.told[party.ID]) != 4 {
 		t.Errorf("an operator's renewal: %v %v", err, d.told[party.ID])
 	}
+	d.talk = func(context.Context, wire.Party, func(context.Context, caller) error) error {
+		return errors.New("open session: the rcp does not have it")
+	}
+	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("a node that cannot be reached: %v", err)
+	}
 	if err := d.renewNow(t.Context(), wire.NewID(), false); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("unknown node: %v", err)
 	}
