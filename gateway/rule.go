@@ -57,6 +57,9 @@ func newRule(name, spec string) (*rule, error) {
 		if err != nil {
 			return nil, fmt.Errorf("rule %s: %w", name, err)
 		}
+		if a := p.Addr(); a.Is4In6() && p.Bits() >= 96 { // sources are compared as what they are, IPv4
+			p = netip.PrefixFrom(a.Unmap(), p.Bits()-96)
+		}
 		r.prefixes = append(r.prefixes, p.Masked())
 	}
 	if r.Tags != "" {

@@ -241,3 +241,27 @@ func TestRulesThatProveNothingAreRefused(t *testing.T) {
 		t.Errorf("rules %+v %v", rules, err)
 	}
 }
+
+// TestNetworksOfRules: a network of IPv4-mapped addresses is the IPv4 network,
+// as the sources are that it is compared with.
+func TestNetworksOfRules(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		cidr, source string
+		in           bool
+	}{
+		{"10.7.0.0/16", "[::ffff:10.7.1.2]:99", true},
+		{"::ffff:10.7.0.0/112", "10.7.1.2:99", true},
+		{"::ffff:10.7.0.0/112", "[::ffff:10.7.1.2]:99", true},
+		{"::ffff:10.7.0.0/112", "10.8.1.2:99", false},
+		{"2001:db8::/32", "[2001:db8::1%eth0]:99", true},
+	} {
+		r, err := newRule("plant", `{"keys":["x"],"cidrs":["`+c.cidr+`"]}`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if within(r.prefixes, c.source) != c.in {
+			t.Errorf("%s within %s: want %t", c.source, c.cidr, c.in)
+		}
+	}
+}
