@@ -128,7 +128,7 @@ func (a *app) requestBundleCommand() *cobra.Command {
 			"run `sallyport local csr`, its key need never leave it: prefer that.",
 		RunE: func(cmd *cobra.Command, args []string) error { return b.run(cmd.Context(), args[0], args[1]) }}
 	f := cmd.Flags()
-	f.StringVar(&b.role, "role", string(wire.RoleNode), "node, or rcp for one that `sallyport rcp add` made")
+	f.StringVar(&b.role, "role", string(wire.RoleNode), "node, or rcp for one that sallyport rcp add made")
 	f.StringVar(&b.passphrase, "passphrase-file", "", "file whose one line is the passphrase")
 	f.BoolVar(&b.replace, "replace", false, "revoke a live node of that name, and keep its tags and history")
 	f.StringArrayVar(&b.tags, "tag", nil, "tag that the node gets, k=v, as node tag sets it; may be given several times")
