@@ -262,6 +262,34 @@ func TestCutOff(t *testing.T) {
 	}
 }
 
+// What was revoked after the backup is kept too when the restoration was cut off
+// while the authority was put aside, and begun anew.
+func TestCutOffBetweenIssuerAndRevocations(t *testing.T) {
+	for name, moved := range map[string][]string{"issuer": {"intermediate.pem"}, "both": {"intermediate.pem", "revocations.json"}} {
+		p := live(t)
+		file, _ := backedUp(t, p)
+		put(t, filepath.Join(p.PKI, "revocations.json"), revocations(9), 0o600)
+		old := filepath.Join(p.PKI, keptPrefix+"1") // of another authority, years ago
+		put(t, filepath.Join(old, "intermediate.pem"), "another issuer", 0o600)
+		put(t, filepath.Join(old, "revocations.json"), revocations(99), 0o600)
+		put(t, p.marker(), "7\n", 0o600)
+		if err := os.Mkdir(filepath.Join(p.PKI, keptPrefix+"2"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range moved {
+			if err := os.Rename(filepath.Join(p.PKI, m), filepath.Join(p.PKI, keptPrefix+"2", m)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := Restore(t.Context(), p, file, ask); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(filepath.Join(p.PKI, "revocations.json")); err != nil || string(b) != revocations(9) {
+			t.Errorf("%s: %s, %v", name, b, err)
+		}
+	}
+}
+
 func TestABackupOverwritesNothing(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)

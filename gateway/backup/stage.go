@@ -2,6 +2,7 @@ package backup
 
 import (
 	"archive/tar"
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -155,16 +156,36 @@ func (s *stage) keepRevocations() error {
 		return nil
 	}
 	const issuer, set = "intermediate.pem", "revocations.json"
-	here := func(name string) []byte { b, _ := os.ReadFile(filepath.Join(s.place.PKI, name)); return b }
-	there := func(name string) []byte { b, _ := os.ReadFile(filepath.Join(s.tree(treePKI), name)); return b }
-	if len(here(issuer)) == 0 || string(here(issuer)) != string(there(issuer)) || numberOf(here(set)) <= numberOf(there(set)) {
+	read := func(dir, name string) []byte { b, _ := os.ReadFile(filepath.Join(dir, name)); return b }
+	dirs := []string{s.place.PKI}
+	if Interrupted(s.place) != nil { // what was here is partly put aside, the issuer first
+		aside, err := filepath.Glob(filepath.Join(s.place.PKI, keptPrefix+"*"))
+		if err != nil {
+			return err
+		}
+		dirs = append(dirs, aside...)
+	}
+	of := func(dir string) string { // whose set lies in dir
+		if b := read(dir, issuer); len(b) > 0 {
+			return string(b)
+		}
+		return string(read(dirs[len(dirs)-1], issuer))
+	}
+	ours, newest := string(read(s.tree(treePKI), issuer)), read(s.tree(treePKI), set)
+	held := numberOf(newest)
+	for _, dir := range dirs {
+		if b := read(dir, set); ours != "" && of(dir) == ours && numberOf(b) > numberOf(newest) {
+			newest = b
+		}
+	}
+	if numberOf(newest) <= held {
 		return nil
 	}
 	target := filepath.Join(s.tree(treePKI), set)
 	if err := os.Remove(target); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return writeNew(target, 0o600, strings.NewReader(string(here(set))))
+	return writeNew(target, 0o600, bytes.NewReader(newest))
 }
 
 // numberOf reads the number of a revocation set, without any check: whoever
