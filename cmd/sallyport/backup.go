@@ -41,6 +41,9 @@ func (a *app) backupCommand() *cobra.Command {
 			"API certificate into a new file, encrypted under a passphrase. The gateway may run meanwhile. Who has the file\n" +
 			"and the passphrase has the installation: keep them in different places.",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if args[0] == "-" { // who reads a pipe cannot tell half a backup from a whole one
+				return cli.Usage("backup -: name a new file; it is there when it is whole, and can be copied from there")
+			}
 			c, err := config.LoadGateway(a.streams.Env)
 			if err != nil {
 				return err

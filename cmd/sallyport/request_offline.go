@@ -155,6 +155,9 @@ func (b *bundling) run(ctx context.Context, name, file string) error {
 	if err != nil {
 		return err
 	}
+	if file == "-" {
+		return cli.Usage("bundle %s -: name a new file: a bundle that reached nobody is lost with its key", name)
+	}
 	// A key that finds no file is lost, and the node that has it is in the way
 	// of the next try: the file comes first.
 	out, err := cli.ReserveFile(file, 0o600)
