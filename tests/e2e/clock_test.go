@@ -98,6 +98,53 @@ func TestClocksOff(t *testing.T) {
 	}
 }
 
+// TestAwayUntilTheCertificateEnded: a site that was switched off until all its
+// certificates had ended comes back by itself, and so does one whose clocks
+// were far ahead for a while and are put right: what was certified meanwhile is
+// not good yet (PK-10, N-20).
+func TestAwayUntilTheCertificateEnded(t *testing.T) {
+	harness.LongWait(t)
+	site := harness.New(t)
+	gateway := site.Gateway(harness.Clock(time.Second))
+	relay := site.RCP(gateway, "dmz-1", harness.Clock(time.Second))
+	node := site.Node(gateway, "web-1", tagged("web-1"), harness.Clock(time.Second))
+	node.WaitRunning(30 * time.Second)
+	first := keyOf(t, gateway)
+	for _, c := range []struct {
+		clock time.Duration
+		text  string
+	}{{40 * 24 * time.Hour, "after forty days"}, {time.Second, "clocks put right"}} {
+		node.Stop()
+		relay.Stop()
+		gateway.Stop()
+		for _, r := range []interface{ SetClock(time.Duration) }{gateway, relay, node} {
+			r.SetClock(c.clock)
+		}
+		gateway.Start()
+		relay.Start()
+		again(t, node)
+		goesOn(t, site, gateway, node, c.text)
+		if key := keyOf(t, gateway); key != first {
+			t.Errorf("%s: another key, %s", c.text, key)
+		}
+	}
+}
+
+// keyOf is the fingerprint of web-1's key, of which there is one request.
+func keyOf(t *testing.T, gateway *harness.Gateway) string {
+	t.Helper()
+	var n api.NodeDetail
+	gateway.Run("node", "show", "web-1", "-o", "json").Exits(0).JSON(&n)
+	var all []api.Request
+	gateway.Run("request", "list", "-o", "json").Exits(0).JSON(&all)
+	for _, r := range all {
+		if r.Name == "web-1" && r.Fingerprint != n.Fingerprint {
+			t.Errorf("request %+v", r)
+		}
+	}
+	return n.Fingerprint
+}
+
 // goesOn is what a node has to do for its gateway: a policy, an action, an event.
 func goesOn(t *testing.T, site *harness.Site, gateway *harness.Gateway, node *harness.Node, text string) {
 	t.Helper()
