@@ -349,9 +349,21 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 
 // delivered notes that the party has its certificate.
 func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision, c *issued) error {
-	return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+	var ended int64 // keys that this one takes the place of
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		next := false
+		if d.known {
+			if next, err = succeeds(ctx, tx.Queries, d.party, key); err != nil {
+				return err
+			}
+		}
 		if err := c.record(ctx, tx, d.party, d.name, d.tenant); err != nil {
 			return err
+		}
+		if next {
+			if ended, err = succeeded(ctx, tx, d.party, key); err != nil {
+				return err
+			}
 		}
 		if d.party.Role == wire.RoleRCP {
 			if err := tx.SetRCPState(ctx, d.name, api.RCPConnecting, "it has its certificate and was not connected yet"); err != nil {
@@ -361,6 +373,13 @@ func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision
 		tx.Audit(ctx, "certificate.issue", d.name, fmt.Sprintf("%s, %s", d.party, key.Fingerprint()))
 		return tx.MoveRequest(ctx, key, api.RequestDelivered, "")
 	})
+	if err != nil {
+		return err
+	}
+	if err := e.spreadEnded(ctx, d.party, ended); err != nil { // it is repeated
+		e.log.Error("keys that a newer one took the place of are not in the signed set yet", "party", d.party.String(), "error", err)
+	}
+	return nil
 }
 
 // delivery notes how far a granted request is.

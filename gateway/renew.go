@@ -18,7 +18,7 @@ import (
 // a party cannot ask for one leaf after the other.
 func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello) error {
 	due := hello.RenewAfter
-	switch k, err := e.currentKey(ctx, hello.Party.Role, id); {
+	switch k, err := currentKey(ctx, e.store.Queries, hello.Party.Role, id); {
 	case err == nil:
 		due = k.IssuedAt.Add(k.NotAfter.Sub(k.IssuedAt) * 2 / 3)
 	case !errors.Is(err, store.ErrNotFound):
@@ -33,15 +33,49 @@ func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello)
 }
 
 // currentKey is what is known of the key in a party's leaf.
-func (e *enrolment) currentKey(ctx context.Context, role wire.Role, id wire.ID) (*store.Key, error) {
+func currentKey(ctx context.Context, q store.Queries, role wire.Role, id wire.ID) (*store.Key, error) {
 	if role != wire.RoleRCP {
-		return e.store.NodeKey(ctx, id)
+		return q.NodeKey(ctx, id)
 	}
-	r, err := e.store.RCPByID(ctx, id)
+	r, err := q.RCPByID(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	return e.store.Key(ctx, r.KeyHash)
+	return q.Key(ctx, r.KeyHash)
+}
+
+// succeeds tells whether a key of a party takes the place of the one in its
+// record: the party has its leaf, and the answer that would have told so was
+// lost. One that was made before that, or is revoked, does not.
+func succeeds(ctx context.Context, q store.Queries, party wire.Party, key wire.KeyHash) (bool, error) {
+	k, err := q.Key(ctx, key)
+	if err != nil {
+		return false, err
+	}
+	if !k.RevokedAt.IsZero() { // another took its place meanwhile
+		return false, identity.ErrRevoked
+	}
+	have, err := currentKey(ctx, q, party.Role, party.ID)
+	if errors.Is(err, store.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil && have.KeyHash != key && k.IssuedAt.After(have.IssuedAt), err
+}
+
+// succeeded revokes the other keys of a party in the transaction that notes the
+// leaf of the one that takes their place; [enrolment.spreadEnded] follows.
+func succeeded(ctx context.Context, tx *store.Tx, party wire.Party, key wire.KeyHash) (ended int64, err error) {
+	return tx.RevokeOtherKeys(ctx, party.ID, key, replacedBy+key.Fingerprint())
+}
+
+// spreadEnded tells everybody of a party's keys that ended.
+func (e *enrolment) spreadEnded(ctx context.Context, party wire.Party, ended int64) error {
+	if ended == 0 {
+		return nil
+	}
+	err := e.publish(ctx, nil) // it is repeated, if that fails
+	e.changed(ctx, party.Role, party.ID)
+	return err
 }
 
 // renew gives a connected party a new leaf in a session with it. Who it is
@@ -56,9 +90,12 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 	var ended int64 // keys that the new one takes the place of
 	reached := false
 	err = e.talk(ctx, party, func(ctx context.Context, call caller) error {
-		reached = true
 		var csr wire.CSR
-		if err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{Rekey: rekey}, &csr, wire.MaxEnrollBody); err != nil {
+		err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{Rekey: rekey}, &csr, wire.MaxEnrollBody)
+		if refused := (*statusError)(nil); err == nil || errors.As(err, &refused) {
+			reached = true
+		}
+		if err != nil {
 			return err
 		}
 		_, key, err := identity.ParseCSR(csr.DER)
@@ -69,7 +106,7 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 			return identity.ErrRevoked
 		}
 		if rekey {
-			switch k, err := e.currentKey(ctx, party.Role, party.ID); {
+			switch k, err := currentKey(ctx, e.store.Queries, party.Role, party.ID); {
 			case err != nil && !errors.Is(err, store.ErrNotFound):
 				return err
 			case err == nil && k.KeyHash == key:
@@ -88,16 +125,19 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		}
 		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s", party, key.Fingerprint()))
-			if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey {
+			next, err := succeeds(ctx, tx.Queries, party, key)
+			if err != nil {
 				return err
 			}
-			ended, err = tx.RevokeOtherKeys(ctx, party.ID, key, replacedBy+key.Fingerprint())
+			if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey && !next {
+				return err
+			}
+			ended, err = succeeded(ctx, tx, party, key)
 			return err
 		})
 	})
-	if err == nil && ended > 0 {
-		err = e.publish(ctx, nil) // it is repeated, if that fails
-		e.changed(ctx, party.Role, party.ID)
+	if err == nil {
+		err = e.spreadEnded(ctx, party, ended)
 	}
 	if err != nil {
 		if !reached && !errors.Is(err, ErrNotConnected) && !errors.Is(err, context.DeadlineExceeded) {

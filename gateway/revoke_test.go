@@ -437,3 +437,96 @@ func TestSignedSetThatWasNotTakenOverIsTakenOverLater(t *testing.T) {
 		t.Error("the gateway trusts a key that its own authority revoked")
 	}
 }
+
+// TestRenewalRacesRekey: a renewal that began before a rekey ends after it. The
+// key that was revoked in between does not come back into the record.
+func TestRenewalRacesRekey(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	rekeying := false
+	d.talk = func(ctx context.Context, _ wire.Party, f func(context.Context, caller) error) error {
+		return f(ctx, func(_ context.Context, _, path string, in, out any, _ int64) error {
+			switch path {
+			case wire.PathCSR:
+				der, err := a.id.CSR(rekeying)
+				out.(*wire.CSR).DER = der
+				return err
+			case wire.PathCertificate:
+				if err := a.id.Install(in.(wire.Certificate).Chain); err != nil || rekeying {
+					return err
+				}
+				rekeying = true
+				return d.renewNow(t.Context(), party.ID, true) // before the first is written down
+			}
+			return nil
+		})
+	}
+	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, identity.ErrRevoked) {
+		t.Errorf("the renewal of the key that is over: %v", err)
+	}
+	if n, err := d.store.Node(t.Context(), party.ID); err != nil || n.KeyHash != a.id.KeyHash() {
+		t.Errorf("node %+v %v, which has the key %s", n, err, a.id.Fingerprint())
+	}
+}
+
+// TestLostRekeyEndsTheOldKeyLater: the answer to a rekey was lost. As soon as the
+// gateway sees the new key, the one before it ends, as it was promised.
+func TestLostRekeyEndsTheOldKeyLater(t *testing.T) {
+	t.Parallel()
+	for _, away := range []bool{false, true} { // until its leaf had ended
+		d := newDesk(t)
+		a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+		party, _ := a.id.Party()
+		first := a.id.KeyHash()
+		lost := errors.New("the connection broke")
+		d.answer = func(_ wire.Party, _, path string, in, out any) error {
+			switch path {
+			case wire.PathCSR:
+				der, err := a.id.CSR(lost != nil)
+				out.(*wire.CSR).DER = der
+				return err
+			case wire.PathCertificate:
+				return errors.Join(a.id.Install(in.(wire.Certificate).Chain), lost)
+			}
+			return nil
+		}
+		if err := d.renewNow(t.Context(), party.ID, true); !errors.Is(err, lost) {
+			t.Fatal(err)
+		}
+		lost = nil
+		if away {
+			b := d.partyOf(d.ca.CA.Worn(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))), "", "")
+			d.see(b)
+			if err := b.Ready(); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := d.renewNow(t.Context(), party.ID, false); err != nil {
+			t.Fatal(err)
+		}
+		if k, err := d.store.Key(t.Context(), first); err != nil || k.RevokedAt.IsZero() {
+			t.Errorf("away %t: the old key %+v %v", away, k, err)
+		}
+		if !d.id.Revoked(first) {
+			t.Errorf("away %t: the signed set does not name the old key", away)
+		}
+	}
+}
+
+// TestNodeLostInAWarmSession: the session was dead, and no other could be opened.
+func TestNodeLostInAWarmSession(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	d.talk = func(ctx context.Context, _ wire.Party, f func(context.Context, caller) error) error {
+		if err := f(ctx, func(context.Context, string, string, any, any, int64) error { return errors.New("POST /v1/csr: EOF") }); err == nil {
+			t.Error("a dead session is no error")
+		}
+		return errors.New("open session: the rcp does not have it")
+	}
+	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, ErrNotConnected) {
+		t.Errorf("told as the gateway's own failure: %v", err)
+	}
+}

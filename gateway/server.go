@@ -376,8 +376,8 @@ func (s *Server) Ready() error {
 	if _, err := s.id.Certificate(); err != nil {
 		return fmt.Errorf("own certificate: %w", err)
 	}
-	if time.Now().After(s.id.NotAfter()) {
-		return fmt.Errorf("own certificate expired at %s", s.id.NotAfter().UTC().Format(time.RFC3339))
+	if s.id.OutOfTime() {
+		return fmt.Errorf("own certificate is good from %s to %s, by the clock of this host not now", s.id.NotBefore().UTC().Format(time.RFC3339), s.id.NotAfter().UTC().Format(time.RFC3339))
 	}
 	return nil
 }

@@ -85,6 +85,25 @@ func (l *ledger) clone() *ledger {
 	return c
 }
 
+// forgetOne keeps chains small when another root is to vouch: of the retired ones
+// that still do, the first stops. One that is in use is not retired, also where
+// an abort left it older than those.
+func (l *ledger) forgetOne() {
+	vouching, oldest := 0, -1
+	for i, r := range l.Roots {
+		if !r.vouches() {
+			continue
+		}
+		vouching++
+		if oldest < 0 && !r.Retired.IsZero() {
+			oldest = i
+		}
+	}
+	if vouching >= wire.MaxRoots && oldest >= 0 {
+		l.Roots[oldest].Forgotten = true
+	}
+}
+
 func (l *ledger) root(n int) *rootRecord {
 	for i := range l.Roots {
 		if l.Roots[i].N == n {

@@ -220,19 +220,13 @@ func (a *Authority) trustNew(l *ledger, m *material, root *x509.Certificate) (n 
 	if err != nil {
 		return 0, fmt.Errorf("%w: the new root: %w", ErrRollover, err)
 	}
-	var vouching []int
-	for i, r := range l.Roots {
+	for _, r := range l.Roots {
 		if have := m.rootCA(r.N).cert; wire.KeyOf(have) == wire.KeyOf(root) {
 			return 0, fmt.Errorf("%w: the root's key is that of root %d of this installation: a new root has a new key", ErrRollover, r.N)
 		}
 		n = max(n, r.N)
-		if r.vouches() {
-			vouching = append(vouching, i)
-		}
 	}
-	if len(vouching) >= wire.MaxRoots { // chains stay small; the oldest is long retired
-		l.Roots[vouching[0]].Forgotten = true
-	}
+	l.forgetOne()
 	n++
 	l.Roots = append(l.Roots, rootRecord{N: n})
 	return n, writePEM(a.dir, numbered(fileRoot, n), root)

@@ -96,16 +96,10 @@ func (a *Authority) Rotate(ctx context.Context, kind string, atLeast int64) (wir
 // issued until now.
 func (a *Authority) addRoot(m *material, l *ledger, now time.Time) (n int, err error) {
 	n = 1
-	var vouching []int
-	for i, r := range l.Roots {
+	for _, r := range l.Roots {
 		n = max(n, r.N+1)
-		if r.vouches() {
-			vouching = append(vouching, i)
-		}
 	}
-	if len(vouching) >= wire.MaxRoots { // chains stay small; the oldest is long retired
-		l.Roots[vouching[0]].Forgotten = true
-	}
+	l.forgetOne()
 	old := m.issuing()
 	if _, err := a.keys.keyOf(fileRootKey, old.Root); err != nil { // it is to vouch for the new intermediate
 		return 0, fmt.Errorf("rotate the root: %w", err)
@@ -236,7 +230,7 @@ func (a *Authority) deleteKeys(ctx context.Context) {
 		}
 	}
 	for _, r := range l.Roots {
-		if r.Forgotten {
+		if r.Forgotten && !r.Retired.IsZero() {
 			gone = append(gone, numbered(fileRootKey, r.N))
 		}
 	}

@@ -483,3 +483,41 @@ func TestInterruptedFinish(t *testing.T) {
 		}
 	}
 }
+
+// A root that is in use goes on vouching, and its key stays, however many new
+// ones were begun and aborted since.
+func TestAbortedRolloversForgetNoRootInUse(t *testing.T) {
+	dir := t.TempDir()
+	a := open(t, dir)
+	defer func() { closeIt(t, a) }()
+	node, gateway := enrolled(t, a, wire.RoleNode), enrolled(t, a, wire.RoleGateway)
+	for range wire.MaxRoots - 1 {
+		rotate(t, a, wire.RolloverRoot)
+		if _, err := a.Abort(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Finish(t.Context(), false, 0); err != nil {
+			t.Fatal(err)
+		}
+		trust(t, a, node)
+		certify(t, a, gateway)
+	}
+	rotate(t, a, wire.RolloverRoot)
+	certify(t, a, gateway)
+	if err := accepts(t, node, gateway); err != nil {
+		t.Errorf("a node that was away: %v", err)
+	}
+	a = reopen(t, a, dir)
+	if !exists(t, dir, "root.key") || exists(t, dir, "root-2.key") {
+		t.Error("want the key of the root in use, and not that of the first that was given up")
+	}
+	if _, err := a.Abort(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Finish(t.Context(), false, 0); err != nil {
+		t.Fatal(err)
+	}
+	rotate(t, a, wire.RolloverIntermediate)
+	a = reopen(t, a, dir)
+	certify(t, a, node)
+}

@@ -114,6 +114,29 @@ func rememberAddresses(dir string, rcps []wire.RCPAddresses) error {
 	return nil
 }
 
+// comeByFile remembers the join code that is there as used, as if the party had
+// come by it: it is no other that asks for another key when an upstream refuses
+// this one.
+func (a *Applicant) comeByFile() error {
+	if err := a.loadMemory(); err != nil {
+		return err
+	}
+	joins, err := a.cfg.Join.Codes()
+	if err != nil { // Run says so
+		a.cfg.Log.Debug("join codes beside an imported certificate", "error", err)
+	}
+	joins, _ = a.ours(joins)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	_, id := a.pick(joins)
+	if id == "" {
+		return nil
+	}
+	m := a.memory
+	m.Used = id
+	return a.remember(m)
+}
+
 // TakeImported hands OnGrant what came with a certificate by file. The role
 // calls it once, before Run.
 func (a *Applicant) TakeImported() error {
@@ -137,6 +160,9 @@ func (a *Applicant) TakeImported() error {
 		if err := a.cfg.OnGrant(v); err != nil {
 			return fmt.Errorf("imported certificate: %w", err)
 		}
+	}
+	if err := a.comeByFile(); err != nil {
+		return err
 	}
 	a.cfg.Log.Info("enrolled by file", "id", a.id.ID(), "name", wire.Quotable(v.Name), "trust_domain", a.id.TrustDomain(), "not_after", a.id.NotAfter())
 	if err := os.Remove(file); err != nil {

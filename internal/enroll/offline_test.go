@@ -3,7 +3,10 @@ package enroll_test
 import (
 	"crypto/x509"
 	"errors"
+	"log/slog"
+	"path/filepath"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/internal/enroll"
@@ -111,4 +114,44 @@ func TestAdopt(t *testing.T) {
 	if _, err := identity.Adopt(t.TempDir(), wire.RoleNode, b); err == nil {
 		t.Error("half a key was adopted")
 	}
+}
+
+// A party that came by a file has used the join code that it was asked with: one
+// alert of an upstream, which anybody on the way can send, makes no other
+// identity of it.
+func TestImportedPartyKeepsItsIdentity(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		id := fresh(t)
+		if err := id.Pin(wire.KeyOf(ca.Root), ca.TrustDomain); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := enroll.Import(id, answered(t, ca, id, ca.Party(t, wire.RoleGateway), nil)); err != nil {
+			t.Fatal(err)
+		}
+		key := id.KeyHash()
+		join, err := identity.OpenJoin(file, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		role := enroll.New(enroll.Config{Identity: id, Join: join, Program: "test", Log: slog.New(slog.DiscardHandler)})
+		if err := role.TakeImported(); err != nil {
+			t.Fatal(err)
+		}
+		p := start(t, id, file)
+		p.Refused(errors.New("remote error: tls: bad certificate"))
+		if p.id.KeyHash() != key {
+			t.Errorf("it gave its identity up without a new code: %+v", p.Status())
+		}
+		put(t, file, code(t, ca, "t2"))
+		time.Sleep(time.Minute)
+		if p.id.KeyHash() == key {
+			t.Error("with a new code it keeps a key that is refused")
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
 }
