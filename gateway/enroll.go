@@ -323,7 +323,7 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 	v.Installation = e.store.Installation().UID
 	c, err := e.issue(ctx, wire.IssueRequest{Party: d.party, Name: d.name, Tenant: d.tenant, CSR: req.CSR})
 	if err != nil {
-		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+wire.Quotable(err.Error())))
+		return errors.Join(err, e.delivery(ctx, key, api.RequestGranted, "not issued: "+clip(err.Error())))
 	}
 	v.Chain = c.chain
 	visit := func(context.Context, endToEnd) {}
@@ -337,7 +337,7 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 		if a := (*answerError)(nil); errors.As(err, &a) && a.status == http.StatusUnprocessableEntity {
 			state = api.RequestFailed // it is offered again, in case that whatever is wrong there is put right
 		}
-		return errors.Join(err, e.delivery(ctx, key, state, "not delivered: "+wire.Quotable(err.Error())))
+		return errors.Join(err, e.delivery(ctx, key, state, "not delivered: "+clip(err.Error())))
 	}
 	if err := e.delivered(ctx, key, d, c); err != nil {
 		return err
@@ -425,7 +425,7 @@ func exchange(ctx context.Context, s endToEnd, method string, in, out any) error
 	defer func() { _ = res.Body.Close() }()
 	if res.StatusCode/100 != 2 {
 		why, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // for people; half of it will do
-		return &answerError{status: res.StatusCode, what: method + " " + wire.PathEnroll, why: wire.Quotable(string(bytes.TrimSpace(why)))}
+		return &answerError{status: res.StatusCode, what: method + " " + wire.PathEnroll, why: clip(string(bytes.TrimSpace(why)))}
 	}
 	if out == nil {
 		return nil

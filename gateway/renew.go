@@ -129,7 +129,11 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 			if err != nil {
 				return err
 			}
-			if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey && !next {
+			if err := c.record(ctx, tx, party, name, tenant); err != nil {
+				return err
+			}
+			// It also has the leaf that it was granted, if its answer to that was lost.
+			if err := tx.MoveRequest(ctx, key, api.RequestDelivered, ""); err != nil || !rekey && !next {
 				return err
 			}
 			ended, err = succeeded(ctx, tx, party, key)

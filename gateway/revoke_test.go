@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -272,6 +273,47 @@ func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
 	d.see(thief)
 	if err := thief.Ready(); err == nil {
 		t.Error("an older key was renewed")
+	}
+}
+
+// TestFirstLeafWhoseAnswerWasLost: the node took its first leaf, and the way to it
+// broke before the gateway heard so. Once it comes by that leaf nothing is left open.
+func TestFirstLeafWhoseAnswerWasLost(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.party(wire.RoleNode, d.join(api.CreateJoin{Name: "web"}), "")
+	a.bend = func(r *http.Request, w *httptest.ResponseRecorder) bool {
+		if r.Method != http.MethodPut {
+			return false
+		}
+		a.Handler(nil).ServeHTTP(httptest.NewRecorder(), r)
+		http.Error(w, "verdict: enrolment: remember the join code: write /var/lib/sallyport/rcp/identity/.join.json75409: no space left on device", http.StatusBadGateway)
+		return true
+	}
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Fatal(err)
+	}
+	if q := d.requests("")[0]; q.State != api.RequestGranted || !strings.HasSuffix(q.Reason, "no space left on device") { // the cause comes last
+		t.Fatalf("request %+v", q)
+	}
+	d.answer = func(_ wire.Party, _, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			der, err := a.id.CSR(false)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			return a.id.Install(in.(wire.Certificate).Chain)
+		}
+		return nil
+	}
+	party, _ := a.id.Party()
+	if err := d.renewDue(t.Context(), party.ID, &wire.Hello{Party: party, RenewAfter: a.id.RenewAfter()}); err != nil {
+		t.Fatal(err)
+	}
+	if q := d.requests("")[0]; q.State != api.RequestDelivered || q.Reason != "" {
+		t.Errorf("request %+v, want it delivered", q)
 	}
 }
 
