@@ -68,19 +68,31 @@ func (a *app) requestExportCommand() *cobra.Command {
 			"trust document, the revocation set and the addresses of the RCPs. Nothing in it is secret. `sallyport local\n" +
 			"certificate import FILE` installs it on the host. The request is delivered with that; a lost file can be written again.",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			// A certificate that finds no file is issued in vain: the file comes first.
+			var file *cli.ReservedFile
+			if len(args) == 2 && args[1] != "-" {
+				var err error
+				if file, err = cli.ReserveFile(args[1], 0o644); err != nil {
+					return err
+				}
+			}
 			out, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.ExportedRequest, error) {
 				return c.ExportRequest(ctx, args[0])
 			})
 			if err != nil {
-				return fmt.Errorf("export %s: %w", args[0], err)
+				err = fmt.Errorf("export %s: %w", args[0], err)
+				if file != nil {
+					err = errors.Join(err, file.Remove())
+				}
+				return err
 			}
 			if len(out.Ways) == 0 {
 				a.out.Note("No RCP has a public address yet: the host needs SALLYPORT_%s_UPSTREAMS, or another export after `sallyport rcp add`.", strings.ToUpper(string(out.Request.Role)))
 			}
-			if len(args) == 1 || args[1] == "-" {
+			if file == nil {
 				return a.out.Raw([]byte(out.File))
 			}
-			if err := cli.NewFile(args[1], []byte(out.File), 0o644); err != nil {
+			if err := file.Fill([]byte(out.File)); err != nil {
 				return err
 			}
 			return a.out.Print(out.Request, requestTable(out.Request))
