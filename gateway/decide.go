@@ -147,6 +147,9 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 	}
 	if time.Since(k.NotAfter) > e.grace && !undelivered(ctx, q, k) {
 		d.lapsed = k.NotAfter
+		if k.Role == wire.RoleRCP && d.name == "" {
+			d.name = k.Name // an RCP does not know its name: its record is found by it when an operator grants
+		}
 		return false, nil
 	}
 	var current wire.KeyHash

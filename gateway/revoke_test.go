@@ -317,6 +317,38 @@ func TestFirstLeafWhoseAnswerWasLost(t *testing.T) {
 	}
 }
 
+// TestRCPBeyondTheGraceIsGranted: it asks without a name and without a code, and
+// an operator can let it come back all the same.
+func TestRCPBeyondTheGraceIsGranted(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	added, err := d.addRCP(t.Context(), api.AddRCP{Name: "edge", Address: "192.0.2.9:9090"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := d.party(wire.RoleRCP, added.Join.Code, "")
+	d.see(a)
+	if err := a.Ready(); err != nil {
+		t.Fatal(err)
+	}
+	d.grace = -365 * 24 * time.Hour // as if it had been away for so long
+	b := d.partyOf(d.ca.CA.Worn(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))), "", "")
+	d.see(b)
+	if q := d.requests(api.RequestPending); len(q) != 1 || q[0].Name != "edge" {
+		t.Fatalf("waiting %+v, want it by its name", q)
+	}
+	if _, err := d.grant(t.Context(), "edge", api.Grant{}); err != nil {
+		t.Fatal(err)
+	}
+	if q := d.requests(api.RequestPending); len(q) != 0 {
+		t.Errorf("still waiting: %+v", q)
+	}
+	d.see(b)
+	if err := b.Ready(); err != nil {
+		t.Errorf("granted: %v", err)
+	}
+}
+
 func TestRenewal(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
