@@ -225,6 +225,22 @@ func TestExpiredLeafIsRenewedWithItsKey(t *testing.T) {
 	}
 }
 
+// renews answers as a connected party does that is renewed, with a new key if it
+// is asked for one. While *lost is set, its answer to the leaf gets lost.
+func renews(a *applicant, lost *error) func(p wire.Party, method, path string, in, out any) error {
+	return func(_ wire.Party, _, path string, in, out any) error {
+		switch path {
+		case wire.PathCSR:
+			der, err := a.id.CSR(in.(wire.CSRRequest).Rekey)
+			out.(*wire.CSR).DER = der
+			return err
+		case wire.PathCertificate:
+			return errors.Join(a.id.Install(in.(wire.Certificate).Chain), *lost)
+		}
+		return nil
+	}
+}
+
 // TestExpiredLeafOfANewKeyWhoseAnswerWasLost: the node took the leaf for its new
 // key, the gateway fell before it heard so, and the node was away until it ended.
 func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
@@ -238,17 +254,7 @@ func TestExpiredLeafOfANewKeyWhoseAnswerWasLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	lost := errors.New("the connection broke")
-	d.answer = func(_ wire.Party, _, path string, in, out any) error {
-		switch path {
-		case wire.PathCSR:
-			der, err := a.id.CSR(true)
-			out.(*wire.CSR).DER = der
-			return err
-		case wire.PathCertificate:
-			return errors.Join(a.id.Install(in.(wire.Certificate).Chain), lost)
-		}
-		return nil
-	}
+	d.answer = renews(a, &lost)
 	if err := d.renewNow(t.Context(), party.ID, true); !errors.Is(err, lost) || a.id.KeyHash() == first {
 		t.Fatalf("rekey: %v", err)
 	}
@@ -297,17 +303,7 @@ func TestFirstLeafWhoseAnswerWasLost(t *testing.T) {
 	if q := d.requests("")[0]; q.State != api.RequestGranted || !strings.HasSuffix(q.Reason, "no space left on device") { // the cause comes last
 		t.Fatalf("request %+v", q)
 	}
-	d.answer = func(_ wire.Party, _, path string, in, out any) error {
-		switch path {
-		case wire.PathCSR:
-			der, err := a.id.CSR(false)
-			out.(*wire.CSR).DER = der
-			return err
-		case wire.PathCertificate:
-			return a.id.Install(in.(wire.Certificate).Chain)
-		}
-		return nil
-	}
+	d.answer = renews(a, new(error))
 	party, _ := a.id.Party()
 	if err := d.renewDue(t.Context(), party.ID, &wire.Hello{Party: party, RenewAfter: a.id.RenewAfter()}); err != nil {
 		t.Fatal(err)
@@ -522,19 +518,12 @@ func TestRenewalRacesRekey(t *testing.T) {
 	rekeying := false
 	d.talk = func(ctx context.Context, _ wire.Party, f func(context.Context, caller) error) error {
 		return f(ctx, func(_ context.Context, _, path string, in, out any, _ int64) error {
-			switch path {
-			case wire.PathCSR:
-				der, err := a.id.CSR(rekeying)
-				out.(*wire.CSR).DER = der
+			err := renews(a, new(error))(party, "", path, in, out)
+			if err != nil || rekeying || path != wire.PathCertificate {
 				return err
-			case wire.PathCertificate:
-				if err := a.id.Install(in.(wire.Certificate).Chain); err != nil || rekeying {
-					return err
-				}
-				rekeying = true
-				return d.renewNow(t.Context(), party.ID, true) // before the first is written down
 			}
-			return nil
+			rekeying = true
+			return d.renewNow(t.Context(), party.ID, true) // before the first is written down
 		})
 	}
 	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, identity.ErrRevoked) {
@@ -555,17 +544,7 @@ func TestLostRekeyEndsTheOldKeyLater(t *testing.T) {
 		party, _ := a.id.Party()
 		first := a.id.KeyHash()
 		lost := errors.New("the connection broke")
-		d.answer = func(_ wire.Party, _, path string, in, out any) error {
-			switch path {
-			case wire.PathCSR:
-				der, err := a.id.CSR(lost != nil)
-				out.(*wire.CSR).DER = der
-				return err
-			case wire.PathCertificate:
-				return errors.Join(a.id.Install(in.(wire.Certificate).Chain), lost)
-			}
-			return nil
-		}
+		d.answer = renews(a, &lost)
 		if err := d.renewNow(t.Context(), party.ID, true); !errors.Is(err, lost) {
 			t.Fatal(err)
 		}
