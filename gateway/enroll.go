@@ -351,19 +351,13 @@ func (e *enrolment) tell(ctx context.Context, s endToEnd, key wire.KeyHash, req 
 func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision, c *issued) error {
 	var ended int64 // keys that this one takes the place of
 	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
-		next := false
 		if d.known {
-			if next, err = succeeds(ctx, tx.Queries, d.party, key); err != nil {
-				return err
-			}
+			ended, err = c.succeed(ctx, tx, d.party, d.name, d.tenant, false)
+		} else {
+			err = c.record(ctx, tx, d.party, d.name, d.tenant)
 		}
-		if err := c.record(ctx, tx, d.party, d.name, d.tenant); err != nil {
+		if err != nil {
 			return err
-		}
-		if next {
-			if ended, err = succeeded(ctx, tx, d.party, key); err != nil {
-				return err
-			}
 		}
 		if d.party.Role == wire.RoleRCP {
 			if err := tx.SetRCPState(ctx, d.name, api.RCPConnecting, "it has its certificate and was not connected yet"); err != nil {

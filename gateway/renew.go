@@ -62,10 +62,18 @@ func succeeds(ctx context.Context, q store.Queries, party wire.Party, key wire.K
 	return err == nil && have.KeyHash != key && k.IssuedAt.After(have.IssuedAt), err
 }
 
-// succeeded revokes the other keys of a party in the transaction that notes the
-// leaf of the one that takes their place; [enrolment.spreadEnded] follows.
-func succeeded(ctx context.Context, tx *store.Tx, party wire.Party, key wire.KeyHash) (ended int64, err error) {
-	return tx.RevokeOtherKeys(ctx, party.ID, key, replacedBy+key.Fingerprint())
+// succeed notes a leaf that its party has, as record does, and revokes the keys
+// whose place its key takes: after a rekey, or when it [succeeds] another.
+// [enrolment.spreadEnded] follows.
+func (c *issued) succeed(ctx context.Context, tx *store.Tx, party wire.Party, name, tenant string, rekey bool) (ended int64, err error) {
+	next, err := succeeds(ctx, tx.Queries, party, c.key)
+	if err != nil {
+		return 0, err
+	}
+	if err := c.record(ctx, tx, party, name, tenant); err != nil || !rekey && !next {
+		return 0, err
+	}
+	return tx.RevokeOtherKeys(ctx, party.ID, c.key, replacedBy+c.key.Fingerprint())
 }
 
 // spreadEnded tells everybody of a party's keys that ended.
@@ -123,21 +131,13 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		if err := call(ctx, http.MethodPut, wire.PathCertificate, wire.Certificate{Chain: c.chain}, nil, 0); err != nil {
 			return err
 		}
-		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		return e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s", party, key.Fingerprint()))
-			next, err := succeeds(ctx, tx.Queries, party, key)
-			if err != nil {
-				return err
-			}
-			if err := c.record(ctx, tx, party, name, tenant); err != nil {
+			if ended, err = c.succeed(ctx, tx, party, name, tenant, rekey); err != nil {
 				return err
 			}
 			// It also has the leaf that it was granted, if its answer to that was lost.
-			if err := tx.MoveRequest(ctx, key, api.RequestDelivered, ""); err != nil || !rekey && !next {
-				return err
-			}
-			ended, err = succeeded(ctx, tx, party, key)
-			return err
+			return tx.MoveRequest(ctx, key, api.RequestDelivered, "")
 		})
 	})
 	if err == nil {
