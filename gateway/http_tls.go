@@ -19,7 +19,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
+	"sallyport/internal/atomicfile"
 )
 
 // The API's https certificate stands in two files. Without them the gateway
@@ -131,8 +131,8 @@ func makeAPICertificate(dir, addr string) error {
 		return err
 	}
 	// The key first: a certificate without its key would not be made again.
-	if err := renameio.WriteFile(filepath.Join(dir, apiKeyFile), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600, renameio.WithTempDir(dir)); err != nil {
+	if err := atomicfile.Write(filepath.Join(dir, apiKeyFile), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600); err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644, renameio.WithTempDir(dir))
+	return atomicfile.Write(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644)
 }

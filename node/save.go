@@ -8,13 +8,13 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
+	"sallyport/internal/atomicfile"
 )
 
 // saveFile replaces a file atomically; it is on disk, name included, when it
 // returns.
 func saveFile(file string, b []byte) error {
-	if err := renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file))); err != nil {
+	if err := atomicfile.Write(file, b, 0o600); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(file))

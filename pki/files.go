@@ -17,8 +17,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 )
 
@@ -222,7 +221,7 @@ func writePEM(dir, name string, c *x509.Certificate) error {
 
 // writeFile replaces dir/name and has it on disk when it returns.
 func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
-	if err := renameio.WriteFile(filepath.Join(dir, name), b, mode, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode)); err != nil {
+	if err := atomicfile.WriteExactly(filepath.Join(dir, name), b, mode); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
 	}
 	d, err := os.Open(dir)

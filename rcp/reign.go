@@ -12,8 +12,7 @@ import (
 	"slices"
 	"sync"
 
-	"github.com/google/renameio/v2"
-
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/channel"
 	"sallyport/internal/wire"
 )
@@ -102,7 +101,7 @@ func (r *reigns) save() error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(r.file, b, 0o600, renameio.WithTempDir(filepath.Dir(r.file)), renameio.WithStaticPermissions(0o600))
+	return atomicfile.WriteExactly(r.file, b, 0o600)
 }
 
 func (r *reigns) get(installation string) (wire.Envelope, bool) {

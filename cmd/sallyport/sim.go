@@ -12,9 +12,9 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"github.com/spf13/cobra"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/channel"
 	"sallyport/internal/cli"
 	"sallyport/internal/identity"
@@ -192,5 +192,5 @@ func (a *app) simPrepare(o *simOptions) (place simPlace, code string, err error)
 	if b, err = json.MarshalIndent(place, "", "  "); err != nil {
 		return place, "", err
 	}
-	return place, code, renameio.WriteFile(name, append(b, '\n'), 0o600, renameio.WithTempDir(filepath.Dir(name)))
+	return place, code, atomicfile.Write(name, append(b, '\n'), 0o600)
 }

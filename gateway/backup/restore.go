@@ -14,8 +14,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
@@ -163,7 +162,7 @@ func Interrupted(p Place) error {
 // swap puts the staged files in place and what was there aside.
 func (s *stage) swap(generation int64, now time.Time) (previous string, err error) {
 	stamp := keptPrefix + now.UTC().Format("20060102T150405.000Z")
-	if err := renameio.WriteFile(s.place.marker(), []byte(strconv.FormatInt(generation, 10)+"\n"), 0o600, renameio.WithTempDir(s.place.Gateway)); err != nil {
+	if err := atomicfile.Write(s.place.marker(), []byte(strconv.FormatInt(generation, 10)+"\n"), 0o600); err != nil {
 		return "", err
 	}
 	if err := sqldb.SyncDir(s.place.Gateway); err != nil {

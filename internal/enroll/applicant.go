@@ -23,8 +23,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -199,7 +198,7 @@ func (m joinMemory) write(dir string) error {
 	if err != nil {
 		return err
 	}
-	return renameio.WriteFile(filepath.Join(dir, fileJoin), b, 0o644, renameio.WithTempDir(dir))
+	return atomicfile.Write(filepath.Join(dir, fileJoin), b, 0o644)
 }
 
 // refresh reads the codes and settles the state.

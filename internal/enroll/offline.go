@@ -11,8 +11,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/google/renameio/v2"
-
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -62,7 +61,7 @@ func Import(id *identity.Identity, env wire.Envelope) (wire.OfflineAnswer, error
 		return a, err
 	}
 	// All that is asked for later is there before the certificate counts.
-	if err := renameio.WriteFile(filepath.Join(id.Dir(), fileImported), b, 0o600, renameio.WithTempDir(id.Dir())); err != nil {
+	if err := atomicfile.Write(filepath.Join(id.Dir(), fileImported), b, 0o600); err != nil {
 		return a, fmt.Errorf("keep the answer: %w", err)
 	}
 	if err := rememberAddresses(id.Dir(), verdict.RCPs); err != nil {

@@ -11,7 +11,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/google/renameio/v2"
+	"sallyport/internal/atomicfile"
 )
 
 const (
@@ -71,7 +71,7 @@ func (d dirStore) Rename(from, to string) error {
 // writeFile replaces dir/name: after it returned, a crash shows the new bytes,
 // before that the old ones.
 func writeFile(dir, name string, data []byte, mode fs.FileMode) error {
-	if err := renameio.WriteFile(filepath.Join(dir, name), data, mode, renameio.WithTempDir(dir), renameio.WithStaticPermissions(mode)); err != nil {
+	if err := atomicfile.WriteExactly(filepath.Join(dir, name), data, mode); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
 	}
 	return syncDir(dir)

@@ -5,10 +5,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"sync"
 
-	"github.com/google/renameio/v2"
+	"sallyport/internal/atomicfile"
 )
 
 // vault is the small files of all nodes of a worker: keys, certificates,
@@ -63,7 +62,7 @@ func openVault(name string) (*vault, error) {
 		}
 		all.Write(append(line, '\n'))
 	}
-	if err := renameio.WriteFile(name, all.Bytes(), 0o600, renameio.WithTempDir(filepath.Dir(name))); err != nil {
+	if err := atomicfile.Write(name, all.Bytes(), 0o600); err != nil {
 		return nil, fmt.Errorf("nodes' files: %w", err)
 	}
 	v.log, err = openLog(name, func([]byte) error { return nil })

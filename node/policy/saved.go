@@ -12,7 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
+	"sallyport/internal/atomicfile"
 )
 
 // originals remembers what stood at each path before the first policy came. It
@@ -168,7 +168,7 @@ func saveJSON(file string, v any) error {
 	if err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(file, b, 0o600, renameio.WithTempDir(filepath.Dir(file))); err != nil {
+	if err := atomicfile.Write(file, b, 0o600); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(file))

@@ -2,7 +2,6 @@ package arch
 
 import (
 	"fmt"
-	"go/ast"
 	"path"
 	"slices"
 	"strings"
@@ -137,36 +136,6 @@ func noSleep(files []source) (bad []string) {
 	return bad
 }
 
-// noTempDir: renameio writes to the directory for temporary files first where
-// that is on the same file system. Half a file, which may be a key, would stay
-// there after a crash, out of the reach of whoever guards SALLYPORT_DATA.
-func noTempDir(files []source) (bad []string) {
-	for _, f := range files {
-		if f.test() {
-			continue
-		}
-		ast.Inspect(f.file, func(n ast.Node) bool {
-			call, ok := n.(*ast.CallExpr)
-			if !ok {
-				return true
-			}
-			if sel, ok := call.Fun.(*ast.SelectorExpr); !ok || sel.Sel.Name != "WriteFile" || fmt.Sprint(sel.X) != "renameio" {
-				return true
-			}
-			for _, arg := range call.Args {
-				if opt, ok := arg.(*ast.CallExpr); ok {
-					if sel, ok := opt.Fun.(*ast.SelectorExpr); ok && sel.Sel.Name == "WithTempDir" {
-						return true
-					}
-				}
-			}
-			bad = append(bad, fmt.Sprintf("%s:%d: renameio.WriteFile: say renameio.WithTempDir, the directory of the file", f.name, f.fset.Position(call.Pos()).Line))
-			return true
-		})
-	}
-	return bad
-}
-
 // rules are checked on the parsed files. Each has a file that breaks it.
 var rules = []struct {
 	name    string
@@ -206,8 +175,8 @@ var rules = []struct {
 	{"nobody sleeps", noSleep, map[string]string{
 		"node/a_test.go": "package node\n\nimport \"time\"\n\nfunc f() { time.Sleep(time.Second) }\n",
 	}},
-	{"files are written where they belong", noTempDir, map[string]string{
-		"node/save.go": "package node\n\nimport \"github.com/google/renameio/v2\"\n\nvar _ = renameio.WriteFile(\"x\", nil, 0o600)\n",
+	{"files are replaced in one place, which writes beside them", only("internal/atomicfile", "github.com/google/renameio/v2"), map[string]string{
+		"node/save.go": "package node\n\nimport _ \"github.com/google/renameio/v2\"\n",
 	}},
 	{"nor by assignment, nor in a role's enrolment", skipVerify, map[string]string{
 		"gateway/enroll.go": "package gateway\n\nimport \"crypto/tls\"\n\nfunc f(c *tls.Config) { c.InsecureSkipVerify = true }\n",
@@ -239,7 +208,7 @@ func TestAllowed(t *testing.T) {
 		"node/a.go":                    "package node\n\nimport _ \"sallyport/node/policy\"\n",
 		"cmd/sallyport/main.go":        "package main\n\nimport _ \"sallyport/gateway\"\nimport _ \"sallyport/node\"\n",
 		"gateway/a_test.go":            "package gateway\n\nimport (\n\t_ \"testing/synctest\"\n\t\"time\"\n)\n\nfunc f() { time.Sleep(time.Hour) }\n",
-		"node/save.go":                 "package node\n\nimport \"github.com/google/renameio/v2\"\n\nvar _ = renameio.WriteFile(\"d/x\", nil, 0o600, renameio.WithTempDir(\"d\"))\n",
+		"internal/atomicfile/a.go":     "package atomicfile\n\nimport _ \"github.com/google/renameio/v2\"\n",
 		"config/a_test.go":             "package config_test\n\nimport _ \"sallyport/config\"\n",
 	}))
 	for _, r := range rules {

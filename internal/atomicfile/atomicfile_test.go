@@ -1,0 +1,56 @@
+package atomicfile
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+)
+
+// What is not yet renamed lies beside the file, and not in the directory for
+// temporary files: the error of a renaming that fails tells from where it was.
+func TestWrite(t *testing.T) {
+	t.Setenv("TMPDIR", t.TempDir()) // on the same file system
+	dir := t.TempDir()
+	obstacle := filepath.Join(dir, "obstacle")
+	if err := os.Mkdir(obstacle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	mode := func(name string) fs.FileMode {
+		t.Helper()
+		st, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Mode().Perm()
+	}
+	defer syscall.Umask(syscall.Umask(0o077))
+	for _, c := range []struct {
+		name  string
+		write func(string, []byte, fs.FileMode) error
+		first fs.FileMode // of a new file with 0644
+	}{{"write", Write, 0o600}, {"exactly", WriteExactly, 0o644}} {
+		name := filepath.Join(dir, c.name)
+		if err := c.write(name, []byte("one"), 0o644); err != nil || mode(name) != c.first {
+			t.Fatalf("%s: %v, mode %v, want %v", c.name, err, mode(name), c.first)
+		}
+		if err := os.Chmod(name, 0o640); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.write(name, []byte("two"), 0o644); err != nil || mode(name) != 0o640 {
+			t.Errorf("%s: %v, mode %v of a file that had 0640", c.name, err, mode(name))
+		}
+		if b, err := os.ReadFile(name); err != nil || string(b) != "two" {
+			t.Errorf("%s: %q %v", c.name, b, err)
+		}
+		var renaming *os.LinkError
+		if err := c.write(obstacle, nil, 0o600); !errors.As(err, &renaming) || filepath.Dir(renaming.Old) != dir {
+			t.Errorf("%s over a directory: %v", c.name, err)
+		}
+	}
+	if all, err := os.ReadDir(dir); err != nil || len(all) != 3 {
+		t.Errorf("left over: %v %v", all, err)
+	}
+}
