@@ -15,7 +15,8 @@ import (
 // key: who has that can pose as the listener anyway.
 
 // quicKeys let a peer of the time before learn in one round trip that its
-// connection is gone (RFC 9000 section 10.3) instead of waiting for silence.
+// connection is gone (RFC 9000 section 10.3), as soon as it sends more than a
+// PING (h3.keepAlive), instead of waiting for silence.
 func quicKeys(id *identity.Identity) (*quic.StatelessResetKey, *quic.TokenGeneratorKey, error) {
 	var reset quic.StatelessResetKey
 	var token quic.TokenGeneratorKey

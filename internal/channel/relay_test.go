@@ -12,14 +12,15 @@ import (
 // without a word, as firewalls do.
 type relay struct {
 	addr         string
-	target       string
 	noUDP, noTCP atomic.Bool
 	udpIn        atomic.Int64 // datagrams from diallers
+	mtu          atomic.Int64 // larger datagrams from diallers are dropped; 0: none is
 	tcp          net.Listener
 	udp          *net.UDPConn
 	wg           sync.WaitGroup
 	mu           sync.Mutex
 	open         []io.Closer
+	target       string
 	clients      map[string]*net.UDPConn
 }
 
@@ -62,6 +63,14 @@ func (r *relay) keep(c io.Closer) {
 	r.open = append(r.open, c)
 }
 
+// move leads all datagrams from now on to another listener, in mid-connection.
+func (r *relay) move(target string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.target = target
+	clear(r.clients)
+}
+
 func (r *relay) runTCP() {
 	for {
 		a, err := r.tcp.Accept()
@@ -72,7 +81,10 @@ func (r *relay) runTCP() {
 		if r.noTCP.Load() {
 			continue // silence
 		}
-		b, err := net.Dial("tcp", r.target)
+		r.mu.Lock()
+		target := r.target
+		r.mu.Unlock()
+		b, err := net.Dial("tcp", target)
 		if err != nil {
 			_ = a.Close()
 			continue
@@ -96,19 +108,23 @@ func (r *relay) runUDP() {
 			return
 		}
 		r.udpIn.Add(1)
-		if r.noUDP.Load() {
+		if mtu := int(r.mtu.Load()); r.noUDP.Load() || mtu > 0 && n > mtu {
 			continue
 		}
-		out := r.clients[from.String()]
+		r.mu.Lock()
+		out, target := r.clients[from.String()], r.target
+		r.mu.Unlock()
 		if out == nil {
-			to, err := net.ResolveUDPAddr("udp", r.target)
+			to, err := net.ResolveUDPAddr("udp", target)
 			if err != nil {
 				return
 			}
 			if out, err = net.DialUDP("udp", nil, to); err != nil {
 				return
 			}
+			r.mu.Lock()
 			r.clients[from.String()] = out
+			r.mu.Unlock()
 			r.keep(out)
 			r.wg.Go(func() {
 				buf := make([]byte, 64<<10)

@@ -10,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/quic-go/quic-go"
+
 	"sallyport/internal/channel"
 	"sallyport/internal/channel/channeltest"
 	"sallyport/internal/identity"
@@ -298,6 +300,31 @@ func TestFallbackAndReturn(t *testing.T) {
 			}
 			if last.Err != nil {
 				t.Errorf("state is %+v", last)
+			}
+		})
+	}
+}
+
+// Whoever listens and was killed and started again says so to those who still
+// speak to the one before: nobody waits for its silence.
+func TestQUICListenerThatWasKilled(t *testing.T) {
+	for name, ordinary := range map[string]bool{"ordinary": true, "reversed": false} {
+		t.Run(name, func(t *testing.T) {
+			p := newPlant(t, variant{"h3", ordinary}, ok)
+			p.limits = channel.Limits{KeepAlive: time.Second}
+			p.listen(t)
+			again := &plant{variant: p.variant, ca: p.ca, up: p.up, down: p.down, handler: p.handler, limits: p.limits}
+			again.listen(t)
+			r := newRelay(t, p.listener.Addr().String())
+			r.mtu.Store(1300) // quic-go's search for the path's MTU sends larger ones, which would be answered with a reset too
+			d := p.dialler(t)
+			d.Addr, d.Carrier = r.addr, channel.CarrierH3
+			s, _ := run(t, d, p.serve)
+			first := s.wait(t, "connected", channel.State.Connected).Conn
+			r.move(again.listener.Addr().String())
+			s.wait(t, "connected again", func(st channel.State) bool { return st.Connected() && st.Conn != first })
+			if err := first.Err(); !errors.Is(err, channel.ErrPeerGone) || !errors.As(err, new(*quic.StatelessResetError)) {
+				t.Errorf("the first one ended because of: %v", err)
 			}
 		})
 	}

@@ -185,6 +185,7 @@ func (d *Dialer) dialUDP(ctx context.Context, to netip.AddrPort, enroll bool) (*
 		}
 	}
 	c.attach(t, v.expires)
+	t.keepAlive()
 	t.watch(func(err error) {
 		c.Close(err)
 		shut()
