@@ -100,6 +100,10 @@ func (e *enrolment) revocation(ctx context.Context, party wire.Party, name strin
 		e.log.Error("a revocation is not signed yet; it is tried again in a minute", "party", party.String(), "error", err)
 		return number, api.NewProblem(api.CodeUnavailable, name+" is revoked here, but the signed set that tells others is not out yet: the certificate authority is away, or failed (the gateway's log says why); it is tried again each minute")
 	}
+	if errors.Is(err, identity.ErrUnwritten) {
+		e.log.Error("a revocation set is spread, and this gateway cannot write it; it is tried again in a minute", "party", party.String(), "error", err)
+		return number, api.NewProblem(api.CodeUnavailable, name+" is revoked, here and at the RCPs that are connected, but the gateway could not write the signed set to its disk (its log says why); it is tried again each minute")
+	}
 	if err != nil {
 		return number, fmt.Errorf("%s is revoked here, but the signed set that tells others is not out yet: %w", name, err)
 	}
@@ -122,8 +126,12 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was signed is spread
 	e.bid(ctx, ended, *env)
-	if _, err := e.id.ApplyRevocations(*env); err != nil {
-		return fmt.Errorf("publish revocations: %w", err)
+	_, err = e.id.ApplyRevocations(*env)
+	if err != nil {
+		err = fmt.Errorf("publish revocations: %w", err)
+	}
+	if err != nil && !errors.Is(err, identity.ErrUnwritten) {
+		return err
 	}
 	e.log.Info("revocation set signed", "number", numberOf(*env), "revoked", ended)
 	for _, p := range ended { // before the others: an RCP that hangs must not keep the door here open
@@ -133,7 +141,7 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) || slices.Contains(roles, rolePKI) {
 		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
 	}
-	return nil
+	return err
 }
 
 // sign makes the next set; nil if the last one says it all. roles are those of

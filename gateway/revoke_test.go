@@ -508,6 +508,41 @@ func TestSignedSetThatWasNotTakenOverIsTakenOverLater(t *testing.T) {
 	}
 }
 
+// A gateway whose disk is full for the set, and not for the database, tells the
+// others all the same, and whoever asked that it could not write it.
+func TestSetThatCannotBeWrittenIsSpread(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	rcp := wire.NewID()
+	err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddRCP(ctx, &store.RCP{Name: "dmz", PartyID: rcp, Source: store.RCPAdded, State: api.RCPConnected})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	obstacle := filepath.Join(d.id.Dir(), "revocations.json") // no file takes the place of a directory
+	if err := errors.Join(os.RemoveAll(obstacle), os.Mkdir(obstacle, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.revokeNode(t.Context(), n, false); !api.Is(err, api.CodeUnavailable) || !strings.Contains(err.Error(), "could not write") {
+		t.Errorf("whoever revokes is told %v", err)
+	}
+	if !slices.Contains(d.told[rcp], http.MethodPut+" "+wire.PathRevocations) || !d.id.Revoked(a.id.KeyHash()) {
+		t.Errorf("the RCP was told %q, revoked here: %v", d.told[rcp], d.id.Revoked(a.id.KeyHash()))
+	}
+	if err := errors.Join(os.Remove(obstacle), d.publish(t.Context(), nil)); err != nil {
+		t.Fatal(err)
+	}
+	if number, _ := d.id.Revocations(); number == 0 {
+		t.Error("the set is not held after the disk had room")
+	}
+}
+
 // TestRenewalRacesRekey: a renewal that began before a rekey ends after it. The
 // key that was revoked in between does not come back into the record.
 func TestRenewalRacesRekey(t *testing.T) {

@@ -14,6 +14,7 @@ var (
 	ErrUntrusted        = errors.New("certificate chain is not trusted")
 	ErrExpired          = errors.New("certificate is not valid at this time")
 	ErrOlder            = errors.New("revocation set is older than the one held")
+	ErrUnwritten        = errors.New("revocation set is in force, and could not be written")
 	ErrSignature        = errors.New("signature does not verify")
 	ErrDamaged          = errors.New("identity is damaged")
 )

@@ -28,8 +28,8 @@ func (i *Identity) Revoked(key wire.KeyHash) bool {
 // ApplyRevocations takes a set signed by the trust domain's SPIFFE
 // intermediate, whoever brought it. It tells whether the set is newer than the
 // one held, which is then on disk; the same set again is no error, a lower
-// number is ErrOlder. One that cannot be written is in force until the next
-// start, and counts as not held: it is brought again.
+// number is ErrOlder. One that cannot be written, ErrUnwritten, is in force until
+// the next start, and counts as not held: it is brought again.
 func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	i.write.Lock()
 	defer i.write.Unlock()
@@ -55,6 +55,7 @@ func (i *Identity) ApplyRevocations(env wire.Envelope) (bool, error) {
 	defer i.mu.Unlock()
 	if err != nil {
 		i.setRevoked(set)
+		err = fmt.Errorf("%w: %w", ErrUnwritten, err)
 	} else {
 		i.setRevocations(set, env)
 	}
