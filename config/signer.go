@@ -15,6 +15,7 @@ type Signer struct {
 	Listen         string `env:"SALLYPORT_SIGNER_LISTEN" doc:"unix socket where a signer (run signer) takes what the CA wants signed" form:"an absolute path" why:"$SALLYPORT_DATA/signer/signer.sock"`
 	Users          Users  `env:"SALLYPORT_SIGNER_USERS" doc:"users who may have it sign, beside root and its own user" form:"names or numbers, separated by ;" why:"none: name the user of the CA's process"`
 	PassphraseFile string `env:"SALLYPORT_SIGNER_PASSPHRASE_FILE" doc:"file with the passphrase of the signer's keys" form:"a path" why:"none: the keys are readable by the signer's user only"`
+	TPM            string `env:"SALLYPORT_SIGNER_TPM" doc:"TPM 2.0 that makes and keeps the signer's keys from now on: its device, or the unix socket of a software TPM" form:"an absolute path, as /dev/tpmrm0" why:"none: the keys are in files of the signer"`
 }
 
 // LoadSigner reads environ, as os.Environ returns it.
@@ -29,6 +30,9 @@ func (c *Signer) common() *Common { return &c.Common }
 func (c *Signer) validate() error {
 	if c.Listen == "" {
 		c.Listen = filepath.Join(c.Dir("signer"), "signer.sock")
+	}
+	if c.TPM != "" && !filepath.IsAbs(c.TPM) {
+		return wrong("SALLYPORT_SIGNER_TPM", "%s is not accepted; want the absolute path of a TPM's device, as /dev/tpmrm0", quote(c.TPM))
 	}
 	return checkSocket("SALLYPORT_SIGNER_LISTEN", c.Listen)
 }

@@ -17,7 +17,7 @@ func TestSigner(t *testing.T) {
 	if text, err := c.Users.MarshalText(); string(text) != "0;4711" || err != nil {
 		t.Errorf("%s, %v", text, err)
 	}
-	for _, line := range []string{"SALLYPORT_SIGNER_USERS=nobody-of-this-name", "SALLYPORT_SIGNER_USERS=-1", "SALLYPORT_SIGNER_LISTEN=127.0.0.1:1", "SALLYPORT_SIGNER_LISTEN=relative.sock"} {
+	for _, line := range []string{"SALLYPORT_SIGNER_USERS=nobody-of-this-name", "SALLYPORT_SIGNER_USERS=-1", "SALLYPORT_SIGNER_LISTEN=127.0.0.1:1", "SALLYPORT_SIGNER_LISTEN=relative.sock", "SALLYPORT_SIGNER_TPM=tpmrm0"} {
 		if _, err := config.LoadSigner([]string{"SALLYPORT_DATA=" + dir, line}); !errors.Is(err, config.ErrConfig) {
 			t.Errorf("%s: %v", line, err)
 		}

@@ -41,6 +41,7 @@ type keyring struct {
 	passphrase []byte        // nil: keys lie open in their files
 	variable   string        // that names its file, where it is not varPassphrase
 	signer     *signerClient // nil: keys are made here
+	tpm        *tpm          // nil: keys are made in memory
 }
 
 // WithPassphrase encrypts the keys in their files. Those that lie open there
@@ -59,6 +60,13 @@ var encrypt = func(pkcs8, passphrase []byte) (*pem.Block, error) {
 func (k keyring) make(name string) (crypto.Signer, error) {
 	if k.signer != nil {
 		key, err := k.signer.make(name)
+		if err != nil {
+			return nil, err
+		}
+		return key, key.write(k.dir, name)
+	}
+	if k.tpm != nil {
+		key, err := k.tpm.make(tpmAuth(k.passphrase))
 		if err != nil {
 			return nil, err
 		}
@@ -93,8 +101,11 @@ func (k keyring) load(name string) (crypto.Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	if block.Type == pemSignerKey {
+	switch block.Type {
+	case pemSignerKey:
 		return k.open(name, block)
+	case pemTPMKey:
+		return k.openTPMKey(name, block)
 	}
 	pkcs8, _, err := k.unseal(name, block)
 	if err != nil {
@@ -131,18 +142,26 @@ func (k keyring) unseal(name string, block *pem.Block) (pkcs8 []byte, sealed boo
 		return block.Bytes, false, nil
 	case pemSealedKey:
 		if k.passphrase == nil {
-			return nil, true, fmt.Errorf("%s: %w: set %s to the file with its passphrase", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
+			return nil, true, k.missing(name)
 		}
 		pkcs8, err := pemutil.DecryptPKCS8PrivateKey(block.Bytes, k.passphrase)
 		if err == nil {
 			_, err = x509.ParsePKCS8PrivateKey(pkcs8) // CBC has no integrity: what it yields must be a key
 		}
 		if err != nil {
-			return nil, true, fmt.Errorf("%s: %w and the passphrase in %s does not open it", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
+			return nil, true, k.unfit(name)
 		}
 		return pkcs8, true, nil
 	}
 	return nil, false, damaged(name, fmt.Sprintf("holds a PEM block %q, want a private key", block.Type))
+}
+
+func (k keyring) missing(name string) error {
+	return fmt.Errorf("%s: %w: set %s to the file with its passphrase", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
+}
+
+func (k keyring) unfit(name string) error {
+	return fmt.Errorf("%s: %w and the passphrase in %s does not open it", name, ErrPassphrase, cmp.Or(k.variable, varPassphrase))
 }
 
 // names are the key files that are there.
@@ -173,22 +192,30 @@ func (k keyring) seal() (done []string, err error) {
 		if err != nil {
 			return done, err
 		}
-		if block.Type == pemSignerKey {
-			continue
-		}
-		pkcs8, sealed, err := k.unseal(name, block)
+		sealed, err := k.sealFile(name, block)
 		if err != nil {
 			return done, err
 		}
 		if sealed {
-			continue
+			done = append(done, name)
 		}
-		if err := k.write(name, pkcs8); err != nil {
-			return done, err
-		}
-		done = append(done, name)
 	}
 	return done, nil
+}
+
+// sealFile tells whether the key lay open.
+func (k keyring) sealFile(name string, block *pem.Block) (bool, error) {
+	switch block.Type {
+	case pemSignerKey:
+		return false, nil
+	case pemTPMKey:
+		return k.sealTPMKey(name, block)
+	}
+	pkcs8, sealed, err := k.unseal(name, block)
+	if err != nil || sealed {
+		return false, err
+	}
+	return true, k.write(name, pkcs8)
 }
 
 // Reseal encrypts the keys in dir under another passphrase, or under none if

@@ -24,7 +24,7 @@ import (
 
 // A signer is a process that keeps private keys and signs with them: ours
 // (`run signer`), or anything else that speaks the same three requests on a
-// unix socket, in front of a TPM or an HSM.
+// unix socket, in front of an HSM.
 //
 //	POST /v1/keys              {"name": N}         makes a P-256 key; answers {"public": SPKI}
 //	GET  /v1/keys/N                                answers {"public": SPKI}

@@ -31,6 +31,7 @@ type SignerConfig struct {
 	Socket     string   // where it listens
 	Passphrase []byte   // nil: the keys lie open in their files
 	Users      []uint32 // who may ask, beside root and the signer's own user
+	TPM        string   // that makes and keeps the keys from now on; empty: none
 	Log        *slog.Logger
 }
 
@@ -54,13 +55,24 @@ func OpenSigner(cfg SignerConfig) (*Signer, error) {
 		return nil, fmt.Errorf("signer: %w", err)
 	}
 	s := &Signer{cfg: cfg, keys: keyring{dir: cfg.Dir, passphrase: cfg.Passphrase, variable: varSignerPassphrase}, lock: lock, open: map[string]crypto.Signer{}}
+	if cfg.TPM != "" {
+		s.keys.tpm = &tpm{path: cfg.TPM}
+	}
 	if err := s.start(); err != nil {
+		s.keys.tpm.close()
 		return nil, fmt.Errorf("signer: %w", errors.Join(err, lock.Release()))
 	}
 	return s, nil
 }
 
 func (s *Signer) start() error {
+	if s.keys.tpm != nil {
+		maker, err := s.keys.tpm.maker()
+		if err != nil {
+			return err
+		}
+		s.cfg.Log.Info("keys are made in the TPM", "device", s.cfg.TPM, "manufacturer", maker)
+	}
 	sealed, err := s.keys.seal()
 	if err != nil {
 		return err
@@ -78,6 +90,9 @@ func (s *Signer) start() error {
 			return err
 		}
 		s.open[file[:len(file)-len(".key")]] = key
+		if _, inside := key.(*tpmKey); !inside && s.keys.tpm != nil {
+			s.cfg.Log.Warn("a key is in its file, and not in the TPM, until a rollover replaces it", "file", file)
+		}
 	}
 	ln, err := listen(s.cfg.Socket)
 	if err != nil {
@@ -90,6 +105,7 @@ func (s *Signer) start() error {
 // Run signs until ctx ends.
 func (s *Signer) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, s.lock.Release()) }()
+	defer s.keys.tpm.close()
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+pathKeys, signing(s, func(r makeKeyRequest, _ *http.Request) (publicAnswer, error) { return s.makeKey(r.Name) }))
 	mux.HandleFunc("GET "+pathKeys+"/{name}", signing(s, func(_ struct{}, r *http.Request) (publicAnswer, error) {

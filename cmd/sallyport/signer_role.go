@@ -23,7 +23,7 @@ func (a *app) signerRole() (cli.Role, error) {
 			if err != nil {
 				return err
 			}
-			cfg := pki.SignerConfig{Dir: c.Dir("signer"), Socket: c.Listen, Users: c.Users, Log: log}
+			cfg := pki.SignerConfig{Dir: c.Dir("signer"), Socket: c.Listen, Users: c.Users, TPM: c.TPM, Log: log}
 			if passphrase != "" {
 				cfg.Passphrase = []byte(passphrase.Reveal())
 			}
