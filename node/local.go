@@ -201,7 +201,7 @@ func (in *instance) checkCertificate() local.Check {
 		c.OK, c.Detail, c.Fix = false, "there is none yet", "see identity"
 	case left <= 0:
 		c.OK, c.Detail = false, "it ended on "+end.UTC().Format(time.RFC3339)
-		c.Fix = "let the gateway reach this node: it renews an expired certificate with the same key"
+		c.Fix = "let the gateway reach this node: it renews an expired certificate with the same key, within its grace (after that: see identity)"
 	default:
 		c.Detail = fmt.Sprintf("good for another %s; renewed from %s on", left, in.id.RenewAfter().UTC().Format(time.RFC3339))
 	}

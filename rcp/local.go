@@ -91,7 +91,7 @@ func (r *Relay) checkCertificate() local.Check {
 		c.OK, c.Detail, c.Fix = false, "there is none yet", "see identity"
 	case left <= 0:
 		c.OK, c.Detail = false, "it ended on "+end.UTC().Format(time.RFC3339)
-		c.Fix = "let the gateway reach this RCP: it renews an expired certificate with the same key"
+		c.Fix = "let the gateway reach this RCP: it renews an expired certificate with the same key, within its grace (after that: see identity)"
 	case time.Now().After(r.id.RenewAfter().Add(time.Until(end) / 2)):
 		c.OK, c.Detail = false, fmt.Sprintf("it ends in %s and should have been renewed", left)
 		c.Fix = "see whether the gateway runs and reaches this RCP"

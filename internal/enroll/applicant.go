@@ -340,6 +340,7 @@ func (a *Applicant) settle() {
 		a.set(Status{State: StateRevoked, Code: wire.EnrollRevoked,
 			Reason: "this identity is revoked: it enrols again when SALLYPORT_" + roleVar(a.id.Role()) + "_JOIN holds a new join code"})
 	case enrolled && a.id.OutOfTime() && a.status.State == StateExpired:
+	case enrolled && a.id.OutOfTime() && a.status.State == StateDenied && !a.denied[a.codeID].IsZero(): // what the gateway said matters more
 	case enrolled && a.id.OutOfTime():
 		why := "expired on " + a.id.NotAfter().UTC().Format(time.RFC3339)
 		if begin := a.id.NotBefore(); time.Now().Before(begin) {

@@ -530,6 +530,52 @@ func TestExpiredAsksForRenewalWithTheSameKey(t *testing.T) {
 	})
 }
 
+// A gateway may refuse a party whose certificate has ended, beyond the grace: its
+// status says so until the gateway says something else, or there is another code.
+func TestExpiredIsRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		id := ca.Party(t, wire.RoleNode, identitytest.NotAfter(time.Now().Add(time.Hour)))
+		p := start(t, id, file)
+		time.Sleep(2 * time.Hour)
+		expect := func(when string, state enroll.State, reason string) {
+			t.Helper()
+			time.Sleep(61 * time.Second)
+			if s := p.Status(); s.State != state || !strings.Contains(s.Reason, reason) || !p.Needed() || p.Ready() == nil {
+				t.Errorf("%s: status %+v", when, s)
+			}
+			if r, _ := p.get(t); len(r.Expired) != 3 {
+				t.Errorf("%s: the request has a chain of %d", when, len(r.Expired))
+			}
+		}
+		verdict := func(v wire.EnrollVerdict) {
+			t.Helper()
+			p.get(t)
+			if c := p.put(t, v); c != http.StatusNoContent {
+				t.Errorf("%s: %d", v.State, c)
+			}
+		}
+		verdict(wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollByOperator, Reason: "an operator refused"})
+		expect("denied", enroll.StateDenied, "an operator refused")
+		verdict(wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollManual, Reason: "an operator has to grant"})
+		expect("pending after that", enroll.StateExpired, "an operator has to grant")
+		verdict(wire.EnrollVerdict{State: wire.EnrollDenied, Code: wire.EnrollByOperator, Reason: "an operator refused"})
+		put(t, file, code(t, ca, "t2")) // it is asked with that at once
+		expect("another code", enroll.StateExpired, "waiting for the gateway")
+		if r, _ := p.get(t); r.TokenID != "t2" {
+			t.Errorf("the request shows code %q", r.TokenID)
+		}
+		verdict(wire.EnrollVerdict{State: wire.EnrollGranted, Chain: ca.Issue(t, id)})
+		if err := p.Ready(); err != nil {
+			t.Error(err)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestBadCodes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)

@@ -23,7 +23,7 @@ func (a *Applicant) request() (wire.EnrollRequest, error) {
 		Role: a.id.Role(), ID: a.id.ID(), Name: a.cfg.Name, Tags: maps.Clone(a.cfg.Tags), CSR: csr,
 		Program: a.cfg.Program, Versions: wire.OwnVersions, Time: time.Now().UTC(),
 	}
-	if a.status.State == StateExpired || a.status.State == StateEnrolled {
+	if _, enrolled := a.id.Party(); enrolled {
 		r.Expired = a.id.Chain()
 	}
 	// A renewal needs no token; a new one is there in case the gateway
@@ -54,7 +54,7 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 	case wire.EnrollPending:
 		delete(a.denied, a.codeID)
 		s := Status{State: StateWaiting, Code: v.Code, Reason: reasonOf(v)}
-		if a.status.State == StateExpired {
+		if _, enrolled := a.id.Party(); enrolled {
 			s.State = StateExpired
 		}
 		a.set(s)
