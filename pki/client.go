@@ -141,7 +141,11 @@ func (c *Client) connect(ctx context.Context) error {
 	}
 	if err != nil && kept != nil && ctx.Err() == nil {
 		c.away = true
-		c.cfg.Log.WarnContext(ctx, "the certificate authority does not answer; the gateway works with what it knows, and issues nothing", "error", err)
+		what := "does not answer"
+		if errors.Is(err, ErrUnregistered) || errors.Is(err, ErrRefused) {
+			what = "refuses this gateway (a code of `sallyport ca gateway add` makes it known again)"
+		}
+		c.cfg.Log.WarnContext(ctx, "the certificate authority "+what+"; the gateway works with what it knows, and issues nothing", "error", err)
 		return nil
 	}
 	if errors.Is(err, ErrUnregistered) {

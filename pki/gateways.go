@@ -110,7 +110,7 @@ func (g *Gateways) register(key wire.KeyHash, r registerRequest) (Gateway, error
 	var rec codeRecord
 	err := get(g.codePath(r.TokenID), &rec)
 	if errors.Is(err, fs.ErrNotExist) {
-		if gw, err := g.byKey(key); err == nil && gw.TokenID == r.TokenID && gw.ID == r.ID && gw.Removed.IsZero() {
+		if gw, err := g.byKey(key); err == nil && gw.TokenID == r.TokenID && gw.ID == r.ID && gw.Removed.IsZero() && !gw.lapsed() {
 			return gw, nil // the answer was lost
 		}
 		return refused("it is unknown, or was used already")
@@ -160,10 +160,16 @@ func (g *Gateways) admit(key wire.KeyHash) (Gateway, error) {
 		return gw, err
 	case !gw.Removed.IsZero():
 		return gw, fmt.Errorf("%w: it was removed at %s", ErrUnregistered, gw.Removed.Format(time.RFC3339))
-	case !gw.Until.IsZero() && time.Since(gw.Until) > gatewayGrace:
-		return gw, fmt.Errorf("%w any more: its last certificate ended at %s", ErrUnregistered, gw.Until.Format(time.RFC3339))
+	case gw.lapsed():
+		return gw, fmt.Errorf("%w any more: its last certificate ended at %s, and it needs a new code", ErrUnregistered, gw.Until.Format(time.RFC3339))
 	}
 	return gw, nil
+}
+
+// lapsed tells whether a gateway was away for too long to come back by its key
+// alone. One that has had a new code since may have its next certificate.
+func (gw *Gateway) lapsed() bool {
+	return !gw.Until.IsZero() && time.Since(gw.Until) > gatewayGrace && time.Since(gw.Added) > gatewayGrace
 }
 
 // issued notes until when a gateway's leaf is good.

@@ -321,6 +321,59 @@ func TestGatewayCodes(t *testing.T) {
 	}
 }
 
+// A gateway that was away for longer than its key alone brings it back needs a
+// new code, and that is all that it needs.
+func TestGatewayAwayForLong(t *testing.T) {
+	ca := serve(t, t.TempDir(), "127.0.0.1:0")
+	gw := newGateway(t, ca.addr)
+	file, _ := ca.code(time.Hour)
+	gw.enrolled(t, file)
+	path := filepath.Join(ca.dir, "gateways", "gateway-"+string(gw.id.KeyHash())+".json")
+	away := func(d time.Duration) {
+		t.Helper()
+		all, err := pki.OpenGateways(ca.dir).List()
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%+v, %v", all, err)
+		}
+		all[0].Added, all[0].Until = all[0].Added.Add(-d), all[0].Until.Add(-d)
+		b, err := json.Marshal(all[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ask := func(codeFile string) error {
+		t.Helper()
+		c, err := gw.connect(t, codeFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		csr, err := gw.id.CSR(false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = c.IssueGateway(t.Context(), gw.id.ID(), csr)
+		return err
+	}
+	const day = 24 * time.Hour
+	away(100 * day) // its certificate lasted 14
+	if err := ask(""); err != nil {
+		t.Errorf("86 days after the end of its certificate: %v", err)
+	}
+	away(110 * day)
+	for what, codeFile := range map[string]string{"no code": "", "the code that it used": file} {
+		if err := ask(codeFile); !errors.Is(err, pki.ErrUnregistered) {
+			t.Errorf("96 days after the end of its certificate, %s: %v", what, err)
+		}
+	}
+	another, _ := ca.code(time.Hour)
+	if err := ask(another); err != nil {
+		t.Errorf("with a new code: %v", err)
+	}
+}
+
 // A gateway that was removed is answered no more, also on the connection that
 // it has, and its key is revoked in every set from then on.
 func TestRemovedGateway(t *testing.T) {
