@@ -74,7 +74,7 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 		return api.NewProblem(api.CodeExists, err.Error())
 	case is(store.ErrChanged):
 		return api.NewProblem(api.CodeChanged, err.Error())
-	case is(ErrNotConnected):
+	case is(ErrNotConnected, errAway):
 		return api.NewProblem(api.CodeUnavailable, err.Error())
 	case errors.As(err, &refused): // by the party, which says why
 		if refused.Status < http.StatusInternalServerError {

@@ -529,6 +529,11 @@ func TestWhatAPartyRefusesIsTold(t *testing.T) {
 			t.Errorf("status %d: %s %v", status, p.Code, p)
 		}
 	}
+	e := &enrolment{ca: unsigning{}}
+	_, err := e.issue(t.Context(), wire.IssueRequest{})
+	if p := new(rest).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err)); p.Code != api.CodeUnavailable || !strings.Contains(p.Error(), "does not answer") {
+		t.Errorf("an authority that is away: %s %v", p.Code, p)
+	}
 }
 
 func TestExpiredToken(t *testing.T) {

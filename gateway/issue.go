@@ -40,6 +40,9 @@ func readIssued(chain [][]byte) (*issued, error) {
 // no CRL.
 func (e *enrolment) issue(ctx context.Context, r wire.IssueRequest) (*issued, error) {
 	chain, err := e.ca.Issue(ctx, r)
+	if away(err) {
+		err = fmt.Errorf("%w: %w", errAway, err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -375,6 +375,9 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 	}
 	if err != nil { // the authority says what is in the way
 		s.log.WarnContext(ctx, "the certificate authority did not change its issuers", "what", what, "detail", detail, "error", err)
+		if away(err) {
+			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("%v, and changed nothing: %v", errAway, err))
+		}
 		return change, api.NewProblem(api.CodeConflict, err.Error())
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was changed is spread
@@ -387,11 +390,13 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 	if err != nil {
 		s.log.Error("a change of the certificate authority's issuers is not in the audit log", "what", what, "detail", detail, "error", err)
 	}
-	if err := s.catchUp(ctx); err != nil {
-		return change, fmt.Errorf("the issuers are changed; this gateway's own certificate is tried again within a minute: %w", err)
+	if err := s.catchUp(ctx); err != nil { // whoever asked must know that the step is taken: an abort that is repeated turns it round
+		s.log.Error("renewal failed; it is tried again in a minute", "error", err)
+		return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the issuers are changed; this gateway's own certificate is tried again within a minute: %v", err))
 	}
 	if err := s.enrolment.publish(ctx, nil); err != nil {
-		return change, fmt.Errorf("the issuers are changed; the revocation set that names the old one is tried again within a minute: %w", err)
+		s.log.Error("the revocation set that names the old issuer is not signed; it is tried again in a minute", "error", err)
+		return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the issuers are changed; the revocation set that names the old one is tried again within a minute: %v", err))
 	}
 	s.fleet.askAll(wantPush, wire.RoleRCP, wire.RoleNode)
 	change.CA, err = s.caView(ctx, state)
@@ -402,9 +407,16 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 // have been served, and its answer lost. One that could not be dialled was asked
 // nothing.
 func unanswered(err error) bool {
-	var req *url.Error
 	var op *net.OpError
-	return errors.As(err, &req) && !(errors.As(err, &op) && op.Op == "dial")
+	return away(err) && !(errors.As(err, &op) && op.Op == "dial")
+}
+
+// errAway says that an authority in another process is not there, or not now.
+var errAway = errors.New("the certificate authority does not answer")
+
+func away(err error) bool {
+	var req *url.Error
+	return errors.As(err, &req)
 }
 
 // rehearse says what a rollover would do.

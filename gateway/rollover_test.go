@@ -233,16 +233,43 @@ func TestLostAnswerOfAStep(t *testing.T) {
 	for _, c := range []struct {
 		fail error
 		lost bool
+		code api.Code
 	}{
-		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: io.EOF}, true},
-		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: context.DeadlineExceeded}, true},
-		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: &net.OpError{Op: "dial", Err: io.EOF}}, false},
-		{errors.New("finish it first"), false},
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: io.EOF}, true, api.CodeUnavailable},
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: context.DeadlineExceeded}, true, api.CodeUnavailable},
+		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: &net.OpError{Op: "dial", Err: io.EOF}}, false, api.CodeUnavailable},
+		{errors.New("finish it first"), false, api.CodeConflict},
 	} {
 		ca.fail = c.fail
 		_, err := w.s.abortCA(t.Context())
-		if err == nil || strings.Contains(err.Error(), "may have changed") != c.lost {
+		if err == nil || strings.Contains(err.Error(), "may have changed") != c.lost || codeOfError(err) != c.code {
 			t.Errorf("%v: %v", c.fail, err)
 		}
+	}
+}
+
+// unsigning is an authority that takes steps, and is away otherwise.
+type unsigning struct{ *rollingCA }
+
+func (unsigning) SignRevocations(context.Context, wire.Revocations) (wire.Envelope, error) {
+	return wire.Envelope{}, &url.Error{Op: "Post", URL: "https://pki/v1/revocations", Err: io.EOF}
+}
+
+func (unsigning) Issue(context.Context, wire.IssueRequest) ([][]byte, error) {
+	return nil, &url.Error{Op: "Post", URL: "https://pki/v1/issue", Err: io.EOF}
+}
+
+// TestStepIsTakenAndNotSpreadYet: who is told that the gateway failed repeats it.
+func TestStepIsTakenAndNotSpreadYet(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ca := newDesk(t).rolls()
+	ca.state.Rollover = &wire.CARollover{Kind: wire.RolloverIntermediate}
+	ca.state.Intermediates = append(ca.state.Intermediates, wire.CAIssuer{N: 2, Root: 1, Key: wire.KeyHash(strings.Repeat("ab", 32)), State: wire.IssuerRetired, NotAfter: time.Now().Add(time.Hour)})
+	w.before = func(s *Server) { s.enrolment.ca = unsigning{ca} }
+	w.run()
+	defer w.stop()
+	if _, err := w.s.abortCA(t.Context()); err == nil || !strings.Contains(err.Error(), "the issuers are changed") || codeOfError(err) != api.CodeUnavailable {
+		t.Errorf("%v", err)
 	}
 }
