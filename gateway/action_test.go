@@ -436,6 +436,40 @@ func TestRunOutlivesItsRCPAndSaysThatItWaits(t *testing.T) {
 	}
 }
 
+// TestActionsOfARevokedNodeEnd: nobody brings their results any more, whatever
+// they waited for: the end of a run, the node's return, or the node itself.
+func TestActionsOfARevokedNodeEnd(t *testing.T) {
+	t.Parallel()
+	for name, remove := range map[string]bool{"revoked": false, "removed": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w, r, n := running(t)
+			absent := w.enrolled(w.node("absent"))
+			runs, queued := w.act(n, 0, "long"), w.act(absent, time.Hour, "true")
+			n.started(t, "long")
+			r.stop()
+			eventually(t, "the running one waits for its node", func() bool {
+				now, err := w.db.Action(context.Background(), runs.ID)
+				return err == nil && strings.Contains(now.Reason, "awaited until")
+			})
+			for _, n := range []*fakeNode{n, absent} {
+				row, err := w.db.Node(context.Background(), n.id.ID())
+				if err == nil {
+					_, err = w.s.revokeNode(context.Background(), row, remove)
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, a := range []*store.Action{runs, queued} {
+				if v := actionView(w.done(a)); v.State != wire.ActionLost || v.ExitStatus() != api.ExitNotRun || !strings.Contains(v.Reason, "removed or revoked") {
+					t.Errorf("ended as %+v", v)
+				}
+			}
+		})
+	}
+}
+
 func TestActionCancelledWhileItsSessionOpensIsNotSent(t *testing.T) {
 	t.Parallel()
 	w, r, n := running(t)

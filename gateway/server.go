@@ -288,6 +288,7 @@ func (s *Server) nodeChanged(ctx context.Context, id wire.ID) error {
 	}
 	s.cutParty(id)
 	s.links.cut(id, identity.ErrRevoked)
+	s.actions.kick(ctx, task{id: id}) // nobody brings their results any more: they end now, not when their time is over
 	return nil
 }
 
