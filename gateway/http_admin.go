@@ -232,6 +232,7 @@ func (r *rest) revokeToken(ctx context.Context, in *ByID) (*body[api.Token], err
 	if err != nil {
 		return nil, err
 	}
+	r.tokens.cut(t.ID)
 	return answer(tokenView(t)), nil
 }
 

@@ -44,7 +44,8 @@ var permissions = map[api.Role]map[permission]bool{
 type asker struct {
 	actor  store.Actor
 	role   api.Role
-	object string // path of the request, for the audit log
+	object string       // path of the request, for the audit log
+	token  *store.Token // nil: who came by the socket
 }
 
 type askerKey struct{}
@@ -144,7 +145,9 @@ func (r *rest) fromNetwork() http.Handler {
 			writeProblem(w, p)
 			return
 		}
-		r.route(w, withAsker(req, c))
+		ctx, end := r.tokens.hold(req.Context(), c.token)
+		defer end()
+		r.route(w, withAsker(req.WithContext(ctx), c))
 	})
 }
 
@@ -166,8 +169,10 @@ type tokenGate struct {
 	db  *store.DB
 	now func() time.Time
 
-	mu  sync.Mutex
-	bad map[netip.Prefix]*badSource
+	mu   sync.Mutex
+	bad  map[netip.Prefix]*badSource
+	held map[string]map[*context.CancelCauseFunc]struct{} // requests under way, by the token that let them in
+	over map[string]bool                                  // tokens that were revoked since the start
 }
 
 type badSource struct {
@@ -176,7 +181,49 @@ type badSource struct {
 }
 
 func newTokenGate(db *store.DB) *tokenGate {
-	return &tokenGate{db: db, now: time.Now, bad: make(map[netip.Prefix]*badSource)}
+	return &tokenGate{db: db, now: time.Now, bad: make(map[netip.Prefix]*badSource),
+		held: make(map[string]map[*context.CancelCauseFunc]struct{}), over: make(map[string]bool)}
+}
+
+// errToken ends what runs with a token when that is no longer good.
+func errToken() *api.Problem {
+	return api.NewProblem(api.CodeUnauthorized, "the API token is unknown, expired or revoked")
+}
+
+// hold ties a request to the token that let it in: a live stream must not
+// outlast it. The caller calls end when the request is done.
+func (g *tokenGate) hold(ctx context.Context, t *store.Token) (held context.Context, end func()) {
+	held, cancel := context.WithCancelCause(ctx)
+	expiry := time.AfterFunc(t.ExpiresAt.Sub(g.now()), func() { cancel(errToken()) })
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.over[t.ID] { // since it was looked up
+		cancel(errToken())
+	}
+	if g.held[t.ID] == nil {
+		g.held[t.ID] = make(map[*context.CancelCauseFunc]struct{})
+	}
+	g.held[t.ID][&cancel] = struct{}{}
+	return held, func() {
+		expiry.Stop()
+		cancel(nil)
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		delete(g.held[t.ID], &cancel)
+		if len(g.held[t.ID]) == 0 {
+			delete(g.held, t.ID)
+		}
+	}
+}
+
+// cut ends what runs with a token that was just revoked.
+func (g *tokenGate) cut(id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.over[id] = true
+	for cancel := range g.held[id] {
+		(*cancel)(errToken())
+	}
 }
 
 // hashSecret is what the database keeps of a token. It has 256 random bits, so
@@ -196,7 +243,7 @@ func (g *tokenGate) admit(req *http.Request) (c asker, p *api.Problem, wait time
 		if wait := g.strike(sourceOf(req)); wait > 0 {
 			return c, api.NewProblem(api.CodeLocked, "too many bad tokens from this address"), wait
 		}
-		return c, api.NewProblem(api.CodeUnauthorized, "the API token is unknown, expired or revoked"), 0
+		return c, errToken(), 0
 	}
 	if err != nil {
 		return c, api.NewProblem(api.CodeInternal, "the gateway cannot check the token now"), 0
@@ -205,7 +252,7 @@ func (g *tokenGate) admit(req *http.Request) (c asker, p *api.Problem, wait time
 	if t.Name != "" {
 		who += " (" + t.Name + ")"
 	}
-	return asker{actor: store.Actor{Who: who, Origin: req.RemoteAddr}, role: api.Role(t.Role)}, nil, 0
+	return asker{actor: store.Actor{Who: who, Origin: req.RemoteAddr}, role: api.Role(t.Role), token: t}, nil, 0
 }
 
 // valid returns the token with this secret, or [store.ErrNotFound] if there is

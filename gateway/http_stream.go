@@ -124,6 +124,8 @@ func (r *rest) pump(hctx huma.Context, what string, run func(ctx context.Context
 		err = s.send("end", struct{}{})
 	case r.streams.Err() != nil:
 		err = s.send("problem", api.NewProblem(api.CodeUnavailable, "the gateway is stopping"))
+	case errors.As(context.Cause(req.Context()), &p): // its token is not good any more
+		err = s.send("problem", p)
 	case ctx.Err() != nil: // the reader went away
 	case errors.As(err, &p):
 		err = s.send("problem", p)

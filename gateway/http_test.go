@@ -414,6 +414,77 @@ func (w *world) https(t *testing.T, token string) *api.Client {
 	return c
 }
 
+// TestLiveStreamEndsWithItsToken: who has lost a token hears no more by what it
+// opened before.
+func TestLiveStreamEndsWithItsToken(t *testing.T) {
+	t.Parallel()
+	w, admin := serving(t, true)
+	ctx := t.Context()
+	w.addNode("web-1", nil)
+	open := func(role api.Role) (id string, client *api.Client, ended <-chan error) {
+		tok, err := admin.CreateToken(ctx, api.CreateToken{Role: role, TTL: wire.Duration(time.Hour)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		client = w.https(t, tok.Secret)
+		seen, end := make(chan struct{}, 10), make(chan error, 1)
+		go func() {
+			end <- client.WatchNodes(ctx, api.NodeQuery{}, func(api.Node) error { seen <- struct{}{}; return nil })
+		}()
+		select {
+		case <-seen:
+		case err := <-end:
+			t.Fatalf("the stream ended before it began: %v", err)
+		}
+		return tok.ID, client, end
+	}
+	lost, _, lostEnd := open(api.RoleViewer)
+	own, self, ownEnd := open(api.RoleAdmin)
+	_, _, otherEnd := open(api.RoleViewer)
+	if _, err := admin.RevokeToken(ctx, lost); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := self.RevokeToken(ctx, own); err != nil {
+		t.Errorf("the answer to a token that revoked itself: %v", err)
+	}
+	for _, end := range []<-chan error{lostEnd, ownEnd} {
+		select {
+		case err := <-end:
+			if codeOfError(err) != api.CodeUnauthorized {
+				t.Errorf("the stream of a revoked token ended with %v", err)
+			}
+		case <-time.After(time.Second):
+			t.Error("the stream of a revoked token goes on")
+		}
+	}
+	select {
+	case err := <-otherEnd:
+		t.Errorf("the stream of another token ended: %v", err)
+	default:
+	}
+}
+
+// TestRequestsEndWithTheirToken: at its expiry as when it is revoked, also if
+// that came between its check and what it let in.
+func TestRequestsEndWithTheirToken(t *testing.T) {
+	t.Parallel()
+	g := newTokenGate(nil)
+	soon, _ := g.hold(t.Context(), &store.Token{ID: "soon", ExpiresAt: g.now().Add(time.Millisecond)})
+	<-soon.Done()
+	g.cut("late")
+	late, end := g.hold(t.Context(), &store.Token{ID: "late", ExpiresAt: g.now().Add(time.Hour)})
+	<-late.Done()
+	for _, ctx := range []context.Context{soon, late} {
+		if err := context.Cause(ctx); codeOfError(err) != api.CodeUnauthorized {
+			t.Errorf("it ended with %v", err)
+		}
+	}
+	end()
+	if len(g.held) != 1 {
+		t.Errorf("requests that are done are still held: %v", g.held)
+	}
+}
+
 func TestTokensAndRoles(t *testing.T) {
 	t.Parallel()
 	w, admin := serving(t, true)
