@@ -160,14 +160,14 @@ func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) (*Conn, err
 	for {
 		changed := k.d.Identity.Changed()
 		if identityState(k.d.Identity) != was {
-			return nil, k.replaceSoon(ctx, c)
+			return nil, k.replaceSoon(ctx, c.Enrolling())
 		}
 		select {
 		case <-changed:
 		case <-renew:
-			return nil, k.replaceSoon(ctx, c)
+			return nil, k.replaceSoon(ctx, false)
 		case <-c.DrainRequested():
-			return nil, k.replaceSoon(ctx, c)
+			return nil, k.replaceSoon(ctx, false)
 		case found := <-better:
 			return found, nil
 		case <-c.Done():
@@ -181,9 +181,10 @@ func (k *keeper) hold(ctx context.Context, c *Conn, was identityKey) (*Conn, err
 
 // replaceSoon returns at once for a connection that has lived for a while, and
 // backs off for one that has not: a peer that drains whatever comes must not be
-// dialled in a loop.
-func (k *keeper) replaceSoon(ctx context.Context, c *Conn) error {
-	if time.Since(k.since) >= steady || c.Enrolling() {
+// dialled in a loop. granted is for one on which we waited for the certificate
+// that we have now.
+func (k *keeper) replaceSoon(ctx context.Context, granted bool) error {
+	if granted || time.Since(k.since) >= steady {
 		k.failures = 0
 		return nil
 	}

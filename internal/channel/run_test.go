@@ -3,6 +3,7 @@ package channel_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -274,6 +275,51 @@ func TestDrainedDiallerComesAgainFirst(t *testing.T) {
 		}
 		<-first.Done()
 	})
+}
+
+// An upstream that drains whatever comes is not dialled in a loop, by a party
+// without a certificate either: nothing binds an RCP to wait for its grant.
+func TestPeerThatDrainsWhateverComes(t *testing.T) {
+	for _, pending := range []bool{false, true} {
+		t.Run(fmt.Sprintf("pending=%v", pending), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				ca := identitytest.NewCA(t)
+				node := ca.Pending(t, wire.RoleNode)
+				if !pending {
+					ca.Certify(t, node)
+				}
+				network := channeltest.NewNetwork()
+				l, err := channel.Listen(channel.ListenConfig{Identity: ca.Party(t, wire.RoleRCP), Listener: network, Log: channeltest.Log(t),
+					AllowDownstream: true, AllowEnroll: true})
+				if err != nil {
+					t.Fatal(err)
+				}
+				var came atomic.Int64
+				ctx, cancel := context.WithCancel(context.Background())
+				ended := make(chan struct{})
+				go func() {
+					defer close(ended)
+					_ = l.Run(ctx, func(ctx context.Context, c *channel.Conn) {
+						if came.Add(1) > 1000 {
+							return // time stands still while they come without a pause
+						}
+						_ = c.Drain(ctx, wire.Drain{Deadline: time.Minute})
+					})
+				}()
+				defer func() {
+					cancel()
+					<-ended
+				}()
+				_, stop := run(t, &channel.Dialer{Addr: "memory:443", Peer: channel.PeerUpstream, Identity: node,
+					DialContext: network.DialContext, Log: channeltest.Log(t)}, serveOrWait)
+				time.Sleep(time.Hour)
+				_ = stop()
+				if n := came.Load(); n < 60 || n > 400 {
+					t.Errorf("%d channels in an hour", n)
+				}
+			})
+		})
+	}
 }
 
 func TestFallbackAndReturn(t *testing.T) {
