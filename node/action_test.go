@@ -279,6 +279,9 @@ func TestActionCrash(t *testing.T) {
 	}
 	for range 2 {
 		a = open()
+		if err := a.clear(time.Now()); err != nil { // as at each start: no gateway has read it yet
+			t.Fatal(err)
+		}
 		if len(a.runs) != 1 {
 			t.Fatalf("%d runs", len(a.runs))
 		}
@@ -321,6 +324,13 @@ func TestActionCancelledInTime(t *testing.T) {
 		if r.result.State != wire.ActionCancelled || !r.result.Started.IsZero() {
 			t.Fatalf("it was started: %+v", r.result)
 		}
+	}
+	again, err := openActions(a.dir, proc.Allow{"*"}, slog.New(slog.DiscardHandler), func() {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := again.clear(time.Now()); err != nil || len(again.runs) != 50 {
+		t.Errorf("after a restart %d of 50 results are left, %v", len(again.runs), err)
 	}
 }
 

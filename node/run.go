@@ -138,6 +138,9 @@ func (r *run) end(res wire.ActionResult) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	res.Truncated = res.Truncated || r.truncated
+	if res.Ended.IsZero() { // it was not run, or nobody saw its end: it is kept from now on
+		res.Ended = time.Now().UTC()
+	}
 	if err := saveJSON(filepath.Join(r.dir, fileResult), res); err != nil {
 		res.Reason = firstOf(res.Reason, "") + fmt.Sprintf(" (the result is not on disk: %v)", err)
 	}
