@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -306,6 +307,37 @@ func TestMaliciousNodeOutbox(t *testing.T) {
 		t.Fatal("what was not stored was acknowledged")
 	}
 	w.state(id, wire.StateRunning)
+}
+
+// A hello may be long, for its policies. Its words stand in lists.
+func TestWordsOfAHelloSpoilNoList(t *testing.T) {
+	t.Parallel()
+	w, r, n := running(t)
+	long := strings.Repeat("v", 1<<20)
+	said := wire.Hello{Party: n.hello.Party, Boot: long, Program: long, Mode: long, Installation: long, OS: long, Arch: long, Outbox: wire.OutboxState{Spool: long}}
+	if err := w.s.record(t.Context(), task{id: n.id.ID(), role: wire.RoleNode, known: true}, &said, 0); err != nil {
+		t.Fatal(err)
+	}
+	row, err := w.db.Node(t.Context(), n.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := json.Marshal(row); err != nil || len(b) > 8<<10 || !strings.HasPrefix(row.Program, "vvv") {
+		t.Errorf("%d bytes are kept of a node, %v", len(b), err)
+	}
+	if err := w.s.record(t.Context(), task{id: r.id.ID(), role: wire.RoleRCP, known: true}, &wire.Hello{Program: long}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if rcp, err := w.db.RCPByID(t.Context(), r.id.ID()); err != nil || len(rcp.Program) > 300 {
+		t.Errorf("the version of an RCP: %v", err)
+	}
+	stranger := strangerView(presence{ID: wire.NewID(), Hello: &wire.Hello{Program: long, Name: long, Tags: map[string]string{"a": long, "b": "c"}}})
+	if len(stranger.Version)+len(stranger.Name) > 1<<10 || len(stranger.Tags) != 1 {
+		t.Errorf("a stranger is shown with %d bytes and %d tags", len(stranger.Version)+len(stranger.Name), len(stranger.Tags))
+	}
+	if err := refusal(&http.Response{StatusCode: 500, Body: io.NopCloser(strings.NewReader("no\nsallyport: all is well"))}); strings.Contains(err.Error(), "\n") {
+		t.Errorf("a refusal of several lines: %q", err)
+	}
 }
 
 func TestNodeThatReadsNothingHoldsNoOutboxForEver(t *testing.T) {

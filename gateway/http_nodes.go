@@ -115,8 +115,8 @@ func nodeView(n *store.Node, tags map[string]string, desired wire.Revision, p pr
 func strangerView(p presence) api.Node {
 	v := nodeView(&store.Node{ID: p.ID, Name: p.Name, State: p.State, StateReason: p.Reason, StateSince: p.Since}, nil, wire.Revision{}, p)
 	if h := p.Hello; h != nil {
-		v.Tags, v.Version, v.AppliedRevision = h.Tags, h.Program, h.Applied
-		v.Name = cmp.Or(v.Name, h.Name)
+		v.Tags, v.Version, v.AppliedRevision = boundTags(h.Tags), clip(h.Program), h.Applied
+		v.Name = cmp.Or(v.Name, clip(h.Name))
 	}
 	if v.Tags == nil {
 		v.Tags = map[string]string{}

@@ -62,7 +62,8 @@ func (e *enrolment) noteDenial(ctx context.Context, tx *store.Tx, d *decision) e
 	return tx.SaveRequest(ctx, q)
 }
 
-// maxTags bounds the tags of a request that are kept to be looked at.
+// maxTags bounds the tags of a request, and of a node without a row, that are
+// kept to be looked at.
 const maxTags = 64
 
 func boundTags(tags map[string]string) map[string]string {

@@ -12,6 +12,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -206,7 +207,7 @@ func refusal(res *http.Response) error {
 	reason := res.Header.Get(wire.HeaderError)
 	if reason == "" {
 		b, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // what there is of an explanation
-		reason = string(bytes.TrimSpace(b))
+		reason = strings.Join(strings.Fields(string(b)), " ")
 	}
 	return &statusError{Status: res.StatusCode, Reason: wire.Quotable(reason)}
 }

@@ -91,20 +91,31 @@ func (s *Server) heard(ctx context.Context, t task, hello *wire.Hello, skew time
 	return nil
 }
 
+// words is a hello whose words fit into a list that people read: a party may
+// fill all that a hello can hold with its version.
+func words(hello *wire.Hello) *wire.Hello {
+	h := *hello
+	for _, s := range []*string{&h.Boot, &h.Program, &h.Mode, &h.Installation, &h.OS, &h.Arch, &h.Outbox.Spool} {
+		*s = clip(*s)
+	}
+	return &h
+}
+
 // record writes what a hello says into the database.
 func (s *Server) record(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) error {
 	if !t.known {
 		return nil
 	}
+	said := words(hello)
 	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if t.role == wire.RoleRCP {
 			r, err := tx.RCPByID(ctx, t.id)
 			if err != nil {
 				return err
 			}
-			return tx.SetRCPSeen(ctx, r.Name, hello.Program, hello.NotAfter, hello.RenewAfter, skew)
+			return tx.SetRCPSeen(ctx, r.Name, said.Program, hello.NotAfter, hello.RenewAfter, skew)
 		}
-		_, err := tx.RecordHello(ctx, hello, skew)
+		_, err := tx.RecordHello(ctx, said, skew)
 		return err
 	})
 	if errors.Is(err, store.ErrNotFound) {

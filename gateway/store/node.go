@@ -143,6 +143,10 @@ func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration
 	return tx.setOwnTags(ctx, n, h.Tags)
 }
 
+// maxOwnTags bounds the tags that a node sets itself, which is half of what it
+// may have: room is left for those of the gateway.
+const maxOwnTags = 128
+
 // setOwnTags replaces the tags whose source is the node.
 func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) (changed bool, err error) {
 	rows, err := tx.NodeTags(ctx, n.ID)
@@ -157,8 +161,8 @@ func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) (
 		}
 	}
 	allowed := map[string]string{}
-	for k, v := range tags {
-		if AllowsTag(n.AllowTags, k, v) && ValidTag(k, v) == nil {
+	for _, k := range slices.Sorted(maps.Keys(tags)) { // the same ones each time
+		if v := tags[k]; len(allowed) < maxOwnTags && AllowsTag(n.AllowTags, k, v) && ValidTag(k, v) == nil {
 			allowed[k] = v
 		}
 	}

@@ -181,6 +181,26 @@ func TestTagPrecedence(t *testing.T) {
 	check("the operator can", map[string]string{"x": "set"})
 }
 
+// A node that sets more tags than anybody needs leaves room for the operator's.
+func TestNodeSetsABoundedNumberOfTags(t *testing.T) {
+	db := temp(t)
+	id := addNode(t, db, "n")
+	tags := map[string]string{}
+	for i := range 5000 {
+		tags[fmt.Sprintf("k%04d", i)] = "own"
+	}
+	for range 2 {
+		update(t, db, func(tx *Tx) error {
+			_, err := tx.RecordHello(ctx, &wire.Hello{Party: wire.Party{ID: id}, Tags: tags}, 0)
+			return err
+		})
+		got := Effective(must[[]NodeTag](t)(db.NodeTags(ctx, id)))
+		if len(got) != maxOwnTags || got["k0000"] != "own" || got["k0127"] != "own" {
+			t.Errorf("%d tags are kept, want the first %d", len(got), maxOwnTags)
+		}
+	}
+}
+
 func TestAllowedTags(t *testing.T) {
 	for _, c := range []struct {
 		globs []string
