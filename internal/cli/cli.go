@@ -100,7 +100,7 @@ func report(w io.Writer, cmd *cobra.Command, err error) {
 	}
 	name := cmd.Root().Name()
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
-		_, _ = fmt.Fprintf(w, "%s: %s\n", name, line)
+		_, _ = fmt.Fprintf(w, "%s: %s\n", name, Clean(line)) // an error may quote a node, or an RCP
 	}
 	var usage *usageError
 	if errors.As(err, &usage) {

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
+
 	"sallyport/config"
 	"sallyport/internal/local"
 	"sallyport/internal/lockdir"
@@ -142,6 +144,24 @@ func TestExecuteReportsOnce(t *testing.T) {
 	}
 	if code := Execute(t.Context(), root, s, []string{"version"}); code != ExitOK {
 		t.Errorf("version must work in any environment: %d", code)
+	}
+}
+
+// A node, or an RCP, has its words in an error: they neither rewrite the screen
+// nor look like ours.
+func TestErrorsAreSafeForATerminal(t *testing.T) {
+	s, _, errs := streams("")
+	root := Root("prog", "x", "", s)
+	o := NewOutput(s)
+	root.AddCommand(&cobra.Command{Use: "ask", RunE: func(*cobra.Command, []string) error {
+		o.Note("%s\tsays\n\x1b[2Jit", "n1\r")
+		return errors.New("refused: \x1b[2J\x1b]0;mine\a\u009b2J")
+	}})
+	if code := Execute(t.Context(), root, s, []string{"ask"}); code != ExitFailed {
+		t.Errorf("exit code %d", code)
+	}
+	if want := "n1 \tsays\n�[2Jit\nprog: refused: �[2J�]0;mine��2J\n"; errs.String() != want {
+		t.Errorf("stderr is %q, want %q", errs, want)
 	}
 }
 

@@ -116,12 +116,12 @@ func (o *Output) Say(format string, args ...any) {
 	if o.Format != FormatTable {
 		w = o.err
 	}
-	_, _ = fmt.Fprintf(w, format+"\n", args...)
+	_, _ = fmt.Fprintln(w, cleanText(fmt.Sprintf(format, args...)))
 }
 
 // Note prints a line on stderr in every format: advice beside a result.
 func (o *Output) Note(format string, args ...any) {
-	_, _ = fmt.Fprintf(o.err, format+"\n", args...)
+	_, _ = fmt.Fprintln(o.err, cleanText(fmt.Sprintf(format, args...)))
 }
 
 // Raw prints bytes as they are.
@@ -216,15 +216,25 @@ func colour(cell string) (c interface{ RGBA() (r, g, b, a uint32) }) {
 
 // Clean makes text that came from a node safe for a terminal: control
 // characters, escape sequences among them, would let it rewrite the screen.
-func Clean(s string) string {
+func Clean(s string) string { return strings.Map(cleanRune, s) }
+
+func cleanRune(r rune) rune {
+	switch {
+	case r == '\n', r == '\r', r == '\t':
+		return ' '
+	case unicode.IsControl(r), unicode.Is(unicode.Cf, r):
+		return '�'
+	}
+	return r
+}
+
+// cleanText is [Clean] for text of several lines, whose tabs stay.
+func cleanText(s string) string {
 	return strings.Map(func(r rune) rune {
-		switch {
-		case r == '\n', r == '\r', r == '\t':
-			return ' '
-		case unicode.IsControl(r), unicode.Is(unicode.Cf, r):
-			return '�'
+		if r == '\n' || r == '\t' {
+			return r
 		}
-		return r
+		return cleanRune(r)
 	}, s)
 }
 
