@@ -294,7 +294,7 @@ func (a *Agent) listenChannels() (port, error) {
 	in := all[0]
 	ln, err := channel.Listen(channel.ListenConfig{
 		Addr: string(a.cfg.Listen), Identity: in.id, AllowUpstream: true, AllowEnroll: true, Admit: admitUpstream,
-		Carriers: carriers(a.cfg.Carrier), Log: in.log,
+		Carriers: carriers(a.cfg.Carrier), Limits: channel.Limits{Streams: maxStreams}, Log: in.log,
 	})
 	if err != nil {
 		return port{}, fmt.Errorf("listen on %s: %w (SALLYPORT_NODE_LISTEN)", a.cfg.Listen, err)

@@ -18,6 +18,11 @@ const maxSessions = 64
 // read, and an RCP that follows them anew may not have ended the last one yet.
 const maxSignals = 4
 
+// maxStreams is how many requests an upstream peer may have open on one channel:
+// beside sessions and signals there are only short ones. Each holds a window of
+// our memory for what is sent with it, on a host that is not ours.
+const maxStreams = 2 * maxSessions
+
 // channelHandler is everything that an upstream peer can ask of a node on a
 // channel. While either side enrols, that is our own key and nothing else.
 func (in *instance) channelHandler(c *channel.Conn) http.Handler {

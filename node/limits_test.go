@@ -1,10 +1,14 @@
 package node
 
 import (
+	"context"
 	"encoding/json"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,6 +47,47 @@ func TestStreamsOfSignalsAreBounded(t *testing.T) {
 	}
 	_ = first.Body.Close()
 	eventually(t, "there is room again", func() bool { return open().StatusCode == http.StatusOK })
+}
+
+// stalled is a body that says when it is asked for, and then has nothing.
+type stalled struct {
+	asked func()
+	over  <-chan struct{}
+}
+
+func (s stalled) Read([]byte) (int, error) {
+	s.asked()
+	<-s.over
+	return 0, io.EOF
+}
+
+// An RCP that owns a channel makes its node hold no more than a few requests.
+func TestRequestsOfAnUpstreamAreBounded(t *testing.T) {
+	p := newPlant(t)
+	ag := p.node()
+	ctx, cancel := context.WithCancel(t.Context())
+	var begun atomic.Int64
+	var all sync.WaitGroup
+	for range 4 * maxStreams {
+		all.Go(func() {
+			body := stalled{sync.OnceFunc(func() { begun.Add(1) }), ctx.Done()}
+			req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://peer"+wire.PathLanes, body)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if res, err := ag.c.RoundTrip(req); err == nil {
+				_ = res.Body.Close()
+			}
+		})
+	}
+	eventually(t, "it holds what it may", func() bool { return begun.Load() >= maxSessions })
+	time.Sleep(200 * time.Millisecond) // for more
+	if n := begun.Load(); n > maxStreams {
+		t.Errorf("it holds %d requests at once, want at most %d", n, maxStreams)
+	}
+	cancel()
+	all.Wait()
 }
 
 // To stop an agent takes no longer because a policy's command runs: the policy

@@ -135,7 +135,8 @@ func (d *dialler) run(ctx context.Context) {
 			return
 		}
 	}
-	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note, Enroll: d.missed.Enroll}
+	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note, Enroll: d.missed.Enroll,
+		Limits: channel.Limits{Streams: maxStreams}}
 	if d.expect != "" {
 		dial.Expect = &d.expect
 	}
