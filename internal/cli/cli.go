@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -31,13 +32,57 @@ type IO struct {
 
 // Standard is the process's own.
 func Standard() IO {
-	return IO{In: os.Stdin, Out: os.Stdout, Err: os.Stderr, Env: os.Environ()}
+	return IO{In: newInput(os.Stdin), Out: os.Stdout, Err: os.Stderr, Env: os.Environ()}
+}
+
+// input is a file whose reads end with the first signal: whoever presses
+// Ctrl-C at a question has answered it.
+type input struct {
+	file        *os.File
+	once        sync.Once
+	interrupted chan struct{}
+}
+
+func newInput(f *os.File) *input { return &input{file: f, interrupted: make(chan struct{})} }
+
+// Fd is the file descriptor below.
+func (i *input) Fd() uintptr { return i.file.Fd() }
+
+func (i *input) interrupt() { i.once.Do(func() { close(i.interrupted) }) }
+
+// Read leaves a read that was interrupted to itself: nobody wants its bytes.
+func (i *input) Read(b []byte) (int, error) {
+	own, err := await(i, func() ([]byte, error) {
+		own := make([]byte, len(b))
+		n, err := i.file.Read(own)
+		return own[:n], err
+	})
+	return copy(b, own), err
+}
+
+// await returns what read does, or errSignal with the first signal.
+func await(i *input, read func() ([]byte, error)) ([]byte, error) {
+	type result struct {
+		b   []byte
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		b, err := read()
+		done <- result{b, err}
+	}()
+	select {
+	case r := <-done:
+		return r.b, r.err
+	case <-i.interrupted:
+		return nil, errSignal
+	}
 }
 
 // terminal returns the file descriptor behind one of the streams when a person
 // sits there.
 func terminal(stream any) (fd int, ok bool) {
-	f, isFile := stream.(*os.File)
+	f, isFile := stream.(interface{ Fd() uintptr })
 	if !isFile {
 		return 0, false
 	}
@@ -70,6 +115,9 @@ func Main(root *cobra.Command, streams IO, args []string) int {
 					os.Exit(128 + int(s.(syscall.Signal)))
 				}
 				cancel(errSignal)
+				if in, ok := streams.In.(*input); ok {
+					in.interrupt()
+				}
 			case <-done:
 				return
 			}

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -20,6 +21,9 @@ func Confirm(streams IO, yes bool, format string, args ...any) error {
 	}
 	_, _ = fmt.Fprintf(streams.Err, "%s. Go on? [y/N] ", question)
 	line, err := bufio.NewReader(streams.In).ReadString('\n')
+	if errors.Is(err, errSignal) {
+		_, _ = fmt.Fprintln(streams.Err)
+	}
 	if err != nil && line == "" {
 		return Fail(ExitRefused, "not confirmed")
 	}

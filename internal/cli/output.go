@@ -173,10 +173,75 @@ func (o *Output) plain(t Table) error {
 	return w.Flush()
 }
 
+// prose are the columns that may be cut on a terminal. The others hold what
+// people copy and compare, fingerprints above all: the terminal wraps them.
+var prose = map[string]bool{"text": true, "reason": true, "detail": true, "error": true, "last_error": true, "spec": true}
+
+// leastProse is what stays of a cell that is cut.
+const leastProse = 30
+
+// fit cuts prose as far as lines of that width need it.
+func fit(t Table, width int) {
+	widths := make([]int, len(t.Columns))
+	for _, row := range append([][]string{t.Columns}, t.Rows...) {
+		for i, c := range row {
+			widths[i] = max(widths[i], lipgloss.Width(c))
+		}
+	}
+	over := -width - gap
+	for _, w := range widths {
+		over += w + gap
+	}
+	for over > 0 {
+		longest := -1
+		for i, c := range t.Columns {
+			if prose[c] && widths[i] > leastProse && (longest < 0 || widths[i] > widths[longest]) {
+				longest = i
+			}
+		}
+		if longest < 0 {
+			break
+		}
+		to := max(widths[longest]-over, leastProse)
+		over -= widths[longest] - to
+		widths[longest] = to
+		for _, row := range t.Rows {
+			row[longest] = cut(row[longest], to)
+		}
+	}
+}
+
+// cut shortens a text to a number of columns.
+func cut(s string, to int) string {
+	if lipgloss.Width(s) <= to {
+		return s
+	}
+	r := []rune(s)
+	r = r[:min(len(r), to)]
+	for len(r) > 0 && lipgloss.Width(string(r)) >= to {
+		r = r[:len(r)-1]
+	}
+	return string(r) + "…"
+}
+
+// gap stands between two columns.
+const gap = 2
+
 // styled is for terminals.
 func (o *Output) styled(t Table, fd int) error {
-	header := lipgloss.NewStyle().Bold(true).PaddingRight(2)
-	cell := lipgloss.NewStyle().PaddingRight(2)
+	shown := Table{Columns: t.Columns}
+	for _, row := range t.Rows {
+		cells := make([]string, len(row))
+		for i, c := range row {
+			cells[i] = dash(Clean(c))
+		}
+		shown.Add(cells...)
+	}
+	if width, _, err := term.GetSize(fd); err == nil && width > 0 {
+		fit(shown, width)
+	}
+	header := lipgloss.NewStyle().Bold(true).PaddingRight(gap)
+	cell := lipgloss.NewStyle().PaddingRight(gap)
 	view := table.New().Headers(titles(t.Columns)...).Wrap(false).
 		Border(lipgloss.HiddenBorder()).BorderTop(false).BorderBottom(false).BorderLeft(false).
 		BorderRight(false).BorderColumn(false).BorderHeader(false).
@@ -184,20 +249,16 @@ func (o *Output) styled(t Table, fd int) error {
 			if row == table.HeaderRow {
 				return header
 			}
-			return cell.Foreground(colour(t.Rows[row][col]))
+			return cell.Foreground(colour(shown.Rows[row][col]))
 		})
-	for _, row := range t.Rows {
-		cells := make([]string, len(row))
-		for i, c := range row {
-			cells[i] = dash(Clean(c))
-		}
-		view.Row(cells...)
+	for _, row := range shown.Rows {
+		view.Row(row...)
 	}
-	text := view.Render()
-	if width, _, err := term.GetSize(fd); err == nil && lipgloss.Width(text) > width {
-		text = view.Width(width).Render()
+	lines := strings.Split(view.Render(), "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimRight(line, " ") // what pads a long column would wrap into empty lines
 	}
-	_, err := lipgloss.Fprintln(o.w, text)
+	_, err := lipgloss.Fprintln(o.w, strings.Join(lines, "\n"))
 	return err
 }
 

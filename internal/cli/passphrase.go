@@ -27,12 +27,12 @@ func Passphrase(streams IO, file, variable string, fresh bool) ([]byte, error) {
 	if !ok {
 		return nil, Usage("a passphrase is needed and nobody is there to ask: name a file that holds it with --passphrase-file or %s", variable)
 	}
-	text, err := ask(streams.Err, fd, "Passphrase: ")
+	text, err := ask(streams, fd, "Passphrase: ")
 	if err != nil {
 		return nil, err
 	}
 	if fresh {
-		again, err := ask(streams.Err, fd, "Once more: ")
+		again, err := ask(streams, fd, "Once more: ")
 		if err != nil {
 			return nil, err
 		}
@@ -43,10 +43,25 @@ func Passphrase(streams IO, file, variable string, fresh bool) ([]byte, error) {
 	return text, checkPassphrase(text)
 }
 
-func ask(w io.Writer, fd int, prompt string) ([]byte, error) {
-	_, _ = fmt.Fprint(w, prompt)
-	b, err := term.ReadPassword(fd)
-	_, _ = fmt.Fprintln(w)
+// ask reads a line that the terminal does not show. A signal leaves the terminal
+// as it was, too.
+func ask(streams IO, fd int, prompt string) ([]byte, error) {
+	before, err := term.GetState(fd)
+	if err != nil {
+		return nil, err
+	}
+	_, _ = fmt.Fprint(streams.Err, prompt)
+	read := func() ([]byte, error) { return term.ReadPassword(fd) }
+	var b []byte
+	if in, ok := streams.In.(*input); ok {
+		b, err = await(in, read)
+	} else {
+		b, err = read()
+	}
+	if errors.Is(err, errSignal) {
+		err = errors.Join(err, term.Restore(fd, before))
+	}
+	_, _ = fmt.Fprintln(streams.Err)
 	return b, err
 }
 
