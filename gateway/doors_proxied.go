@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/gateway/store"
 	"sallyport/internal/doors"
 	"sallyport/internal/wire"
 )
@@ -113,6 +114,19 @@ func (d *doorway) tlsConfig(cfg *tls.Config) *tls.Config {
 		return c, nil
 	}
 	return cfg
+}
+
+// gaveUp makes the doors show a new certificate if the one that was revoked is
+// their own.
+func (d *doorway) gaveUp(c *store.Certificate) {
+	if d == nil || c.Door != doorSelf {
+		return
+	}
+	d.certMu.Lock()
+	defer d.certMu.Unlock()
+	if d.cert != nil && doors.Serial(d.cert.Leaf.SerialNumber) == c.Serial {
+		d.cert = nil
+	}
 }
 
 // ownCertificate makes a key and a certificate for the doors' own name;

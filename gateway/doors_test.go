@@ -11,6 +11,8 @@ import (
 	"encoding/asn1"
 	"encoding/base64"
 	"errors"
+	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -218,6 +220,88 @@ func testCSR(t testing.TB) []byte {
 		t.Fatal(err)
 	}
 	return der
+}
+
+// issuingDoors issue a leaf for a name.
+type issuingDoors struct {
+	doors.Authority
+
+	t      *testing.T
+	inter  *x509.Certificate
+	key    *ecdsa.PrivateKey
+	issued int64
+}
+
+func newIssuingDoors(t *testing.T) *issuingDoors {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &issuingDoors{t: t, key: key}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	a.inter = a.sign(tmpl, tmpl, &key.PublicKey)
+	return a
+}
+
+func (a *issuingDoors) sign(tmpl, parent *x509.Certificate, pub any) *x509.Certificate {
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, a.key)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		a.t.Fatal(err)
+	}
+	return c
+}
+
+func (a *issuingDoors) Chain() []*x509.Certificate { return []*x509.Certificate{a.inter} }
+func (a *issuingDoors) Doors() []*x509.Certificate { return a.Chain() }
+
+func (a *issuingDoors) Issue(_ context.Context, in doors.Request) ([]*x509.Certificate, error) {
+	csr, err := x509.ParseCertificateRequest(in.CSR)
+	if err != nil {
+		return nil, err
+	}
+	a.issued++
+	return []*x509.Certificate{a.sign(&x509.Certificate{SerialNumber: big.NewInt(0x10000000 + a.issued), NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour), DNSNames: in.Names}, a.inter, csr.PublicKey)}, nil
+}
+
+// Doors whose own certificate was revoked show another one at once.
+func TestDoorsOwnCertificateRevoked(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	s := &Server{store: w.db}
+	s.cfg.DoorsName = "doors.sallyport"
+	ca := newIssuingDoors(t)
+	s.doors = &doorway{s: s, ca: ca, log: testLog(t)}
+	roots := x509.NewCertPool()
+	roots.AddCert(ca.inter)
+	shown := func() string {
+		t.Helper()
+		here, there := net.Pipe()
+		defer func() { _ = errors.Join(here.Close(), there.Close()) }()
+		done := make(chan error, 1)
+		go func() {
+			done <- tls.Server(there, &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: s.doors.certificate, SessionTicketsDisabled: true}).HandshakeContext(t.Context())
+		}()
+		c := tls.Client(here, &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: roots, ServerName: s.cfg.DoorsName})
+		if err := errors.Join(c.HandshakeContext(t.Context()), <-done); err != nil {
+			t.Fatal(err)
+		}
+		return doors.Serial(c.ConnectionState().PeerCertificates[0].SerialNumber)
+	}
+	first := shown()
+	if again := shown(); again != first {
+		t.Fatalf("%s, then %s, for nothing", first, again)
+	}
+	if _, err := (&rest{s: s}).revokeCertificate(t.Context(), &bySerial{Serial: first}); err != nil {
+		t.Fatal(err)
+	}
+	if next := shown(); next == first {
+		t.Errorf("the certificate %s is revoked and still shown", first)
+	}
 }
 
 // What the certificates of an EST answer are wrapped in holds just them.

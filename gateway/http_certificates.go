@@ -97,5 +97,6 @@ func (r *rest) revokeCertificate(ctx context.Context, in *bySerial) (*body[api.C
 	if err != nil {
 		return nil, err
 	}
+	r.s.doors.gaveUp(c)
 	return answer(r.certificateView(c)), nil
 }
