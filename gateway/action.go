@@ -77,9 +77,13 @@ func (s *Server) runAction(ctx context.Context, actions []*store.Action) error {
 // notConnected ends an action that may not wait.
 func notConnected(a *store.Action, p presence) {
 	a.State, a.Code = wire.ActionExpired, api.ActionCodeNotConnected
-	a.Reason = fmt.Sprintf("not run: the node is not connected (%s); give it time with a ttl", p.State)
+	state := string(p.State)
 	if p.Reason != "" {
-		a.Reason = fmt.Sprintf("not run: the node is not connected (%s: %s); give it time with a ttl", p.State, p.Reason)
+		state += ": " + p.Reason
+	}
+	a.Reason = fmt.Sprintf("not run: the node is not connected (%s); give it time with a ttl", state)
+	if p.State == wire.StateRevoked { // time does not help
+		a.Reason = fmt.Sprintf("not run: the node is not connected (%s); it has to enrol anew", state)
 	}
 }
 

@@ -83,6 +83,29 @@ func TestActionForAnAbsentNodeEndsAtOnce(t *testing.T) {
 	}
 }
 
+// A node that is revoked does not come, whatever time it is given.
+func TestActionForARevokedNodeSaysSo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	n := w.enrolled(w.node("gone"))
+	w.run()
+	eventually(t, "the fleet is loaded", func() bool { return w.s.fleet.Presence(n.id.ID()).Known })
+	row, err := w.s.store.Node(t.Context(), n.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.s.revokeNode(t.Context(), row, false); err != nil {
+		t.Fatal(err)
+	}
+	a := w.done(w.act(n, 0, "true"))
+	if v := actionView(a); v.ExitStatus() != api.ExitNotRun || !strings.Contains(a.Reason, "revoked") || strings.Contains(a.Reason, "ttl") {
+		t.Errorf("ended as %+v", v)
+	}
+	if _, err := w.s.fleet.routes(n.id.ID()); !errors.Is(err, ErrNotConnected) || !strings.Contains(err.Error(), "revoked") {
+		t.Errorf("no session, because %v", err)
+	}
+}
+
 func TestActionWhoseSessionCannotBeOpenedWasNotRun(t *testing.T) {
 	t.Parallel()
 	w, r, n := running(t)

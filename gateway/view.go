@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
 
@@ -126,7 +127,7 @@ func (f *fleet) routes(id wire.ID) ([]route, error) {
 		return nil, ErrUnknownNode
 	}
 	if m.revoked != "" {
-		return nil, ErrNotConnected
+		return nil, fmt.Errorf("%w: it is revoked", ErrNotConnected)
 	}
 	live := f.liveWays(m)
 	if len(live) == 0 {
