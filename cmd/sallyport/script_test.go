@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
 
@@ -139,6 +140,17 @@ func TestTree(t *testing.T) {
 		}
 		if runnable && !checked {
 			t.Errorf("%s does not check its arguments", path)
+		}
+	})
+}
+
+// TestFlags looks at the form of each flag's value in --help, which a
+// backquoted word of the description would take the place of.
+func TestFlags(t *testing.T) {
+	root := newRoot(cli.IO{Env: []string{}})
+	walkFlags(root, func(path, name, form string) {
+		if strings.ContainsRune(form, ' ') {
+			t.Errorf("%s --%s %s: its description quotes a command", path, name, form)
 		}
 	})
 }

@@ -156,9 +156,18 @@ func problemOf(resp *http.Response) error {
 	return &Problem{Title: resp.Status, Status: resp.StatusCode, Code: code, Detail: fmt.Sprintf("gateway answered %s", resp.Status)}
 }
 
+// noAnswer is the [context.DeadlineExceeded] of a gateway that took so long.
+type noAnswer time.Duration
+
+func (e noAnswer) Error() string {
+	return fmt.Sprintf("no answer within %s: is its process stopped, or its disk?", time.Duration(e))
+}
+
+func (noAnswer) Is(target error) bool { return target == context.DeadlineExceeded }
+
 // call sends in, if not nil, and decodes the answer into out, if not nil.
 func (c *Client) call(ctx context.Context, method, path string, query url.Values, in, out any) error {
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout, noAnswer(c.timeout))
 	defer cancel()
 	resp, err := c.request(ctx, method, path, query, in, "application/json")
 	if err != nil {

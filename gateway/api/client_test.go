@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"sallyport/internal/wire"
 )
@@ -46,6 +47,24 @@ func TestNewClientRefusesPlaintext(t *testing.T) {
 	}
 	if _, err := NewClient(ClientConfig{URL: "https://gateway.example:8443/"}); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestMuteGateway(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "api.sock")
+	ln, err := net.Listen("unix", path) // nobody accepts, as when the process is stopped
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	c, err := NewClient(ClientConfig{URL: path, Timeout: 20 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_, err = c.Nodes(t.Context(), NodeQuery{})
+	if want := "ask gateway: no answer within 20ms: is its process stopped, or its disk?"; err == nil || err.Error() != want || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v, want %q", err, want)
 	}
 }
 

@@ -67,7 +67,7 @@ func (l *localRole) certificateCommand() *cobra.Command {
 
 func (o *offline) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&o.pin, "ca-pin", "", "fingerprint of the gateway's root (SHA256:...), as `sallyport ca pin` prints it there")
+	f.StringVar(&o.pin, "ca-pin", "", "fingerprint of the gateway's root (SHA256:...), as sallyport ca pin prints it there")
 	f.StringVar(&o.trustDomain, "trust-domain", "", "trust domain of the gateway, where it is not made from the root's key")
 }
 

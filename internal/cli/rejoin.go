@@ -30,7 +30,7 @@ func (l *localRole) rejoinCommand() *cobra.Command {
 		RunE: func(_ *cobra.Command, _ []string) error { return o.rejoin(yes) },
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.trustDomain, "trust-domain", "", "which gateway's identity, of a node that serves several (`local instance list`)")
+	f.StringVar(&o.trustDomain, "trust-domain", "", "which gateway's identity, of a node that serves several: local instance list shows them")
 	f.BoolVar(&yes, "yes", false, "do not ask")
 	return cmd
 }

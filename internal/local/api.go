@@ -175,3 +175,13 @@ func (e *Error) Error() string { return e.Message }
 
 // ErrNotRunning says that nobody listens on the socket.
 var ErrNotRunning = errors.New("no role is running there")
+
+// ErrMute says that somebody listens there and does not answer. It is a
+// [context.DeadlineExceeded] too.
+var ErrMute error = muteError{}
+
+type muteError struct{}
+
+func (muteError) Error() string { return "the role does not answer" }
+
+func (muteError) Is(target error) bool { return target == context.DeadlineExceeded }

@@ -10,25 +10,29 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"net/url"
 	"syscall"
 	"time"
 
 	"sallyport/internal/wire"
 )
 
+// patience is how long a role may take to answer: a disk may be slow.
+const patience = 30 * time.Second
+
 // maxAnswer bounds what the client reads: a node with thousands of policies.
 const maxAnswer = 16 << 20
 
 // Client speaks to one role's local socket.
 type Client struct {
-	socket string
-	http   *http.Client
+	socket   string
+	http     *http.Client
+	patience time.Duration
 }
 
 // NewClient does no I/O: the first call finds out whether the role runs.
 func NewClient(socket string) *Client {
-	return &Client{socket: socket, http: &http.Client{
-		Timeout: 30 * time.Second,
+	return &Client{socket: socket, patience: patience, http: &http.Client{
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -80,6 +84,8 @@ func (c *Client) Join(ctx context.Context, code string) error {
 }
 
 func (c *Client) do(ctx context.Context, method, path string, in, out any) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.patience, fmt.Errorf("%w within %s: is its process stopped, or its disk?", ErrMute, c.patience))
+	defer cancel()
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)
@@ -97,6 +103,9 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%s: %w: start it, or set SALLYPORT_DATA to its directory", c.socket, ErrNotRunning)
 	case err != nil:
+		if ue := (*url.Error)(nil); errors.As(err, &ue) {
+			err = ue.Err // the URL is made up, and says nothing to the reader
+		}
 		return fmt.Errorf("%s: %w", c.socket, err)
 	}
 	defer func() { _ = resp.Body.Close() }()

@@ -209,6 +209,24 @@ func TestLongPathAndDeadSocket(t *testing.T) {
 	}
 }
 
+func TestMuteRole(t *testing.T) {
+	path := filepath.Join(t.TempDir(), SocketName)
+	ln, err := net.Listen("unix", path) // nobody accepts, as when the process is stopped
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	c := NewClient(path)
+	c.patience = 20 * time.Millisecond
+	_, err = c.Doctor(t.Context())
+	if !errors.Is(err, ErrMute) || !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("got %v, want ErrMute", err)
+	}
+	if want := path + ": the role does not answer within 20ms: is its process stopped, or its disk?"; err.Error() != want {
+		t.Errorf("%q, want %q", err, want)
+	}
+}
+
 func TestForeignFileIsNotReplaced(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, SocketName)
