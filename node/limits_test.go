@@ -81,8 +81,11 @@ func TestRequestsOfAnUpstreamAreBounded(t *testing.T) {
 			}
 		})
 	}
-	eventually(t, "it holds what it may", func() bool { return begun.Load() >= maxSessions })
-	time.Sleep(200 * time.Millisecond) // for more
+	eventually(t, "it holds what it may", func() bool { return begun.Load() >= maxStreams })
+	select {
+	case <-ctx.Done():
+	case <-time.After(200 * time.Millisecond): // more would have come by now
+	}
 	if n := begun.Load(); n > maxStreams {
 		t.Errorf("it holds %d requests at once, want at most %d", n, maxStreams)
 	}

@@ -39,11 +39,17 @@ func openTerminal(t *testing.T) (person, program *os.File) {
 }
 
 // interrupted runs do, which asks, and sends what a signal sends once it does.
-func interrupted(t *testing.T, in *input, do func() error) error {
+func interrupted(t *testing.T, in *input, asks func() bool, do func() error) error {
 	t.Helper()
 	done := make(chan error, 1)
 	go func() { done <- do() }()
-	time.Sleep(200 * time.Millisecond) // until it reads; sooner would be as good
+	for !asks() {
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(time.Millisecond):
+		}
+	}
 	in.interrupt()
 	select {
 	case err := <-done:
@@ -54,11 +60,13 @@ func interrupted(t *testing.T, in *input, do func() error) error {
 	}
 }
 
+func atOnce() bool { return true }
+
 func TestSignalEndsQuestions(t *testing.T) {
 	t.Run("confirm", func(t *testing.T) {
 		_, program := openTerminal(t)
 		in := newInput(program)
-		err := interrupted(t, in, func() error {
+		err := interrupted(t, in, atOnce, func() error {
 			return Confirm(IO{In: in, Out: io.Discard, Err: program}, false, "revoke %d nodes", 12)
 		})
 		if Code(err) != ExitRefused {
@@ -72,7 +80,11 @@ func TestSignalEndsQuestions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = interrupted(t, in, func() error {
+		silent := func() bool {
+			now, err := term.GetState(int(program.Fd()))
+			return err == nil && *now != *before
+		}
+		err = interrupted(t, in, silent, func() error {
 			_, err := Passphrase(IO{In: in, Out: io.Discard, Err: io.Discard}, "", "SALLYPORT_X", true)
 			return err
 		})
@@ -90,7 +102,7 @@ func TestSignalEndsQuestions(t *testing.T) {
 		}
 		defer func() { _ = errors.Join(r.Close(), w.Close()) }()
 		in := newInput(r)
-		err = interrupted(t, in, func() error {
+		err = interrupted(t, in, atOnce, func() error {
 			_, err := io.ReadAll(in)
 			return err
 		})
