@@ -108,6 +108,11 @@ func New(cfg Config, d Deps) (*Server, error) {
 	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
+	if d.Metrics != nil {
+		if err := d.Metrics.Register(ends{s}); err != nil {
+			return nil, fmt.Errorf("gateway: register metrics: %w", err)
+		}
+	}
 	if s.targets, err = newTargets(s, d.Metrics); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)
 	}
@@ -169,6 +174,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	})
 	outer.Go(func() error { return s.keepCertificate(outerCtx) })
+	outer.Go(func() error { return s.watchCA(outerCtx) })
 	outer.Go(func() error {
 		return s.external.run(outerCtx, func() int64 { n, _ := s.id.Revocations(); return n })
 	})

@@ -57,7 +57,7 @@ type Client struct {
 	mu    sync.Mutex
 	state Snapshot
 	root  *x509.Certificate
-	away  bool
+	away  time.Time // since when it does not answer
 }
 
 // Connect finds the authority, makes the gateway known to it if it has a code,
@@ -140,7 +140,7 @@ func (c *Client) connect(ctx context.Context) error {
 		}
 	}
 	if err != nil && kept != nil && ctx.Err() == nil {
-		c.away = true
+		c.setAway(true)
 		what := "does not answer"
 		if errors.Is(err, ErrUnregistered) || errors.Is(err, ErrRefused) {
 			what = "refuses this gateway (a code of `sallyport ca gateway add` makes it known again)"
@@ -353,14 +353,30 @@ func (c *Client) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		switch was := c.away; {
+		switch was := !c.Away().IsZero(); {
 		case err != nil && !was:
-			c.away = true
+			c.setAway(true)
 			c.cfg.Log.ErrorContext(ctx, "the certificate authority does not answer: nothing is issued, renewed or revoked until it does", "error", err)
 		case err == nil && was:
-			c.away = false
+			c.setAway(false)
 			c.cfg.Log.InfoContext(ctx, "the certificate authority answers again")
 		}
+	}
+}
+
+// Away is since when the authority does not answer; zero while it does.
+func (c *Client) Away() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.away
+}
+
+func (c *Client) setAway(away bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.away = time.Time{}
+	if away {
+		c.away = time.Now()
 	}
 }
 

@@ -115,6 +115,7 @@ var (
 		"Connections of local clients, by whether they wait for a gateway or are joined.", []string{"state"}, nil)
 	descParkedN = prometheus.NewDesc("sallyport_rcp_proxy_connections_total",
 		"Connections of local clients by what became of them.", []string{"result"}, nil)
+	descExpiry   = prometheus.NewDesc("sallyport_rcp_certificate_not_after_seconds", "End of the certificate, in Unix time.", nil, nil)
 	descDraining = prometheus.NewDesc("sallyport_rcp_draining", "1 while the RCP takes no new streams.", nil, nil)
 )
 
@@ -123,6 +124,7 @@ func (counts) Describe(ch chan<- *prometheus.Desc) {
 	ch <- descBehind
 	ch <- descParked
 	ch <- descParkedN
+	ch <- descExpiry
 	ch <- descDraining
 }
 
@@ -137,6 +139,9 @@ func (c counts) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(descParked, prometheus.GaugeValue, float64(joined), "joined")
 		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(accepted), "accepted")
 		ch <- prometheus.MustNewConstMetric(descParkedN, prometheus.CounterValue, float64(refused), "refused")
+	}
+	if end := c.r.id.NotAfter(); !end.IsZero() {
+		ch <- prometheus.MustNewConstMetric(descExpiry, prometheus.GaugeValue, float64(end.Unix()))
 	}
 	draining := 0.0
 	if c.r.draining.Load() != nil {

@@ -1,0 +1,205 @@
+package gateway
+
+import (
+	"context"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/local"
+	"sallyport/internal/wire"
+)
+
+// A certificate authority that ends, or is away, is noticed by nobody until the
+// first leaf cannot be renewed. It is said before: by an event, the doctor and
+// metrics.
+
+const (
+	watchCAEvery = time.Minute
+	awayFor      = 10 * time.Minute // an authority that is started again is no news
+	overdueFor   = 6 * time.Hour    // of this gateway's own renewal, which is tried each minute
+)
+
+// concern is one thing about the certificate authority that operators have to
+// know.
+type concern struct {
+	key      string // of its event
+	severity wire.Severity
+	text     string
+	fix      string // for the doctor
+}
+
+// remoteCA is an authority in another process. Away is since when it does not
+// answer; zero while it does.
+type remoteCA interface{ Away() time.Time }
+
+const keyCA = "certificate-authority/"
+
+// concerns are those that there can be, in the same order each time. What is
+// as it should be has severity normal.
+func (s *Server) concerns(now time.Time) []concern {
+	away := concern{keyCA + "away", wire.SeverityNormal, "the certificate authority answers", ""}
+	if remote, ok := s.ca.(remoteCA); ok {
+		if since := remote.Away(); !since.IsZero() && now.Sub(since) > awayFor {
+			away.severity = wire.SeverityMajor
+			away.text = fmt.Sprintf("the certificate authority has not answered since %s: nothing is enrolled, renewed or signed; this gateway's own certificate ends on %s",
+				since.UTC().Format(time.RFC3339), s.id.NotAfter().UTC().Format(time.RFC3339))
+			away.fix = "see its host and its log; this gateway's log says why"
+		}
+	}
+	own := concern{keyCA + "gateway", wire.SeverityNormal, "this gateway's own certificate ends on " + s.id.NotAfter().UTC().Format(time.RFC3339), ""}
+	if due := s.id.RenewAfter(); !due.IsZero() && now.Sub(due) > overdueFor {
+		own.severity = wire.SeverityMajor
+		if now.After(s.id.NotAfter()) {
+			own.severity = wire.SeverityCritical
+		}
+		own.text += ", and could not be renewed since " + due.UTC().Format(time.RFC3339)
+		own.fix = "see the log: the gateway asks its certificate authority once a minute"
+	}
+	out := []concern{away, own}
+	if ca, ok := s.enrolment.issuers(); ok {
+		state := ca.State()
+		inter := state.Issuing()
+		out = append(out, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
+	}
+	return out
+}
+
+// ending is a concern while an issuer comes to its end: a quarter of its life, or
+// 90 days, is time to look at a new one, an eighth or 30 days to have it, since
+// leaves are as long as that. A new root has to reach every party, which takes
+// longer.
+func ending(now time.Time, kind string, i wire.CAIssuer, external string) concern {
+	c := concern{keyCA + kind, wire.SeverityNormal, fmt.Sprintf("%s %d ends on %s", kind, i.N, i.NotAfter.UTC().Format(time.RFC3339)), ""}
+	if i.NotAfter.IsZero() { // not known here
+		return c
+	}
+	const day = 24 * time.Hour
+	long := time.Duration(1)
+	if kind == "root" {
+		long = 4
+	}
+	life, left := i.NotAfter.Sub(i.NotBefore), i.NotAfter.Sub(now)
+	switch {
+	case left <= min(7*day*long, life/16):
+		c.severity = wire.SeverityCritical
+	case left <= min(30*day*long, life/8):
+		c.severity = wire.SeverityMajor
+	case left <= min(90*day*long, life/4):
+		c.severity = wire.SeverityWarning
+	default:
+		return c
+	}
+	c.fix = fmt.Sprintf("`sallyport ca rotate %s`; where the root's key is kept elsewhere, `sallyport ca csr` and `sallyport ca import`", kind)
+	if external != "" {
+		c.fix = "replace it at the external CA, " + external
+	}
+	c.text += ": what it issues ends with it, and then nothing is enrolled or renewed (" + c.fix + ")"
+	return c
+}
+
+// watchCA tells of each concern once, again when it becomes worse, and when it
+// is over, until ctx ends.
+func (s *Server) watchCA(ctx context.Context) error {
+	told := map[string]wire.Severity{}
+	tick := time.NewTicker(watchCAEvery)
+	defer tick.Stop()
+	for {
+		if err := s.tellConcerns(ctx, told); err != nil && ctx.Err() == nil {
+			s.log.Error("the state of the certificate authority is not told; it is tried again in a minute", "error", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// tellConcerns raises what is not told yet: what stands open is read when the
+// gateway starts.
+func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity) error {
+	for _, c := range s.concerns(time.Now()) {
+		if _, ok := told[c.key]; !ok {
+			open, err := s.store.Events(ctx, store.EventFilter{Key: c.key, State: api.EventOpen, Limit: 1})
+			if err != nil {
+				return err
+			}
+			told[c.key] = wire.SeverityNormal
+			if len(open) > 0 {
+				told[c.key] = open[0].Severity
+			}
+		}
+		if c.severity == told[c.key] {
+			continue
+		}
+		if err := s.store.Raise(ctx, store.Internal{Severity: c.severity, Object: "certificate authority", Key: c.key, Text: c.text}); err != nil {
+			return err
+		}
+		told[c.key] = c.severity
+	}
+	return nil
+}
+
+// checkAuthority is what the doctor finds.
+func (s *Server) checkAuthority() local.Check {
+	c := local.Check{Check: "authority", OK: true}
+	for _, one := range s.concerns(time.Now()) {
+		if one.severity != wire.SeverityNormal {
+			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}
+		}
+		if one.key != keyCA+"gateway" { // see certificate
+			if c.Detail != "" {
+				c.Detail += ", "
+			}
+			c.Detail += one.text
+		}
+	}
+	return c
+}
+
+var (
+	descOwnEnd = prometheus.NewDesc("sallyport_gateway_certificate_not_after_seconds", "End of this gateway's own certificate, in Unix time.", nil, nil)
+	descCAEnd  = prometheus.NewDesc("sallyport_gateway_ca_not_after_seconds", "End of the certificates of the authority that are trusted, in Unix time.", []string{"kind", "n", "state"}, nil)
+	descCAAway = prometheus.NewDesc("sallyport_gateway_ca_away", "1 while a certificate authority in another process does not answer.", nil, nil)
+)
+
+// ends are the metrics of what can end.
+type ends struct{ s *Server }
+
+// Describe implements [prometheus.Collector].
+func (e ends) Describe(ch chan<- *prometheus.Desc) {
+	ch <- descOwnEnd
+	ch <- descCAEnd
+	ch <- descCAAway
+}
+
+// Collect implements [prometheus.Collector].
+func (e ends) Collect(ch chan<- prometheus.Metric) {
+	if end := e.s.id.NotAfter(); !end.IsZero() {
+		ch <- prometheus.MustNewConstMetric(descOwnEnd, prometheus.GaugeValue, float64(end.Unix()))
+	}
+	if remote, ok := e.s.ca.(remoteCA); ok {
+		away := 0.0
+		if !remote.Away().IsZero() {
+			away = 1
+		}
+		ch <- prometheus.MustNewConstMetric(descCAAway, prometheus.GaugeValue, away)
+	}
+	ca, ok := e.s.enrolment.issuers()
+	if !ok {
+		return
+	}
+	state := ca.State()
+	for kind, issuers := range map[string][]wire.CAIssuer{"root": state.Roots, "intermediate": state.Intermediates} {
+		for _, i := range issuers {
+			if i.State == wire.IssuerIssuing || i.State == wire.IssuerTrusted {
+				ch <- prometheus.MustNewConstMetric(descCAEnd, prometheus.GaugeValue, float64(i.NotAfter.Unix()), kind, strconv.Itoa(i.N), i.State)
+			}
+		}
+	}
+}

@@ -1,0 +1,136 @@
+package gateway
+
+import (
+	"maps"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"sallyport/gateway/api"
+	"sallyport/gateway/store"
+	"sallyport/internal/wire"
+)
+
+func TestIssuersThatEnd(t *testing.T) {
+	const day = 24 * time.Hour
+	now := time.Now()
+	for _, c := range []struct {
+		kind       string
+		life, left time.Duration
+		want       wire.Severity
+	}{
+		{"intermediate", 3650 * day, 91 * day, wire.SeverityNormal},
+		{"intermediate", 3650 * day, 90 * day, wire.SeverityWarning},
+		{"intermediate", 3650 * day, 30 * day, wire.SeverityMajor},
+		{"intermediate", 3650 * day, 7 * day, wire.SeverityCritical},
+		{"intermediate", 3650 * day, -day, wire.SeverityCritical},
+		{"intermediate", 40 * day, 11 * day, wire.SeverityNormal}, // one that another program replaces every month
+		{"intermediate", 40 * day, 10 * day, wire.SeverityWarning},
+		{"intermediate", 40 * day, 5 * day, wire.SeverityMajor},
+		{"root", 7300 * day, 361 * day, wire.SeverityNormal},
+		{"root", 7300 * day, 360 * day, wire.SeverityWarning},
+		{"root", 7300 * day, 120 * day, wire.SeverityMajor},
+	} {
+		i := wire.CAIssuer{N: 3, NotBefore: now.Add(c.left - c.life), NotAfter: now.Add(c.left)}
+		got := ending(now, c.kind, i, "")
+		if got.severity != c.want || (c.want != wire.SeverityNormal) != strings.Contains(got.fix, "ca rotate "+c.kind) {
+			t.Errorf("%s of %s with %s left: %+v, want %s", c.kind, c.life, c.left, got, c.want)
+		}
+	}
+	if got := ending(now, "root", wire.CAIssuer{N: 1, NotBefore: now.Add(-100 * day), NotAfter: now.Add(day)}, "https://ca.example"); !strings.Contains(got.text, "https://ca.example") || strings.Contains(got.text, "ca rotate") {
+		t.Errorf("of an external CA: %+v", got)
+	}
+	if got := ending(now, "root", wire.CAIssuer{N: 1}, ""); got.severity != wire.SeverityNormal {
+		t.Errorf("of one whose end is not known: %+v", got)
+	}
+}
+
+// awayCA is an authority in another process.
+type awayCA struct {
+	Issuer
+	since time.Time
+}
+
+func (c *awayCA) Away() time.Time { return c.since }
+
+// TestConcernsAboutTheCA: they are told once, over restarts too, again when they
+// become worse, and when they are over.
+func TestConcernsAboutTheCA(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	ca, remote := d.rolls(), &awayCA{}
+	s := &Server{store: d.store, id: d.id, ca: remote, enrolment: d.enrolment}
+	const day = 24 * time.Hour
+	told := map[string]wire.Severity{}
+	expect := func(when, key string, severity wire.Severity, open int, text string) {
+		t.Helper()
+		if err := s.tellConcerns(t.Context(), told); err != nil {
+			t.Fatal(err)
+		}
+		events, err := d.store.Events(t.Context(), store.EventFilter{Key: key, State: api.EventOpen, Limit: 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(events) != open || open > 0 && (events[0].Severity != severity || !strings.Contains(events[0].Text, text) || events[0].Count != 1) {
+			t.Errorf("%s: %+v", when, events)
+		}
+		if c := s.checkAuthority(); c.OK != (open == 0) || !strings.Contains(c.Detail, text) {
+			t.Errorf("%s: the doctor finds %+v", when, c)
+		}
+	}
+	life := func(left time.Duration) {
+		ca.state.Intermediates[0].NotBefore, ca.state.Intermediates[0].NotAfter = time.Now().Add(left-3650*day), time.Now().Add(left)
+	}
+	life(1000 * day)
+	expect("all is well", keyCA+"intermediate", "", 0, "intermediate 1 ends on")
+	life(80 * day)
+	expect("80 days", keyCA+"intermediate", wire.SeverityWarning, 1, "ca rotate intermediate")
+	expect("still", keyCA+"intermediate", wire.SeverityWarning, 1, "ca rotate intermediate")
+	told = map[string]wire.Severity{}
+	expect("after a restart", keyCA+"intermediate", wire.SeverityWarning, 1, "ca rotate intermediate")
+	life(3650 * day)
+	expect("replaced", keyCA+"intermediate", "", 0, "intermediate 1 ends on")
+	remote.since = time.Now().Add(-time.Minute)
+	expect("started again", keyCA+"away", "", 0, "the certificate authority answers")
+	remote.since = time.Now().Add(-time.Hour)
+	expect("away", keyCA+"away", wire.SeverityMajor, 1, "has not answered since")
+	remote.since = time.Time{}
+	expect("back", keyCA+"away", "", 0, "the certificate authority answers")
+}
+
+func TestMetricsOfWhatEnds(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	ca := d.rolls()
+	ca.state.Intermediates[0].NotAfter, ca.state.Roots[0].NotAfter = time.Unix(2e9, 0), time.Unix(3e9, 0)
+	s := &Server{id: d.id, ca: &awayCA{since: time.Now()}, enrolment: d.enrolment}
+	reg := prometheus.NewPedanticRegistry()
+	if err := reg.Register(ends{s}); err != nil {
+		t.Fatal(err)
+	}
+	all, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]float64{}
+	for _, family := range all {
+		for _, m := range family.GetMetric() {
+			name := family.GetName()
+			for _, l := range m.GetLabel() {
+				name += " " + l.GetValue()
+			}
+			got[name] = m.GetGauge().GetValue()
+		}
+	}
+	want := map[string]float64{
+		"sallyport_gateway_ca_away":                                     1,
+		"sallyport_gateway_ca_not_after_seconds intermediate 1 issuing": 2e9,
+		"sallyport_gateway_ca_not_after_seconds root 1 issuing":         3e9,
+		"sallyport_gateway_certificate_not_after_seconds":               float64(s.id.NotAfter().Unix()),
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
