@@ -466,7 +466,7 @@ func TestLock(t *testing.T) {
 	ag := p.node()
 	s := ag.session()
 	var res wire.DesiredResult
-	call(t, s, "PUT", wire.PathDesired, p.desired(ag, p.gateway, nil), &res)
+	call(t, s, "PUT", wire.PathDesired, p.desired(ag, p.gateway, func(d *wire.Desired) { d.Revision.N = 5 }), &res)
 	foreign := func(n int64) wire.Envelope {
 		return p.desired(ag, p.gateway, func(d *wire.Desired) { d.Installation, d.Revision.N, d.Policies = "wiped", n, nil })
 	}
@@ -484,13 +484,26 @@ func TestLock(t *testing.T) {
 	if h.State != wire.StateLocked || h.Installation != installation || h.Outbox.Depth == 0 {
 		t.Errorf("hello of a locked node: %+v", h)
 	}
+	applied := func(when string, want wire.Revision) {
+		t.Helper()
+		eventually(t, when, func() bool {
+			var h wire.Hello
+			call(t, s, "GET", wire.PathHello, nil, &h)
+			return h.Applied == want
+		})
+	}
+	applied("a locked node has what it had", wire.Revision{Generation: 1, N: 5})
 	if err := ag.a.Unlock(t.Context(), ""); err != nil {
 		t.Fatal(err)
 	}
+	// Its revision is no number of the installation that comes: that one counts
+	// from the beginning, and would push nothing to who is ahead of it.
+	applied("an unlocked node has nothing of the next installation", wire.Revision{})
 	call(t, s, "PUT", wire.PathDesired, foreign(1), &res)
 	if res.Refused != "" || content(t, ag.data+".out") != "" {
 		t.Errorf("after unlock: %+v", res)
 	}
+	applied("it has what that one gave it", wire.Revision{Generation: 1, N: 1})
 	// Remotely: a signed unlock that names the node.
 	for _, c := range []struct {
 		u    wire.Unlock

@@ -60,6 +60,7 @@ type desired struct {
 	mu      sync.Mutex
 	doc     *wire.Desired // accepted; nil before the first
 	applied wire.Revision // what the last Apply was for
+	by      string        // installation that counts so
 }
 
 // refusal is why a document is not obeyed.
@@ -98,7 +99,7 @@ func (d *desired) restore(ctx context.Context) {
 	case doc == nil:
 	case d.readonly: // as it was when the host became read-only
 		d.mu.Lock()
-		d.applied = doc.Revision
+		d.applied, d.by = doc.Revision, doc.Installation
 		d.mu.Unlock()
 	default:
 		_, _ = d.apply(ctx, doc) // the error says that we are stopping
@@ -113,15 +114,21 @@ func (d *desired) apply(ctx context.Context, doc *wire.Desired) ([]wire.PolicySt
 		return statuses, fmt.Errorf("desired state %v is accepted and not applied: %w", doc.Revision, errStopped)
 	}
 	d.mu.Lock()
-	d.applied = doc.Revision
+	d.applied, d.by = doc.Revision, doc.Installation
 	d.mu.Unlock()
 	return statuses, nil
 }
 
-// revision is what the hello calls applied.
+// revision is what the hello calls applied. Each installation counts for itself:
+// once the node obeys another one, or the next that comes, what it has of the one
+// before is no number of that, and must not look like one that is ahead of it.
 func (d *desired) revision() wire.Revision {
+	uid, err := d.lock.installation()
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err == nil && uid != d.by {
+		return wire.Revision{}
+	}
 	return d.applied
 }
 
