@@ -72,6 +72,59 @@ func TestAnRCPOffersAnotherSet(t *testing.T) {
 	}
 }
 
+// othersCA is an authority that works for another gateway too, which has a set
+// signed when this one is about to.
+type othersCA struct {
+	*memoryCA
+	other func() // once
+}
+
+func (c *othersCA) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
+	if f := c.other; f != nil {
+		c.other = nil
+		f()
+		return wire.Envelope{}, identity.ErrOlder
+	}
+	return c.memoryCA.SignRevocations(ctx, set)
+}
+
+// TestRevocationsOfAnotherGateway: what one gateway of an authority revoked stays
+// revoked in the set of the next, also when both revoke at once.
+func TestRevocationsOfAnotherGateway(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	keys := [3]wire.KeyHash{}
+	for i := range keys {
+		keys[i] = d.ca.Party(t, wire.RoleNode).KeyHash()
+	}
+	sign := func(number int64, keys ...wire.KeyHash) {
+		t.Helper()
+		set := wire.Revocations{Number: number}
+		for _, k := range keys {
+			set.Revoked = append(set.Revoked, wire.Revocation{Key: k, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()})
+		}
+		if _, err := d.ca.SignRevocations(t.Context(), set); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sign(1, keys[0], keys[1])
+	d.enrolment.ca = &othersCA{memoryCA: d.ca, other: func() { sign(2, keys[:]...) }}
+	victim := d.enrolled(d.join(api.CreateJoin{}), "victim")
+	n, err := d.store.Node(t.Context(), victim.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	number, err := d.revokeNode(t.Context(), n, false)
+	if err != nil || number < 3 {
+		t.Errorf("revoked in set %d, %v", number, err)
+	}
+	for i, k := range append(keys[:], victim.id.KeyHash()) {
+		if !d.id.Revoked(k) {
+			t.Errorf("key %d is good again in set %d", i, number)
+		}
+	}
+}
+
 // TestRestoredGatewayGivesNoKeyBack: a backup knows nothing of a revocation
 // after it, and the restored gateway signs sets of its own before it meets the
 // RCP that does. Both count on from the same number (PK-11, HA-07).

@@ -113,7 +113,7 @@ func (e *enrolment) revocation(ctx context.Context, party wire.Party, name strin
 // publish signs the set of all revoked keys, if it holds one that was not in
 // the last, tells the parties that are ended, and spreads it.
 func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
-	env, roles, err := e.sign(ctx)
+	env, roles, err := e.signWithOthers(ctx)
 	if err != nil {
 		return fmt.Errorf("publish revocations: %w", err)
 	}
@@ -142,6 +142,47 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
 	}
 	return err
+}
+
+// maxSigning is how often a set is made anew because another gateway had one
+// signed in the meantime.
+const maxSigning = 3
+
+// signWithOthers is sign where an authority works for other gateways too: what
+// they have revoked stays revoked in our set.
+func (e *enrolment) signWithOthers(ctx context.Context) (env *wire.Envelope, roles []wire.Role, err error) {
+	for range maxSigning {
+		if err := e.mergeOthers(ctx); err != nil {
+			return nil, nil, err
+		}
+		if env, roles, err = e.sign(ctx); !errors.Is(err, identity.ErrOlder) {
+			break
+		}
+	}
+	return env, roles, err
+}
+
+// mergeOthers merges the last set that the authority signed, if it is none of
+// ours.
+func (e *enrolment) mergeOthers(ctx context.Context) error {
+	env, ok := e.ca.Revocations()
+	if _, own := e.id.Revocations(); !ok || own != nil && bytes.Equal(own.Payload, env.Payload) {
+		return nil
+	}
+	if err := e.id.CheckRevocations(env); err != nil { // what nobody takes is replaced by ours
+		e.log.Warn("the last revocation set of the certificate authority is not taken over", "number", numberOf(env), "error", err)
+		return nil
+	}
+	news, err := e.merge(ctx, env)
+	if err != nil {
+		return err
+	}
+	for _, r := range news {
+		if r.Role == wire.RoleNode || r.Role == wire.RoleRCP {
+			e.changed(ctx, r.Role, r.ID)
+		}
+	}
+	return nil
 }
 
 // sign makes the next set; nil if the last one says it all. roles are those of

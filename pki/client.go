@@ -399,8 +399,17 @@ func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]
 	return a.Chain, err
 }
 
-// SignRevocations is [Authority.SignRevocations].
+// SignRevocations is [Authority.SignRevocations]. A set that another gateway had
+// signed, and that this one had not seen, is above whatever it asks for: its keys
+// have to be in the next one too.
 func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
+	seen, _ := c.Revocations()
+	if err := c.refresh(ctx); err != nil {
+		return wire.Envelope{}, err
+	}
+	if now, _ := c.Revocations(); setNumber(now) > setNumber(seen) {
+		return wire.Envelope{}, fmt.Errorf("sign a revocation set: %w: another gateway had number %d signed meanwhile", identity.ErrOlder, setNumber(now))
+	}
 	env, err := ask[wire.Envelope](ctx, c, pathRevocations, set, maxState)
 	if err != nil {
 		if errors.Is(err, identity.ErrOlder) { // another one signed: the next attempt is above it

@@ -321,6 +321,28 @@ func TestGatewayCodes(t *testing.T) {
 	}
 }
 
+// A gateway that has not seen what another one revoked has nothing signed, also
+// under a number that is free: its set would lack that.
+func TestGatewaysRevokeInTurn(t *testing.T) {
+	ca := serve(t, t.TempDir(), "127.0.0.1:0")
+	file, _ := ca.code(time.Hour)
+	first := newGateway(t, ca.addr).enrolled(t, file)
+	file, _ = ca.code(time.Hour)
+	second := newGateway(t, ca.addr).enrolled(t, file)
+	if _, err := first.SignRevocations(t.Context(), wire.Revocations{Number: 1}); err != nil {
+		t.Fatal(err)
+	}
+	if env, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 7}); !errors.Is(err, identity.ErrOlder) {
+		t.Errorf("signed: %s, %v", env.Payload, err)
+	}
+	if _, ok := second.Revocations(); !ok {
+		t.Error("it has not seen the set of the other one")
+	}
+	if _, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 8}); err != nil {
+		t.Error(err)
+	}
+}
+
 // A gateway that was away for longer than its key alone brings it back needs a
 // new code, and that is all that it needs.
 func TestGatewayAwayForLong(t *testing.T) {
