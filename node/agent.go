@@ -112,6 +112,9 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	}
 	g.Go(func() error { return a.lookForGateways(ctx, g) })
 	a.log.Info("node starts", "version", a.cfg.Version, "instances", len(a.all()))
+	if len(a.all()) == 0 {
+		a.log.Warn("there is no gateway to work for", "reason", a.noGateway())
+	}
 	err = g.Wait()
 	if ctx.Err() != nil && (err == nil || errors.Is(err, context.Canceled)) {
 		a.log.Info("node stopped")
@@ -330,7 +333,7 @@ func (a *Agent) Addrs(ctx context.Context) (channels, adminAddr net.Addr, err er
 func (a *Agent) Ready() error {
 	all := a.all()
 	if len(all) == 0 {
-		return errNoGateway
+		return a.noGateway()
 	}
 	var errs []error
 	for _, in := range all {
@@ -345,7 +348,14 @@ func (a *Agent) Ready() error {
 	return errors.Join(errs...)
 }
 
-var errNoGateway = errors.New("not enrolled: set SALLYPORT_NODE_JOIN to a join code or its file (the gateway prints one: `sallyport join create`)")
+// noGateway says why there is no instance.
+func (a *Agent) noGateway() error {
+	const made = "(the gateway prints one: `sallyport join create`)"
+	if why := a.join.Absent(); why != "" {
+		return fmt.Errorf("not enrolled: %s; put a join code where SALLYPORT_NODE_JOIN points %s", why, made)
+	}
+	return errors.New("not enrolled: set SALLYPORT_NODE_JOIN to a join code or its file " + made)
+}
 
 // carriers is what a listening node answers; nil: all.
 func carriers(c config.Carrier) []string {

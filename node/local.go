@@ -17,7 +17,7 @@ import (
 // members are that instance's.
 func (a *Agent) Status(context.Context) local.Status {
 	s := local.Status{
-		Role: wire.RoleNode, Name: string(a.cfg.Name), State: string(wire.StatePending), Reason: errNoGateway.Error(),
+		Role: wire.RoleNode, Name: string(a.cfg.Name), State: string(wire.StatePending), Reason: a.noGateway().Error(),
 		Upstreams: []wire.UpstreamStatus{}, Instances: []local.Instance{}, Version: a.cfg.Version, Started: a.started, Boot: a.boot,
 	}
 	if a.addr != nil {
@@ -106,7 +106,7 @@ func (a *Agent) pick(td string) ([]*instance, error) {
 		names = append(names, in.td)
 	}
 	if len(all) == 0 {
-		return nil, &local.Error{Code: local.CodeUnavailable, Message: errNoGateway.Error()}
+		return nil, &local.Error{Code: local.CodeUnavailable, Message: a.noGateway().Error()}
 	}
 	return nil, &local.Error{Code: local.CodeNotFound, Message: fmt.Sprintf("no instance %q; there are %s", wire.Quotable(td), strings.Join(names, ", "))}
 }
@@ -163,7 +163,7 @@ func (a *Agent) Join(_ context.Context, code string) error {
 func (a *Agent) Doctor(context.Context) []local.Check {
 	all := a.all()
 	if len(all) == 0 {
-		return []local.Check{{Check: "identity", Detail: errNoGateway.Error(), Fix: "set SALLYPORT_NODE_JOIN, or run `sallyport local join CODE-FILE`"}}
+		return []local.Check{{Check: "identity", Detail: a.noGateway().Error(), Fix: "put a join code where SALLYPORT_NODE_JOIN points, or run `sallyport local join CODE-FILE`: no restart is needed"}}
 	}
 	var checks []local.Check
 	for _, in := range all {
@@ -186,7 +186,10 @@ func (in *instance) doctor() []local.Check {
 func (in *instance) checkIdentity() local.Check {
 	c := local.Check{Check: "identity", OK: true, Detail: fmt.Sprintf("node %s of %s, key %s", in.id.ID(), in.td, in.id.Fingerprint())}
 	if err := in.applicant.Ready(); err != nil {
-		c.OK, c.Detail = false, fmt.Sprintf("%v; key %s", err, in.id.Fingerprint())
+		c.OK, c.Detail = false, err.Error()
+		if key := in.id.Fingerprint(); !strings.Contains(c.Detail, key) { // one that waits says it itself
+			c.Detail += "; key " + key
+		}
 		c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `sallyport join create` is taken without a restart"
 	}
 	return c

@@ -238,6 +238,9 @@ func (a *Applicant) refresh() error {
 		}
 	}
 	a.settle()
+	if first && a.status.State == StateNoCode {
+		a.cfg.Log.Warn("no gateway can be asked for a certificate", "reason", a.status.Reason)
+	}
 	return nil
 }
 
@@ -350,7 +353,7 @@ func (a *Applicant) settle() {
 	case enrolled:
 		a.set(Status{State: StateEnrolled, Reason: a.refused})
 	case pinned == "":
-		a.set(Status{State: StateNoCode, Reason: "not enrolled: set SALLYPORT_" + roleVar(a.id.Role()) + "_JOIN to a join code or its file (the gateway prints one: " + joinVerb(a.id.Role()) + ")"})
+		a.set(Status{State: StateNoCode, Reason: a.noCode()})
 	case !a.denied[a.codeID].IsZero():
 		if a.status.State != StateDenied {
 			a.set(Status{State: StateDenied, Reason: "refused", Retry: a.denied[a.codeID].Add(retryAfter)})
@@ -358,6 +361,14 @@ func (a *Applicant) settle() {
 	case a.status.State != StateWaiting:
 		a.set(Status{State: StateWaiting, Reason: a.waiting()})
 	}
+}
+
+func (a *Applicant) noCode() string {
+	variable, made := "SALLYPORT_"+roleVar(a.id.Role())+"_JOIN", " (the gateway prints one: "+joinVerb(a.id.Role())+")"
+	if why := a.cfg.Join.Absent(); why != "" {
+		return "not enrolled: " + why + "; put a join code where " + variable + " points" + made
+	}
+	return "not enrolled: set " + variable + " to a join code or its file" + made
 }
 
 func (a *Applicant) waiting() string { return "waiting for a gateway; key " + a.id.Fingerprint() }

@@ -602,6 +602,16 @@ func TestBadCodes(t *testing.T) {
 		if err := p.stop(); err != nil {
 			t.Error(err)
 		}
+		// A place that is named and holds nothing is named as such.
+		for place, want := range map[string]string{filepath.Join(t.TempDir(), "none"): "does not exist", t.TempDir(): "no join code in the directory"} {
+			p = start(t, fresh(t), place)
+			if s := p.Status(); s.State != enroll.StateNoCode || !strings.Contains(s.Reason, place) || !strings.Contains(s.Reason, want) {
+				t.Errorf("%s: %+v", want, s)
+			}
+			if err := p.stop(); err != nil {
+				t.Error(err)
+			}
+		}
 		// Another instance's code is none of this one's business.
 		put(t, file, code(t, ca, "t1"))
 		p = start(t, fresh(t), file, func(c *enroll.Config) { c.TrustDomain = "other.sallyport" })

@@ -76,6 +76,25 @@ func (s *JoinSource) String() string {
 	return s.value
 }
 
+// Absent says why the place that was configured holds no code now; empty if
+// none was configured, or it holds one.
+func (s *JoinSource) Absent() string {
+	if s == nil || s.value == "" {
+		return ""
+	}
+	if joins, err := s.configured(); err != nil || len(joins) > 0 {
+		return ""
+	}
+	st, err := os.Stat(s.value)
+	switch {
+	case err != nil:
+		return s.value + " does not exist"
+	case st.IsDir():
+		return "there is no join code in the directory " + s.value
+	}
+	return s.value + " is empty"
+}
+
 // Codes reads what is there now. A missing file or directory, or an empty
 // file, gives no codes and no error: an enrolled party does not need it any more. A malformed code
 // is an error that wraps wire.ErrJoinCode; the good ones are returned with it.
