@@ -76,7 +76,10 @@ func (r *Relay) Doctor(context.Context) []local.Check {
 func (r *Relay) checkIdentity() local.Check {
 	c := local.Check{Check: "identity", OK: true, Detail: fmt.Sprintf("rcp %s of %s, key %s", r.id.ID(), r.id.TrustDomain(), r.id.Fingerprint())}
 	if err := r.applicant.Ready(); err != nil {
-		c.OK, c.Detail = false, fmt.Sprintf("%v; key %s", err, r.id.Fingerprint())
+		c.OK, c.Detail = false, err.Error()
+		if key := r.id.Fingerprint(); !strings.Contains(c.Detail, key) { // one that waits says it itself
+			c.Detail += "; key " + key
+		}
 		c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `sallyport rcp join` is taken without a restart"
 	}
 	return c

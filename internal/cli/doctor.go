@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -48,7 +49,11 @@ func (l *localRole) examine(ctx context.Context) ([]local.Check, error) {
 	}
 	var here []wire.Role
 	for _, r := range roles {
-		if _, err := os.Stat(c.Dir(string(r))); err == nil || len(roles) == 1 {
+		_, err := os.Stat(c.Dir(string(r)))
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, Fail(ExitFailed, "%w: run as the user that owns %s, or as root", err, c.Data)
+		}
+		if err == nil || len(roles) == 1 {
 			here = append(here, r)
 		}
 	}
@@ -97,6 +102,9 @@ func (l *localRole) examineRole(ctx context.Context, c config.Common, role wire.
 func (l *localRole) files(c config.Common, role wire.Role, running bool) (checks []local.Check) {
 	dirs := map[string]string{"": filepath.Join(c.Dir(string(role)), "identity")}
 	if role == wire.RoleNode {
+		if _, err := os.ReadDir(c.Dir(string(role))); errors.Is(err, fs.ErrPermission) && !running { // a pattern finds nothing then
+			return []local.Check{{Check: "identity", Detail: err.Error(), Fix: "run as the user that owns " + c.Dir(string(role)) + ", or as root"}}
+		}
 		found, err := filepath.Glob(filepath.Join(c.Dir(string(role)), "*", "identity"))
 		if err != nil || len(found) == 0 {
 			return nil // it has met no gateway

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
@@ -59,7 +60,11 @@ func (l *localRole) clients() ([]*local.Client, error) {
 	var found []*local.Client
 	for _, r := range roles {
 		path := local.SocketPath(c.Data, r)
-		if _, err := os.Stat(path); err == nil || len(roles) == 1 {
+		_, err := os.Stat(path)
+		if errors.Is(err, fs.ErrPermission) {
+			return nil, Fail(ExitFailed, "%w: let this user pass through %s, or run as root", err, c.Data)
+		}
+		if err == nil || len(roles) == 1 {
 			found = append(found, local.NewClient(path))
 		}
 	}

@@ -41,6 +41,11 @@ const (
 	fixRoute     = "there is no route to it: see the routes of this host, or set HTTPS_PROXY if the way out is a proxy"
 	fixAuthority = "one side does not know the other's CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
 	fixRefusedUs = "something answers there, and does not accept this certificate: if `sallyport revocation list` on the gateway has its key, a new join code enrols this host again; else compare the clocks, and see whether it is the right address"
+	fixService   = "something answers there that takes no channel of ours: see whether it is the right port (an RCP listens on 9090 by default, a gateway's API on 8443), and whether its *_LISTEN admits this side (@upstream, @downstream)"
+	fixProxy     = "the proxy itself is not reached: correct HTTPS_PROXY, or name this address in NO_PROXY if no proxy leads there"
+	fixProxyNo   = "the proxy answers, and does not let us through: see whether it allows CONNECT to that address and port and reaches it; or name the address in NO_PROXY if no proxy leads there"
+	fixProxyUser = "put the user and the password that the proxy wants into HTTPS_PROXY (http://user:password@host:port)"
+	fixProxyQUIC = "QUIC does not pass HTTP proxies: set the carrier to auto or h2 (SALLYPORT_NODE_CARRIER, SALLYPORT_RCP_CARRIER, SALLYPORT_GATEWAY_CARRIER), or name the address in NO_PROXY if no proxy leads there"
 	fixClock     = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
 )
 
@@ -84,6 +89,13 @@ func Identity(dir string, role wire.Role, now time.Time) []local.Check {
 			p.bad("identity", err.Error(), "run as the user that owns "+dir+", or as root")
 		}
 		return p.checks
+	}
+	if _, err := os.Stat(filepath.Join(dir, "chain.pem")); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(filepath.Join(dir, "key.pem")); errors.Is(err, fs.ErrNotExist) {
+			p.bad("identity", "there is neither a key nor a certificate in "+dir+": this "+string(role)+" has not come so far, or all of it was lost",
+				"start it: it makes a key, and its log says what stands in the way; where it was enrolled before, "+p.enrol())
+			return p.checks
+		}
 	}
 	p.key()
 	p.certificates()
@@ -365,6 +377,13 @@ func Upstream(text string) string {
 		}
 	}
 	for _, f := range []struct{ says, fix string }{
+		{"h3 is demanded, and an HTTP proxy", fixProxyQUIC}, // these first: what follows "HTTP proxy" is of the proxy
+		{"it wants authentication", fixProxyUser},
+		{": it answered ", fixProxyNo},
+		{": HTTP proxy ", fixProxy},
+		{"no application protocol", fixService},
+		{"first record does not look like a TLS handshake", fixService},
+		{"handshake: EOF", fixService},
 		{"x509: certificate is valid for ", fixForeign}, // the names are those of a trust domain
 		{syscall.ECONNREFUSED.Error(), fixRefused},
 		{"no such host", fixName},

@@ -81,9 +81,12 @@ func TestClassicBreakages(t *testing.T) {
 		check  string        // that fails; empty: none
 		says   string
 	}{
-		"healthy":             {damage: func(*testing.T, string) {}},
-		"no directory":        {damage: func(t *testing.T, dir string) { _ = os.RemoveAll(dir) }, check: "identity", says: "never started"},
-		"missing key":         {damage: func(t *testing.T, dir string) { remove(t, dir, "key.pem") }, check: "key", says: "no key.pem"},
+		"healthy":      {damage: func(*testing.T, string) {}},
+		"no directory": {damage: func(t *testing.T, dir string) { _ = os.RemoveAll(dir) }, check: "identity", says: "never started"},
+		"missing key":  {damage: func(t *testing.T, dir string) { remove(t, dir, "key.pem") }, check: "key", says: "no key.pem"},
+		"an empty directory": {damage: func(t *testing.T, dir string) {
+			_, _ = os.RemoveAll(dir), os.Mkdir(dir, 0o700)
+		}, check: "identity", says: "neither a key nor a certificate"},
 		"corrupt key":         {damage: func(t *testing.T, dir string) { write(t, dir, "key.pem", "x") }, check: "key", says: "corrupt"},
 		"open key":            {damage: func(t *testing.T, dir string) { _ = os.Chmod(filepath.Join(dir, "key.pem"), 0o644) }, check: "key", says: "read by others"},
 		"missing certificate": {damage: func(t *testing.T, dir string) { remove(t, dir, "chain.pem") }, check: "certificate", says: "none yet"},
@@ -303,6 +306,13 @@ func TestUpstream(t *testing.T) {
 		"remote error: tls: unknown certificate authority":  "right gateway",
 		"x509: certificate signed by unknown authority":     "right gateway",
 		identity.ErrExpired.Error():                         "clocks",
+		"dial 192.0.2.1:9090: HTTP proxy http://192.0.2.2:3128: dial tcp 192.0.2.2:3128: connect: connection refused":           "the proxy itself",
+		"dial 192.0.2.1:9090: HTTP proxy http://p.invalid:3128: dial tcp: lookup p.invalid on 192.0.2.53:53: no such host":      "the proxy itself",
+		"dial 192.0.2.1:9090: HTTP proxy http://192.0.2.2:3128: it wants authentication: put user":                              "the user and the password",
+		"dial 192.0.2.1:9090: HTTP proxy http://192.0.2.2:3128: it answered \"502 Bad Gateway\"":                                "CONNECT to that address",
+		"dial 192.0.2.1:9090: no such carrier: h3 is demanded, and an HTTP proxy (HTTPS_PROXY) stands in the way":               "CARRIER",
+		"dial 192.0.2.1:8443: the other side refuses us (its log says why): remote error: tls: no application protocol\nQUIC h": "right port",
+		"dial 192.0.2.1:22: handshake: EOF\nQUIC handshake: timeout: no recent network activity":                                "right port",
 		"dial tcp 192.0.2.1:9090: i/o timeout":              "firewall",
 		"dial tcp 127.0.0.1:1: connect: connection refused": "nothing listens",
 		"lookup rcp.invalid on 192.0.2.53:53: no such host": "not known here",

@@ -23,6 +23,9 @@ import (
 // says nothing: the authority may be elsewhere.
 func Authority(pki, dir string, now time.Time) []local.Check {
 	const fix = "restore it from a backup (`sallyport restore FILE`): without it every party has to enrol again"
+	if _, err := os.ReadDir(pki); errors.Is(err, fs.ErrPermission) { // of a pattern nothing is said then
+		return []local.Check{{Check: "authority", Detail: err.Error(), Fix: "run as the user that owns " + pki + ", or as root"}}
+	}
 	names, err := filepath.Glob(filepath.Join(pki, "*.pem"))
 	if err != nil {
 		return nil

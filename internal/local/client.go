@@ -102,6 +102,8 @@ func (c *Client) do(ctx context.Context, method, path string, in, out any) error
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%s: %w: start it, or set SALLYPORT_DATA to its directory", c.socket, ErrNotRunning)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s: %w: this user may not pass through its directory; run as the user that owns it, or as root", c.socket, fs.ErrPermission)
 	case err != nil:
 		if ue := (*url.Error)(nil); errors.As(err, &ue) {
 			err = ue.Err // the URL is made up, and says nothing to the reader
