@@ -214,6 +214,7 @@ func TestState(t *testing.T) {
 	for role, files := range keptBy {
 		dir := t.TempDir()
 		for _, k := range files {
+			k.name = strings.ReplaceAll(k.name, "*", string(wire.NewID()))
 			if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, k.name)), 0o700); err != nil {
 				t.Fatal(err)
 			}

@@ -20,7 +20,8 @@ import (
 const sqliteHeader = 100
 
 // kept is a file that a role keeps beside its identity and does not start
-// without reading, and what to do when it is corrupt.
+// without reading, or a pattern of such files, and what to do when it is
+// corrupt.
 type kept struct{ name, fix string }
 
 var keptBy = map[wire.Role][]kept{
@@ -29,6 +30,8 @@ var keptBy = map[wire.Role][]kept{
 		{"desired.json", "delete it: the gateway brings it again, and what was applied stays"},
 		{"state.json", "delete it: what it says is found out again"},
 		{"rcps.json", "delete it: the addresses of the join code hold until the gateway sends its list again"},
+		{"actions/*/action.json", "delete it: if the action has not ended, its result stays unknown"},
+		{"actions/*/result.json", "delete it: if the gateway has not had it yet, the result stays unknown"},
 		{"policies/applied.json", "delete it: policies are applied again, but what they replaced before is not put back when they go"},
 	},
 }
@@ -37,9 +40,15 @@ var keptBy = map[wire.Role][]kept{
 // corrupt is a finding: a file that is missing was perhaps never written.
 func State(dir string, role wire.Role) (checks []local.Check) {
 	for _, k := range keptBy[role] {
-		b, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(k.name)))
-		if err == nil && !json.Valid(b) {
-			checks = append(checks, local.Check{Check: "state", Detail: k.name + " in " + dir + " is corrupt", Fix: "stop the " + string(role) + " and " + k.fix})
+		names, err := fs.Glob(os.DirFS(dir), k.name)
+		if err != nil {
+			continue
+		}
+		for _, name := range names {
+			b, err := os.ReadFile(filepath.Join(dir, filepath.FromSlash(name)))
+			if err == nil && !json.Valid(b) {
+				checks = append(checks, local.Check{Check: "state", Detail: name + " in " + dir + " is corrupt", Fix: "stop the " + string(role) + " and " + k.fix})
+			}
 		}
 	}
 	return checks
