@@ -83,6 +83,12 @@ func (s *Server) checkRCPs(ctx context.Context) []local.Check {
 		case r.Via != "":
 			c.Detail = "not connected, and it stands behind " + r.Via
 			c.Fix = "see " + r.Via + " first; on the host of each `sallyport local doctor`"
+		case r.PartyID == "" && s.links.lastError(r) == "":
+			c.Detail = "waiting for it to enrol"
+			c.Fix = fmt.Sprintf("start it with its join code: `sallyport rcp join %s` prints a new one", r.Name)
+			if r.Address == "" {
+				c.Fix += "; SALLYPORT_RCP_UPSTREAMS there names the address of SALLYPORT_GATEWAY_CHANNEL_LISTEN here"
+			}
 		default:
 			cause := s.links.lastError(r)
 			c.Detail = strings.TrimSuffix("not connected: "+cause, ": ")

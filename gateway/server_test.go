@@ -351,6 +351,25 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 	}
 }
 
+// An RCP that never came and that nobody dials is not looked for at a firewall.
+func TestDoctorOfAnRCPThatNeverCame(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddRCP(ctx, &store.RCP{Name: "later", Source: store.RCPAdded, State: api.RCPPending, StateReason: "waiting for it to enrol"})
+	})
+	for _, c := range w.s.Doctor(t.Context()) {
+		if c.Check == "rcp later" {
+			if c.OK || c.Detail != "waiting for it to enrol" || !strings.Contains(c.Fix, "sallyport rcp join later") || strings.Contains(c.Fix, "firewall") {
+				t.Errorf("%+v", c)
+			}
+			return
+		}
+	}
+	t.Error("the doctor does not know it")
+}
+
 func TestTraceOfALiveAndOfADeadNode(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

@@ -281,7 +281,7 @@ func (in *instance) state() (wire.NodeState, string) {
 		if in.id.Revoked(in.id.KeyHash()) {
 			return wire.StateRevoked, in.applicant.Status().Reason
 		}
-		return wire.StatePending, in.applicant.Status().Reason
+		return wire.StatePending, in.applicant.Status().Why()
 	}
 	if why := in.lock.locked(); why != "" {
 		return wire.StateLocked, why

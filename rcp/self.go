@@ -72,7 +72,7 @@ func (r *Relay) state() (wire.NodeState, string) {
 		if r.id.Revoked(r.id.KeyHash()) {
 			return wire.StateRevoked, r.applicant.Status().Reason
 		}
-		return wire.StatePending, r.applicant.Status().Reason
+		return wire.StatePending, r.applicant.Status().Why()
 	}
 	if d := r.draining.Load(); d != nil {
 		return wire.StateDraining, d.Reason

@@ -141,7 +141,7 @@ func (a *app) noteCAChange(ch api.CAChange) {
 			a.out.Note("  and %d more join codes (-o json names them all)", len(ch.Joins)-maxLeft)
 			break
 		}
-		a.out.Note("  join code %s (%s %s), until %s, pins root %s", j.ID, j.Role, j.Name, cli.Time(j.Expires), j.Root)
+		a.out.Note("  join code %s (%s), until %s, pins root %s", j.ID, strings.TrimSpace(string(j.Role)+" "+j.Name), cli.Time(j.Expires), j.Root)
 	}
 }
 

@@ -62,6 +62,15 @@ type Status struct {
 	Source string    `json:"source,omitempty"`
 }
 
+// Why is the reason for one who is shown no state of an enrolment beside it: a
+// refusal in an operator's own words need not say that it is one.
+func (s Status) Why() string {
+	if s.State == StateDenied {
+		return string(s.State) + ": " + s.Reason
+	}
+	return s.Reason
+}
+
 // Config is what an Applicant needs; everything but Identity and Log may be
 // left empty.
 type Config struct {

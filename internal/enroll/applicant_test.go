@@ -250,7 +250,7 @@ func TestRefusalWaitsAMinuteOrForAnotherCode(t *testing.T) {
 		decided := p.Decided()
 		p.put(t, denied)
 		<-decided
-		if s := p.Status(); s.State != enroll.StateDenied || s.Code != wire.EnrollTokenUsed || !strings.Contains(p.Ready().Error(), "used up") {
+		if s := p.Status(); s.State != enroll.StateDenied || s.Code != wire.EnrollTokenUsed || s.Why() != "denied: used up" || !strings.Contains(p.Ready().Error(), "used up") {
 			t.Errorf("status %+v, ready %v", s, p.Ready())
 		}
 		if _, c := p.get(t); c != http.StatusServiceUnavailable {
