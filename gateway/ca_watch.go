@@ -33,9 +33,14 @@ type concern struct {
 	fix      string // for the doctor
 }
 
-// remoteCA is an authority in another process. Away is since when it does not
-// answer; zero while it does.
-type remoteCA interface{ Away() time.Time }
+// remoteCA is an authority in another process.
+type remoteCA interface {
+	Away() time.Time                 // since when it does not answer; zero while it does
+	Reach(ctx context.Context) error // asks it now
+}
+
+// askTime bounds how long the doctor waits for it.
+const askTime = 10 * time.Second
 
 const keyCA = "certificate-authority/"
 
@@ -146,8 +151,16 @@ func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity
 }
 
 // checkAuthority is what the doctor finds.
-func (s *Server) checkAuthority() local.Check {
+func (s *Server) checkAuthority(ctx context.Context) local.Check {
 	c := local.Check{Check: "authority", OK: true}
+	if remote, ok := s.ca.(remoteCA); ok {
+		ctx, cancel := context.WithTimeout(ctx, askTime)
+		defer cancel()
+		if err := remote.Reach(ctx); err != nil {
+			return local.Check{Check: "authority", Detail: err.Error() + ": nothing is issued, renewed or revoked",
+				Fix: "see whether `sallyport run pki` runs there, what its log says, and whether SALLYPORT_GATEWAY_PKI names it; what is enrolled works on meanwhile"}
+		}
+	}
 	for _, one := range s.concerns(time.Now()) {
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}

@@ -40,7 +40,7 @@ func (s *Server) Status(context.Context) local.Status {
 
 // Doctor is what the gateway finds out about itself without asking anybody.
 func (s *Server) Doctor(ctx context.Context) []local.Check {
-	checks := []local.Check{s.checkOwnCertificate(), s.checkAuthority(), s.checkDatabase(ctx)}
+	checks := []local.Check{s.checkOwnCertificate(), s.checkAuthority(ctx), s.checkDatabase(ctx)}
 	return append(checks, s.checkRCPs(ctx)...)
 }
 

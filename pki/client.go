@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -263,6 +264,9 @@ func ask[Out any](ctx context.Context, c *Client, path string, in any, limit int
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
+		if ue := (*url.Error)(nil); errors.As(err, &ue) { // the URL is made up: it says nothing of where the authority is
+			ue.Op, ue.URL = "ask the certificate authority at", c.cfg.Addr
+		}
 		return out, err
 	}
 	defer func() { _ = resp.Body.Close() }()
@@ -295,6 +299,9 @@ func (c *Client) refresh(ctx context.Context) error {
 	}
 	return c.hold(s)
 }
+
+// Reach asks the authority, and returns why it does not answer.
+func (c *Client) Reach(ctx context.Context) error { return c.refresh(ctx) }
 
 // hold takes a state over, in memory and on disk. A revocation set below the
 // one that is held is not taken over.
@@ -356,7 +363,7 @@ func (c *Client) Run(ctx context.Context) error {
 		switch was := !c.Away().IsZero(); {
 		case err != nil && !was:
 			c.setAway(true)
-			c.cfg.Log.ErrorContext(ctx, "the certificate authority does not answer: nothing is issued, renewed or revoked until it does", "error", err)
+			c.cfg.Log.ErrorContext(ctx, "without the certificate authority nothing is issued, renewed or revoked", "error", err)
 		case err == nil && was:
 			c.setAway(false)
 			c.cfg.Log.InfoContext(ctx, "the certificate authority answers again")

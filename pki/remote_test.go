@@ -228,6 +228,9 @@ func TestRemoteAway(t *testing.T) {
 	if _, err := c.Issue(t.Context(), wire.IssueRequest{}); err == nil {
 		t.Error("something was issued by nobody")
 	}
+	if err := c.Reach(t.Context()); err == nil || !strings.Contains(err.Error(), `authority at "`+addr+`": `) || strings.Contains(err.Error(), "https://") {
+		t.Errorf("nobody answers, and it says: %v", err)
+	}
 	fresh := newGateway(t, addr)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
