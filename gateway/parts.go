@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -83,8 +84,32 @@ func (s *Server) drain(ctx context.Context, party wire.Party, d *wire.Drain) err
 	})
 	if err == nil {
 		s.fleet.ask(wantHello, party.ID)
+		s.seenDraining(ctx, party.ID, d != nil)
 	}
 	return err
+}
+
+// drainSeen is how long one who asked for a drain, or for its end, waits for the
+// state that the party itself then tells.
+const drainSeen = 2 * time.Second
+
+// seenDraining returns when the fleet knows what the party was told just now: the
+// answer to the operator shows it.
+func (s *Server) seenDraining(ctx context.Context, id wire.ID, on bool) {
+	ctx, cancel := context.WithTimeout(ctx, drainSeen)
+	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if p := s.fleet.Presence(id); !p.Connected || (p.State == wire.StateDraining) == on {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // retryRCP dials an RCP that is not connected, now.

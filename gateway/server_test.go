@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -348,6 +349,35 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 	}
 	if v := view(); !strings.Contains(v.LastError, "127.0.0.1:1") || v.StateReason != "waiting for it to enrol" {
 		t.Errorf("after the records were read anew: %+v", v)
+	}
+}
+
+// Who drains a party is shown that it drains, and not how it was before.
+func TestDrainIsShownAtOnce(t *testing.T) {
+	t.Parallel()
+	w, _, n := running(t)
+	n.mux.HandleFunc(wire.PathDrain, func(_ http.ResponseWriter, req *http.Request) {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		n.hello.State = wire.StateRunning
+		if req.Method == http.MethodPost {
+			n.hello.State = wire.StateDraining
+		}
+	})
+	row, err := w.s.store.Node(t.Context(), n.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		drain *wire.Drain
+		want  wire.NodeState
+	}{{&wire.Drain{}, wire.StateDraining}, {nil, wire.StateRunning}} {
+		if err := w.s.drainNode(t.Context(), row, c.drain); err != nil {
+			t.Fatal(err)
+		}
+		if got := w.s.fleet.Presence(row.ID).State; got != c.want {
+			t.Errorf("%s: it is shown as %s", drainVerb(c.drain), got)
+		}
 	}
 }
 
