@@ -183,6 +183,9 @@ func checkAddr(s string, listen bool) error {
 	}
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
+		if strings.Count(s, ":") > 1 {
+			want += ", and an IPv6 address in brackets: [2001:db8::1]:9090"
+		}
 		return fmt.Errorf("%s is not an address; %s", quote(s), want)
 	}
 	n, err := strconv.ParseUint(port, 10, 16)

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"cmp"
 	"encoding"
 	"fmt"
 	"reflect"
@@ -70,6 +71,9 @@ func settingsOf(v validator, set map[string]string) []Setting {
 		s := Setting{Variable: f.Name, Value: show(ref.FieldByName(f.goName)), Source: "default", Doc: f.Doc}
 		if value, ok := set[f.Name]; ok && (value != "" || isList(f.typ)) {
 			s.Source = "environment"
+		}
+		if f.typ == reflect.TypeFor[Duration]() { // as it was written: 90d, and not 12w6d
+			s.Value = cmp.Or(set[f.Name], f.Default)
 		}
 		out = append(out, s)
 	}

@@ -154,6 +154,7 @@ func TestRefusals(t *testing.T) {
 		{node, "SALLYPORT_NODE_NAME=Web 1", "is not a name"},
 		{node, "SALLYPORT_NODE_UPSTREAMS=host", "want host:port"},
 		{node, "SALLYPORT_NODE_UPSTREAMS=host:0", "no usable port"},
+		{node, "SALLYPORT_NODE_UPSTREAMS=2001:db8::1:9090", "in brackets: [2001:db8::1]:9090"},
 		{node, "SALLYPORT_NODE_UPSTREAMS=host:1,dmz", "is not a UUID"},
 		{node, "SALLYPORT_NODE_UPSTREAMS=0b6a6c52-6a0e-4f3c-9a8e-0f2a4f1d7c11", "UUID without an address"},
 		{node, "SALLYPORT_NODE_ALLOW_COMMANDS=[", "is not a pattern"},

@@ -111,7 +111,7 @@ func domainOf(dir string, root *x509.Certificate, trustDomain string) (string, e
 		}
 		return trustDomain, nil
 	case root == nil:
-		return "", errors.New("there is no authority here yet: say which root will sign it, or name its trust domain")
+		return "", errors.New("there is no authority here yet: say which root will sign it (--root), or name its trust domain (--trust-domain)")
 	}
 	return wire.DefaultTrustDomain(root), nil
 }

@@ -40,7 +40,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 		}
 		return cli.RunRoles(ctx, role)
 	})
-	out.AddFlag(root.PersistentFlags())
+	out.AddFlag(root)
 	root.AddCommand(
 		cli.LocalCommand(out, streams, wire.RoleRCP),
 		cli.ConfigCommand(out, streams, string(wire.RoleRCP)),

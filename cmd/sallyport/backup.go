@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -56,6 +58,9 @@ func (a *app) backupCommand() *cobra.Command {
 				return err
 			}
 			m, err := backup.Create(onThisHost(cmd.Context()), gatewayPlace(c), args[0], cli.BuildVersion(), passphrase)
+			if taken := (*fs.PathError)(nil); errors.As(err, &taken) && taken.Path == args[0] && errors.Is(err, fs.ErrExist) {
+				return cli.Fail(cli.ExitRefused, "%s is there already: name a new file", args[0])
+			}
 			if err != nil {
 				return err
 			}
@@ -118,6 +123,9 @@ func (a *app) sayRestored(c config.Gateway, r backup.Restored) error {
 	}
 	if r.Previous != "" {
 		a.out.Say("The database before is kept as %s.", r.Previous)
+		if r.Authority || r.Identity {
+			a.out.Say("So are the CA and the identity before, in directories %s: remove them when all is well, they hold keys.", strings.TrimPrefix(r.Previous, r.Database+"."))
+		}
 	}
 	return nil
 }

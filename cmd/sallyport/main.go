@@ -25,7 +25,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 			"Try `sallyport demo`: a gateway, an RCP and three nodes on this machine.\n"+
 			"`sallyport run gateway`, `run rcp` and `run node` start the roles; `sallyport config check` says\n"+
 			"what the environment makes of them. Everything else asks a running gateway.", streams)
-	a.out.AddFlag(root.PersistentFlags())
+	a.out.AddFlag(root)
 	root.AddCommand(
 		a.runCommand(), a.demoCommand(), a.simCommand(), a.backupCommand(), a.restoreCommand(),
 		a.applyCommand(), a.rcpCommand(), a.joinCommand(), a.requestCommand(), a.ruleCommand(), a.certificateCommand(), a.nodeCommand(), a.policyCommand(),

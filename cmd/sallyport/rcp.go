@@ -80,6 +80,7 @@ func (a *app) rcpAddCommand() *cobra.Command {
 	f := cmd.Flags()
 	f.StringArrayVar(&in.Public, "public", nil, "address by which nodes reach it; HOST:PORT without it")
 	f.StringVar(&in.Via, "via", "", "name of the RCP behind which it stands")
+	_ = cmd.RegisterFlagCompletionFunc("via", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))
 	ttl.Duration = defaultJoinTTL
 	f.Var(&ttl, "ttl", "life of the join code")
 	return cmd
@@ -208,6 +209,7 @@ func (a *app) rcpSetCommand() *cobra.Command {
 	f.StringVar(&address, "address", "", "that the gateway dials; empty: it dials the gateway")
 	f.StringArrayVar(&public, "public", nil, "address by which nodes reach it")
 	f.StringVar(&via, "via", "", "name of the RCP behind which it stands; empty: none")
+	_ = cmd.RegisterFlagCompletionFunc("via", a.completeNames(0, namesOf((*api.Client).RCPs, func(r api.RCP) string { return r.Name })))
 	return cmd
 }
 

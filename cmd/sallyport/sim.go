@@ -63,6 +63,7 @@ func (a *app) simCommand() *cobra.Command {
 	f.StringSliceVar(&o.upstreams, "upstream", nil, "host:port of an RCP instead of those in the join code; nodes take turns")
 	f.StringVar(&o.data, "data", "", "directory of identities and events; without it a temporary one, deleted at the end")
 	f.StringVar(&o.carrier, "carrier", channel.CarrierH2, "carrier of the channels: auto, h2 or h3")
+	_ = cmd.RegisterFlagCompletionFunc("carrier", fixed(channel.CarrierAuto, channel.CarrierH2, channel.CarrierH3))
 	f.IntVar(&o.perProcess, "per-process", 5000, "nodes in one process, when --data is new")
 	f.Float64Var(&o.rate, "events-per-second", 0, "events of all nodes together")
 	o.duration.Duration = wire.Duration(30 * time.Second)

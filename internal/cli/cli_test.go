@@ -110,6 +110,13 @@ func TestStreamIsOneLineEach(t *testing.T) {
 	}
 }
 
+func TestStreamShowsWhatIsEmpty(t *testing.T) {
+	s, out, _ := streams("")
+	if err := NewOutput(s).Stream([]string{"node", "object", "text"})(nil, "web-1", "", "x"); err != nil || out.String() != "web-1  -  x\n" {
+		t.Errorf("%q, %v: a column is missing", out, err)
+	}
+}
+
 func TestConfirmNeedsAPersonOrYes(t *testing.T) {
 	s, _, _ := streams("y\n")
 	if err := Confirm(s, false, "change %d nodes", 3); Code(err) != ExitRefused || !strings.Contains(err.Error(), "change 3 nodes") || !strings.Contains(err.Error(), "--yes") {
@@ -124,7 +131,7 @@ func TestExecuteReportsOnce(t *testing.T) {
 	s, out, errs := streams("")
 	root := Root("prog", "x", "", s)
 	o := NewOutput(s)
-	o.AddFlag(root.PersistentFlags())
+	o.AddFlag(root)
 	root.AddCommand(VersionCommand(o), LocalCommand(o, s, wire.RoleNode))
 	if code := Execute(t.Context(), root, s, []string{"version"}); code != 0 || !strings.HasPrefix(out.String(), "prog ") {
 		t.Errorf("version: %d, %q", code, out)

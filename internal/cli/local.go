@@ -38,6 +38,7 @@ func LocalCommand(out *Output, streams IO, roles ...wire.Role) *cobra.Command {
 			names[i] = string(r)
 		}
 		cmd.PersistentFlags().StringVar(&l.choice, "role", "", "which role, when several run here: "+strings.Join(names, ", "))
+		_ = cmd.RegisterFlagCompletionFunc("role", fixed(names...))
 	}
 	return cmd
 }

@@ -12,7 +12,7 @@ import (
 
 	"charm.land/lipgloss/v2"
 	"charm.land/lipgloss/v2/table"
-	"github.com/spf13/pflag"
+	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"sallyport/config"
@@ -56,9 +56,14 @@ func NewOutput(streams IO) *Output {
 	return &Output{Format: FormatTable, w: streams.Out, err: streams.Err}
 }
 
-// AddFlag adds -o.
-func (o *Output) AddFlag(flags *pflag.FlagSet) {
-	flags.VarP(&o.Format, "output", "o", "form of the output")
+// AddFlag adds -o to a program.
+func (o *Output) AddFlag(root *cobra.Command) {
+	root.PersistentFlags().VarP(&o.Format, "output", "o", "form of the output")
+	_ = root.RegisterFlagCompletionFunc("output", fixed(string(FormatTable), string(FormatJSON), string(FormatCSV)))
+}
+
+func fixed(values ...string) cobra.CompletionFunc {
+	return cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)
 }
 
 // Table is what people and spreadsheets see of a value.
@@ -102,7 +107,7 @@ func (o *Output) Stream(columns []string) func(v any, cells ...string) error {
 		}
 		clean := make([]string, len(cells))
 		for i, c := range cells {
-			clean[i] = Clean(c)
+			clean[i] = dash(Clean(c))
 		}
 		_, err := fmt.Fprintln(o.w, strings.Join(clean, "  "))
 		return err
