@@ -3,6 +3,7 @@ package cli
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -87,6 +88,35 @@ func TestOutputForms(t *testing.T) {
 	o.Say("for people")
 	if out.Len() != 0 || errs.String() != "for people\n" {
 		t.Errorf("beside JSON, stdout holds %q and stderr %q", out, errs)
+	}
+}
+
+// TestNothingObeysATerminal: what a node says does not become a command of the
+// terminal on which it is shown, in no form and in no error.
+func TestNothingObeysATerminal(t *testing.T) {
+	s, out, errs := streams("")
+	o := NewOutput(s)
+	const evil = "a\x1b[2J\u009b31m\u202eb\x00\U000e0001\r\nc\td"
+	for _, o.Format = range []Format{FormatTable, FormatJSON, FormatCSV} {
+		table := Table{Columns: []string{"text"}}
+		table.Add(evil)
+		if err := errors.Join(o.Print(map[string]string{"text": evil}, table), o.Stream(table.Columns)(map[string]string{"text": evil}, evil)); err != nil {
+			t.Fatal(err)
+		}
+		if strings.ContainsFunc(out.String(), func(r rune) bool { return r != '\n' && r != '\t' && obeyed(r) }) {
+			t.Errorf("%s: %q", o.Format, out)
+		}
+		if o.Format == FormatJSON {
+			var v map[string]string
+			if err := json.NewDecoder(out).Decode(&v); err != nil || v["text"] != evil {
+				t.Errorf("%q is read as %q, %v", evil, v["text"], err)
+			}
+		}
+		out.Reset()
+	}
+	report(errs, Root("prog", "x", "", s), errors.New(evil))
+	if strings.ContainsFunc(errs.String(), func(r rune) bool { return r != '\n' && obeyed(r) }) {
+		t.Errorf("error: %q", errs)
 	}
 }
 

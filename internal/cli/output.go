@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"text/tabwriter"
 	"time"
 	"unicode"
+	"unicode/utf16"
 
 	"charm.land/lipgloss/v2"
 	"charm.land/lipgloss/v2/table"
@@ -80,7 +82,7 @@ func (t *Table) Add(cells ...string) { t.Rows = append(t.Rows, cells) }
 func (o *Output) Print(v any, t Table) error {
 	switch o.Format {
 	case FormatJSON:
-		return o.json(v)
+		return o.json(v, "  ")
 	case FormatCSV:
 		return o.csv(t)
 	}
@@ -97,7 +99,7 @@ func (o *Output) Stream(columns []string) func(v any, cells ...string) error {
 		defer func() { first = false }()
 		switch o.Format {
 		case FormatJSON:
-			return json.NewEncoder(o.w).Encode(v)
+			return o.json(v, "")
 		case FormatCSV:
 			t := Table{Rows: [][]string{cells}}
 			if first {
@@ -135,11 +137,28 @@ func (o *Output) Raw(b []byte) error {
 	return err
 }
 
-func (o *Output) json(v any) error {
-	e := json.NewEncoder(o.w)
-	e.SetIndent("", "  ")
+// json escapes what it may print as it is, and a terminal obeys: C1 control
+// characters and those that turn the direction of writing. The value is the same.
+func (o *Output) json(v any, indent string) error {
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetIndent("", indent)
 	e.SetEscapeHTML(false)
-	return e.Encode(v)
+	if err := e.Encode(v); err != nil {
+		return err
+	}
+	var out strings.Builder
+	for _, r := range b.String() { // valid UTF-8: Encode sees to that
+		if r != '\n' && obeyed(r) {
+			for _, u := range utf16.AppendRune(nil, r) {
+				_, _ = fmt.Fprintf(&out, `\u%04x`, u)
+			}
+			continue
+		}
+		out.WriteRune(r)
+	}
+	_, err := io.WriteString(o.w, out.String())
+	return err
 }
 
 func (o *Output) csv(t Table) error {
@@ -149,9 +168,16 @@ func (o *Output) csv(t Table) error {
 			return err
 		}
 	}
-	if err := w.WriteAll(t.Rows); err != nil {
-		return err
+	for _, row := range t.Rows {
+		cells := make([]string, len(row))
+		for i, c := range row {
+			cells[i] = cleanText(strings.ReplaceAll(c, "\r\n", "\n"))
+		}
+		if err := w.Write(cells); err != nil {
+			return err
+		}
 	}
+	w.Flush()
 	return w.Error()
 }
 
@@ -288,7 +314,7 @@ func cleanRune(r rune) rune {
 	switch {
 	case r == '\n', r == '\r', r == '\t':
 		return ' '
-	case unicode.IsControl(r), unicode.Is(unicode.Cf, r):
+	case obeyed(r):
 		return '�'
 	}
 	return r
@@ -303,6 +329,8 @@ func cleanText(s string) string {
 		return cleanRune(r)
 	}, s)
 }
+
+func obeyed(r rune) bool { return unicode.IsControl(r) || unicode.Is(unicode.Cf, r) }
 
 func dash(s string) string {
 	if s == "" {
