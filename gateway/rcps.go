@@ -370,6 +370,16 @@ func (l *links) pin(ctx context.Context, name string, peer identity.Peer) (*stor
 			return fmt.Errorf("%w: the record is pinned to %s", channel.ErrWrongPeer, rec.PartyID)
 		}
 		rec.PartyID, rec.KeyHash, rec.State, rec.StateReason, rec.StateSince = id, peer.Key, api.RCPConnecting, "", tx.Now()
+		// Its key is one that was certified: an RCP that then stays away until its
+		// leaf has ended is renewed by it.
+		if _, err := tx.Key(ctx, peer.Key); errors.Is(err, store.ErrNotFound) {
+			k := &store.Key{KeyHash: peer.Key, Role: wire.RoleRCP, PartyID: id, Name: name, IssuedAt: tx.Now(), NotAfter: peer.Leaf.NotAfter}
+			if err := tx.PutKey(ctx, k); err != nil {
+				return err
+			}
+		} else if err != nil {
+			return err
+		}
 		tx.Audit(ctx, "rcp.pin", name, "it answered at "+rec.Address+" with a certificate of ours: "+string(id))
 		return tx.SaveRCP(ctx, rec)
 	})

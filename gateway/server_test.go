@@ -255,6 +255,10 @@ func TestConfiguredRCPIsPinnedToWhoAnswersFirst(t *testing.T) {
 	if err != nil || rec.PartyID != r.id.ID() || rec.Source != store.RCPConfigured {
 		t.Fatalf("record: %+v, %v", rec, err)
 	}
+	// Its key is known from then on: by it it is renewed when its leaf has ended.
+	if k, err := w.db.Key(context.Background(), rec.KeyHash); err != nil || k.PartyID != r.id.ID() || !k.NotAfter.Equal(r.id.NotAfter()) {
+		t.Errorf("key: %+v, %v", k, err)
+	}
 	// Another one at the same address is not it.
 	r.stop()
 	r.id = w.ca.Party(t, wire.RoleRCP)
