@@ -138,6 +138,26 @@ func (s *Server) revokeNode(ctx context.Context, n *store.Node, remove bool) (in
 	return s.enrolment.revokeNode(ctx, n, remove)
 }
 
+// revokeStranger ends the trust in a node that has no row here: one that enrolled
+// after the backup which was restored, perhaps as nobody should have. Its key is
+// the one that it proves in a session.
+func (s *Server) revokeStranger(ctx context.Context, id wire.ID, name string) (int64, error) {
+	party := wire.Party{Role: wire.RoleNode, ID: id, TrustDomain: s.id.TrustDomain()}
+	var peer identity.Peer
+	err := s.sessions.Do(ctx, party, func(_ context.Context, c *conversation) error {
+		p, ok := c.rt.(interface{ Peer() identity.Peer })
+		if !ok {
+			return fmt.Errorf("%w: its key is not known", ErrNotConnected)
+		}
+		peer = p.Peer()
+		return nil
+	})
+	if err != nil {
+		return 0, fmt.Errorf("revoke %s: %w", name, err)
+	}
+	return s.enrolment.revokeUnknown(ctx, party, name, peer)
+}
+
 func (s *Server) endQuarantine(ctx context.Context, n *store.Node) error {
 	return s.clones.resume(ctx, n)
 }

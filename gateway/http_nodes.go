@@ -122,6 +122,7 @@ func strangerView(p presence) api.Node {
 		v.Tags = map[string]string{}
 	}
 	v.Name = cmp.Or(v.Name, string(p.ID))
+	v.Fingerprint = "" // its key is known while a session with it is open
 	return v
 }
 
@@ -507,6 +508,11 @@ func (r *rest) removeNode(ctx context.Context, in *ByRef) (*body[api.Removal], e
 
 func (r *rest) endNode(ctx context.Context, in *ByRef, remove bool) (*body[api.Removal], error) {
 	n, err := r.node(ctx, in.Ref, true)
+	if unknown := r.strangers(in.Ref); api.Is(err, api.CodeNotFound) && len(unknown) == 1 {
+		v := unknown[0]
+		number, err := r.s.revokeStranger(ctx, v.ID, v.Name)
+		return answer(api.Removal{ID: v.ID, Name: v.Name, Revocations: number}), err
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -84,14 +84,20 @@ func (r *rest) node(ctx context.Context, ref string, changing bool) (*store.Node
 		return nil, err
 	}
 	n, err := pick("node", ref, changing, found, func(n *store.Node) (string, string) { return string(n.ID), n.Name })
-	if api.Is(err, api.CodeNotFound) {
-		for _, p := range r.s.fleet.strangers() {
-			if v := strangerView(p); v.Name == ref || beginsWith(ref, string(v.ID), "", true) {
-				return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("node %s is locked (unknown): it has a certificate of ours, and this database does not know it; restore the database, or enrol it again", wire.Quotable(ref)))
-			}
-		}
+	if api.Is(err, api.CodeNotFound) && len(r.strangers(ref)) > 0 {
+		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("node %s is locked (unknown): it has a certificate of ours, and this database does not know it; restore the database, enrol it again, or end its certificate with `sallyport node revoke`", wire.Quotable(ref)))
 	}
 	return n, err
+}
+
+// strangers are the nodes that a reference means and the database does not know.
+func (r *rest) strangers(ref string) (out []api.Node) {
+	for _, p := range r.s.fleet.strangers() {
+		if v := strangerView(p); v.Name == ref || beginsWith(ref, string(v.ID), "", true) {
+			out = append(out, v)
+		}
+	}
+	return out
 }
 
 // rcp finds the RCP that a reference means.

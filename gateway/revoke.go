@@ -53,6 +53,18 @@ func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) 
 	return e.revocation(ctx, party, n.Name)
 }
 
+// revokeUnknown ends the trust in the key of a node that has no row.
+func (e *enrolment) revokeUnknown(ctx context.Context, party wire.Party, name string, peer identity.Peer) (number int64, err error) {
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, "node.revoke", name, string(party.ID)+", which this database does not know")
+		return revokeKeys(ctx, tx, party, name, "", peer.Key, peer.Leaf.NotAfter)
+	})
+	if err != nil {
+		return 0, err
+	}
+	return e.revocation(ctx, party, name)
+}
+
 // removeRCP ends the trust in an RCP's keys and takes it off the list.
 func (e *enrolment) removeRCP(ctx context.Context, r *store.RCP) (number int64, err error) {
 	party := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
