@@ -74,7 +74,10 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 		return api.NewProblem(api.CodeExists, err.Error())
 	case is(store.ErrChanged):
 		return api.NewProblem(api.CodeChanged, err.Error())
-	case is(ErrNotConnected, errAway):
+	case is(ErrNotConnected):
+		return api.NewProblem(api.CodeUnavailable, err.Error())
+	case is(errAway): // which is for those who watch this gateway as well
+		r.log.Error("api call failed", "operation", what, "object", objectFrom(ctx), "error", err)
 		return api.NewProblem(api.CodeUnavailable, err.Error())
 	case errors.As(err, &refused): // by the party, which says why
 		if refused.Status < http.StatusInternalServerError {

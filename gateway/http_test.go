@@ -602,7 +602,7 @@ func TestWhatAPartyRefusesIsTold(t *testing.T) {
 	}
 	e := &enrolment{ca: unsigning{}}
 	_, err := e.issue(t.Context(), wire.IssueRequest{})
-	if p := new(rest).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err)); p.Code != api.CodeUnavailable || !strings.Contains(p.Error(), "does not answer") {
+	if p := (&rest{log: testLog(t)}).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err)); p.Code != api.CodeUnavailable || !strings.Contains(p.Error(), "does not answer") {
 		t.Errorf("an authority that is away: %s %v", p.Code, p)
 	}
 }
