@@ -2,6 +2,8 @@ package session_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net"
@@ -155,6 +157,50 @@ func TestServeRefusesAnybodyButAGateway(t *testing.T) {
 	}
 	if err := <-w.served; !errors.Is(err, identity.ErrWrongRole) {
 		t.Errorf("served: %v", err)
+	}
+}
+
+// A party that has made itself a new key is met with it at once: the ticket of a
+// session with the old one, which is revoked, leads nowhere.
+func TestSessionAfterRekey(t *testing.T) {
+	ca := identitytest.NewCA(t)
+	gateway, node := ca.Party(t, wire.RoleGateway), ca.Party(t, wire.RoleNode)
+	meet := func() identity.Peer { // by a stream that outlives a revocation, as one by another channel does
+		t.Helper()
+		here, there := net.Pipe()
+		served := make(chan error, 1)
+		go func() { served <- session.Serve(t.Context(), there, node, http.HandlerFunc(whoami)) }()
+		s, err := session.Dial(t.Context(), here, gateway, party(t, node))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			_ = s.Close()
+			<-served
+		}()
+		if _, err := get(t, s, "/v1/hello"); err != nil {
+			t.Fatal(err)
+		}
+		return s.Peer()
+	}
+	meet()
+	old := node.KeyHash()
+	csr, err := node.CSR(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := node.Install(ca.IssueKey(t, party(t, node), req.PublicKey.(*ecdsa.PublicKey))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := gateway.ApplyRevocations(ca.Revoke(t, 1, old)); err != nil {
+		t.Fatal(err)
+	}
+	if peer := meet(); wire.KeyOf(peer.Leaf) == old {
+		t.Error("it answers with the key that it has given up")
 	}
 }
 

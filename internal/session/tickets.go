@@ -8,6 +8,7 @@ import (
 	"weak"
 
 	"sallyport/internal/identity"
+	"sallyport/internal/wire"
 )
 
 // maxTickets is how many parties a gateway can resume a session with. A ticket
@@ -16,12 +17,14 @@ const maxTickets = 4096
 
 // resumption is what makes the sessions of one identity resumable: the tickets
 // that it was given, and the configuration whose keys seal those it gives. It
-// is forgotten when the leaf or the trusted roots change, and with the identity.
+// is forgotten when the leaf, its key or the trusted roots change, and with the
+// identity.
 type resumption struct {
 	mu      sync.Mutex
 	leaf    *tls.Certificate
 	tickets tls.ClientSessionCache
 	roots   *x509.CertPool
+	key     wire.KeyHash
 	server  *tls.Config
 }
 
@@ -58,12 +61,14 @@ func (r *resumption) clientCache(leaf *tls.Certificate) tls.ClientSessionCache {
 	return r.tickets
 }
 
-// serverConfig returns the configuration that belongs to the trusted roots.
+// serverConfig returns the configuration that belongs to the trusted roots and to
+// our key: a session that is resumed is one with the key of its beginning, and
+// that is revoked as soon as there is another.
 func (r *resumption) serverConfig(id *identity.Identity, build func(*x509.CertPool) *tls.Config) *tls.Config {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if roots := id.Roots(); r.roots == nil || !r.roots.Equal(roots) {
-		r.roots, r.server = roots, build(roots)
+	if roots, key := id.Roots(), id.KeyHash(); r.roots == nil || r.key != key || !r.roots.Equal(roots) {
+		r.roots, r.key, r.server = roots, key, build(roots)
 	}
 	return r.server
 }
