@@ -88,7 +88,9 @@ func (a *app) policyDiffCommand() *cobra.Command {
 				to = p.Version
 			}
 			if from == 0 {
-				from = to - 1
+				if from = to - 1; from == 0 {
+					return cli.Fail(cli.ExitNotFound, "version 1 of policy %s is its first: there is none before it to compare it with", p.Name)
+				}
 			}
 			oldText, err := versionText(p, from)
 			if err != nil {
