@@ -158,7 +158,8 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 		defer cancel()
 		if err := remote.Reach(ctx); err != nil {
 			return local.Check{Check: "authority", Detail: err.Error() + ": nothing is issued, renewed or revoked",
-				Fix: "see whether `sallyport run pki` runs there, what its log says, and whether SALLYPORT_GATEWAY_PKI names it; what is enrolled works on meanwhile"}
+				Fix: "see whether `sallyport run pki` runs there, what its log says, and whether SALLYPORT_GATEWAY_PKI names it; what is enrolled works on meanwhile. " +
+					"If this gateway was removed there (`sallyport ca gateway list`): stop it, move " + s.id.Dir() + " away, and start it with a new code (`sallyport ca gateway add`) in SALLYPORT_GATEWAY_PKI_CODE_FILE"}
 		}
 	}
 	for _, one := range s.concerns(time.Now()) {
