@@ -176,7 +176,7 @@ func TestSessionAfterRekey(t *testing.T) {
 		}
 		defer func() {
 			_ = s.Close()
-			<-served
+			_ = <-served // that we have closed it
 		}()
 		if _, err := get(t, s, "/v1/hello"); err != nil {
 			t.Fatal(err)
