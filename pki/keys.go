@@ -58,6 +58,9 @@ var encrypt = func(pkcs8, passphrase []byte) (*pem.Block, error) {
 
 // make makes a key and has it on disk before anybody can see its public half.
 func (k keyring) make(name string) (crypto.Signer, error) {
+	if err := k.likeOthers(name); err != nil {
+		return nil, err
+	}
 	if k.signer != nil {
 		key, err := k.signer.make(name)
 		if err != nil {
@@ -81,6 +84,27 @@ func (k keyring) make(name string) (crypto.Signer, error) {
 		return nil, err
 	}
 	return key, k.write(name, der)
+}
+
+// likeOthers refuses to leave a key open in its file where the others are in a
+// signer, or have a passphrase: nobody wants that, and a command that is run
+// without a variable of the service would do it.
+func (k keyring) likeOthers(name string) error {
+	names, err := k.names()
+	if err != nil {
+		return err
+	}
+	for _, other := range names {
+		block, err := k.block(other)
+		switch {
+		case err != nil: // whoever opens it says so
+		case block.Type == pemSignerKey && k.signer == nil:
+			return fmt.Errorf("make %s: a %w keeps the other keys: set SALLYPORT_PKI_SIGNER to its socket", name, ErrSigner)
+		case block.Type == pemSealedKey && k.passphrase == nil && k.signer == nil && k.tpm == nil:
+			return k.missing("make " + name)
+		}
+	}
+	return nil
 }
 
 // write replaces a key file.

@@ -192,6 +192,35 @@ func TestSignerLater(t *testing.T) {
 	}
 }
 
+// A command that is run without the variables of the service leaves no key open
+// in a file: it asks for them.
+func TestKeysAreMadeWhereTheOthersAre(t *testing.T) {
+	socket, _ := signer(t, shortDir(t))
+	for name, c := range map[string]struct {
+		opt  pki.Option
+		want error
+		text string
+	}{
+		"signer":     {pki.WithSigner(socket), pki.ErrSigner, "SALLYPORT_PKI_SIGNER"},
+		"passphrase": {pki.WithPassphrase([]byte("correct horse battery")), pki.ErrPassphrase, "SALLYPORT_PKI_PASSPHRASE_FILE"},
+	} {
+		dir := t.TempDir()
+		a := open(t, dir, c.opt)
+		root := a.Root()
+		closeIt(t, a)
+		before := names(t, dir)
+		if _, _, err := pki.RequestIntermediate(dir, root, ""); !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if after := names(t, dir); after != before {
+			t.Errorf("%s: files were %s, are %s", name, before, after)
+		}
+		if _, _, err := pki.RequestIntermediate(dir, root, "", c.opt); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // A reference to a key that the signer holds under that name, but another one.
 func TestSignerSwapped(t *testing.T) {
 	keys, dir := shortDir(t), t.TempDir()
