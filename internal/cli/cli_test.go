@@ -3,6 +3,7 @@ package cli
 import (
 	"bytes"
 	"context"
+	"encoding/csv"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -117,6 +118,27 @@ func TestNothingObeysATerminal(t *testing.T) {
 	report(errs, Root("prog", "x", "", s), errors.New(evil))
 	if strings.ContainsFunc(errs.String(), func(r rune) bool { return r != '\n' && obeyed(r) }) {
 		t.Errorf("error: %q", errs)
+	}
+}
+
+// TestCSVHasNoFormulas: a spreadsheet takes what a node said for text.
+func TestCSVHasNoFormulas(t *testing.T) {
+	for cell, want := range map[string]string{
+		"=cmd|' /C calc'!A0": "'=cmd|' /C calc'!A0", "+cmd|x": "'+cmd|x", "-1+cmd|x": "'-1+cmd|x", "@SUM(A1)": "'@SUM(A1)", "\t=1": "'\t=1",
+		"": "", "-": "-", "+0.2 s": "+0.2 s", "-12%": "-12%", "a=b": "a=b",
+	} {
+		s, out, _ := streams("")
+		o := NewOutput(s)
+		o.Format = FormatCSV
+		table := Table{Columns: []string{"text"}}
+		table.Add(cell)
+		if err := o.Print(nil, table); err != nil {
+			t.Fatal(err)
+		}
+		rows, err := csv.NewReader(strings.NewReader(out.String() + "\"\"\n")).ReadAll()
+		if err != nil || rows[1][0] != want {
+			t.Errorf("%q is written as %q, %v", cell, out, err)
+		}
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -171,7 +172,7 @@ func (o *Output) csv(t Table) error {
 	for _, row := range t.Rows {
 		cells := make([]string, len(row))
 		for i, c := range row {
-			cells[i] = cleanText(strings.ReplaceAll(c, "\r\n", "\n"))
+			cells[i] = inert(cleanText(strings.ReplaceAll(c, "\r\n", "\n")))
 		}
 		if err := w.Write(cells); err != nil {
 			return err
@@ -179,6 +180,18 @@ func (o *Output) csv(t Table) error {
 	}
 	w.Flush()
 	return w.Error()
+}
+
+// number is what begins like a formula and is none: a skew of "+0.2 s".
+var number = regexp.MustCompile(`^[+-][0-9.]+ ?[a-z%]*$`)
+
+// inert keeps a spreadsheet from running what a node said: a cell with an
+// apostrophe before it is text.
+func inert(cell string) string {
+	if cell == "" || !strings.ContainsRune("=+-@\t\n", rune(cell[0])) || cell == "-" || number.MatchString(cell) {
+		return cell
+	}
+	return "'" + cell
 }
 
 func titles(columns []string) []string {
