@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync"
 	"testing"
 	"time"
 
@@ -168,15 +169,15 @@ func TestSessionAfterRekey(t *testing.T) {
 	meet := func() identity.Peer { // by a stream that outlives a revocation, as one by another channel does
 		t.Helper()
 		here, there := net.Pipe()
-		served := make(chan error, 1)
-		go func() { served <- session.Serve(t.Context(), there, node, http.HandlerFunc(whoami)) }()
+		var served sync.WaitGroup
+		served.Go(func() { _ = session.Serve(t.Context(), there, node, http.HandlerFunc(whoami)) })
 		s, err := session.Dial(t.Context(), here, gateway, party(t, node))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer func() {
 			_ = s.Close()
-			_ = <-served // that we have closed it
+			served.Wait()
 		}()
 		if _, err := get(t, s, "/v1/hello"); err != nil {
 			t.Fatal(err)
