@@ -130,7 +130,7 @@ func (s *Server) watchCA(ctx context.Context) error {
 func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity) error {
 	for _, c := range s.concerns(time.Now()) {
 		if _, ok := told[c.key]; !ok {
-			open, err := s.store.Events(ctx, store.EventFilter{Key: c.key, State: api.EventOpen, Limit: 1})
+			open, err := s.store.Events(ctx, store.EventFilter{Own: true, Key: c.key, State: api.EventOpen, Limit: 1})
 			if err != nil {
 				return err
 			}
@@ -153,6 +153,7 @@ func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity
 // checkAuthority is what the doctor finds.
 func (s *Server) checkAuthority(ctx context.Context) local.Check {
 	c := local.Check{Check: "authority", OK: true}
+	asked := false
 	if remote, ok := s.ca.(remoteCA); ok {
 		ctx, cancel := context.WithTimeout(ctx, askTime)
 		defer cancel()
@@ -161,8 +162,12 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 				Fix: "see whether `sallyport run pki` runs there, what its log says, and whether SALLYPORT_GATEWAY_PKI names it; what is enrolled works on meanwhile. " +
 					"If this gateway was removed there (`sallyport ca gateway list`): stop it, move " + s.id.Dir() + " away, and start it with a new code (`sallyport ca gateway add`) in SALLYPORT_GATEWAY_PKI_CODE_FILE"}
 		}
+		asked = true
 	}
 	for _, one := range s.concerns(time.Now()) {
+		if asked && one.key == keyCA+"away" { // it has just answered
+			one = concern{one.key, wire.SeverityNormal, "the certificate authority answers", ""}
+		}
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}
 		}

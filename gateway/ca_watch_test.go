@@ -78,7 +78,7 @@ func TestConcernsAboutTheCA(t *testing.T) {
 		if err := s.tellConcerns(t.Context(), told); err != nil {
 			t.Fatal(err)
 		}
-		events, err := d.store.Events(t.Context(), store.EventFilter{Key: key, State: api.EventOpen, Limit: 10})
+		events, err := d.store.Events(t.Context(), store.EventFilter{Own: true, Key: key, State: api.EventOpen, Limit: 10})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -96,6 +96,20 @@ func TestConcernsAboutTheCA(t *testing.T) {
 	}
 	life := func(left time.Duration) {
 		ca.state.Intermediates[0].NotBefore, ca.state.Intermediates[0].NotAfter = time.Now().Add(left-3650*day), time.Now().Add(left)
+	}
+	// What a node sends under such a key is its own affair.
+	node := wire.NewID()
+	if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddNode(ctx, &store.Node{ID: node, Name: "web", Tenant: store.DefaultTenant})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	var sent []wire.OutboxUp
+	for i, key := range []string{"away", "intermediate"} {
+		sent = append(sent, wire.OutboxUp{Event: &wire.Event{ID: wire.NewEventID(), Seq: int64(i + 1), Time: time.Now(), Severity: wire.SeverityMajor, Key: keyCA + key, Text: "nothing to see here"}})
+	}
+	if _, err := d.store.StoreOutbox(t.Context(), node, "spool", sent); err != nil {
+		t.Fatal(err)
 	}
 	life(1000 * day)
 	expect("all is well", keyCA+"intermediate", "", 0, "intermediate 1 ends on")

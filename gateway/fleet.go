@@ -334,8 +334,7 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 	}
 	now := time.Now()
 	m.digest, m.skew = hello.Digest(), skew
-	hello.Policies, hello.Previous = nil, wire.Nonce{} // the database has them; a fleet holds many hellos
-	m.hello = &hello
+	m.hello = bounded(&hello)
 	wrong := skew.Abs() > maxSkew
 	skewChanged = wrong != m.skewed
 	m.skewed = wrong
@@ -344,6 +343,17 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 	}
 	f.proven(m, now)
 	return skewChanged
+}
+
+// bounded is what is kept of a hello in memory: a fleet holds many, and a party
+// may fill all that one can hold. The database has the policies.
+func bounded(hello *wire.Hello) *wire.Hello {
+	h := words(hello)
+	h.Policies, h.Previous, h.Upstreams = nil, wire.Nonce{}, nil
+	h.Reason = h.Reason[:min(len(h.Reason), 4<<10)]
+	h.Reigns = h.Reigns[:min(len(h.Reigns), 64)]
+	h.Tags = boundTags(h.Tags)
+	return h
 }
 
 // took takes over what a node answered to a desired state that it took. Its

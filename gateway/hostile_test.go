@@ -331,6 +331,16 @@ func TestWordsOfAHelloSpoilNoList(t *testing.T) {
 	if rcp, err := w.db.RCPByID(t.Context(), r.id.ID()); err != nil || len(rcp.Program) > 300 {
 		t.Errorf("the version of an RCP: %v", err)
 	}
+	tags := map[string]string{}
+	for i := range 5000 {
+		tags[fmt.Sprint("k", i)] = long[:100]
+	}
+	said.Name, said.Reason, said.Salt, said.Tags = long, long, long, tags
+	said.Upstreams = []wire.UpstreamStatus{{Error: long}}
+	w.s.fleet.verifiedHello(n.id.ID(), wire.RoleNode, said, 0)
+	if b, err := json.Marshal(w.s.fleet.Presence(n.id.ID()).Hello); err != nil || len(b) > 32<<10 {
+		t.Errorf("%d bytes are kept of a hello, %v", len(b), err)
+	}
 	stranger := strangerView(presence{ID: wire.NewID(), Hello: &wire.Hello{Program: long, Name: long, Tags: map[string]string{"a": long, "b": "c"}}})
 	if len(stranger.Version)+len(stranger.Name) > 1<<10 || len(stranger.Tags) != 1 {
 		t.Errorf("a stranger is shown with %d bytes and %d tags", len(stranger.Version)+len(stranger.Name), len(stranger.Tags))

@@ -455,6 +455,7 @@ func (r *rest) setNodeDraining(ctx context.Context, ref, what, detail string, d 
 	if err != nil {
 		return nil, err
 	}
+	r.s.seenDraining(ctx, n.ID, d != nil)
 	return r.nodeDetail(ctx, n.ID)
 }
 

@@ -212,7 +212,7 @@ func (r *rest) setDraining(ctx context.Context, ref string, on bool) (*tagged[ap
 		if err := r.s.drainRCP(ctx, found, on); err != nil {
 			return err
 		}
-		return r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		err := r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 			p, err := tx.RCP(ctx, found.Name)
 			if err != nil {
 				return err
@@ -221,6 +221,10 @@ func (r *rest) setDraining(ctx context.Context, ref string, on bool) (*tagged[ap
 			tx.Audit(ctx, what, "rcp "+p.Name, "")
 			return tx.SaveRCP(ctx, p)
 		})
+		if err == nil {
+			r.s.seenDraining(ctx, found.PartyID, on)
+		}
+		return err
 	})
 }
 

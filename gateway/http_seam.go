@@ -58,5 +58,7 @@ type reaching interface {
 	// drainNode tells a node to take no more, or, without a drain, to take it again.
 	drainNode(ctx context.Context, n *store.Node, d *wire.Drain) error
 	drainRCP(ctx context.Context, r *store.RCP, on bool) error
+	// seenDraining waits for a moment until what was told is seen.
+	seenDraining(ctx context.Context, id wire.ID, on bool)
 	retryRCP(r *store.RCP)
 }

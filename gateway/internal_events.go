@@ -149,7 +149,7 @@ func rcpState(s wire.NodeState) string {
 // lostNodes returns the nodes whose last word to the operator was bad: the
 // pair is closed when they are back.
 func (s *Server) lostNodes(ctx context.Context) (map[wire.ID]bool, error) {
-	events, err := s.store.Events(ctx, store.EventFilter{Key: keyNodeState, State: api.EventOpen, Limit: 1_000_000})
+	events, err := s.store.Events(ctx, store.EventFilter{Own: true, Key: keyNodeState, State: api.EventOpen, Limit: 1_000_000})
 	if err != nil {
 		return nil, err
 	}

@@ -38,7 +38,8 @@ func (s *Server) Status(context.Context) local.Status {
 	return st
 }
 
-// Doctor is what the gateway finds out about itself without asking anybody.
+// Doctor is what the gateway finds out about itself. It asks nobody but a
+// certificate authority in another process.
 func (s *Server) Doctor(ctx context.Context) []local.Check {
 	checks := []local.Check{s.checkOwnCertificate(), s.checkAuthority(ctx), s.checkDatabase(ctx)}
 	return append(checks, s.checkRCPs(ctx)...)

@@ -84,7 +84,6 @@ func (s *Server) drain(ctx context.Context, party wire.Party, d *wire.Drain) err
 	})
 	if err == nil {
 		s.fleet.ask(wantHello, party.ID)
-		s.seenDraining(ctx, party.ID, d != nil)
 	}
 	return err
 }
@@ -101,7 +100,9 @@ func (s *Server) seenDraining(ctx context.Context, id wire.ID, on bool) {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		if p := s.fleet.Presence(id); !p.Connected || (p.State == wire.StateDraining) == on {
+		switch p := s.fleet.Presence(id); {
+		case !p.Connected, (p.State == wire.StateDraining) == on,
+			p.State == wire.StateReadonly, p.State == wire.StateLocked: // which are told before it
 			return
 		}
 		select {

@@ -125,6 +125,90 @@ func TestRevocationsOfAnotherGateway(t *testing.T) {
 	}
 }
 
+// overtakenCA signs another set at once, which this gateway takes over first.
+type overtakenCA struct {
+	*memoryCA
+	take func(wire.Envelope)
+}
+
+func (c *overtakenCA) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
+	env, err := c.memoryCA.SignRevocations(ctx, set)
+	if err != nil {
+		return env, err
+	}
+	set.Number++
+	next, err := c.memoryCA.SignRevocations(ctx, set)
+	if err == nil {
+		c.take(next)
+	}
+	return env, err
+}
+
+// TestTwoRevocationsAtOnce: the set of the later one names the keys of both, and
+// may be taken over before that of the first.
+func TestTwoRevocationsAtOnce(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	d.enrolment.ca = &overtakenCA{d.ca, func(env wire.Envelope) {
+		if _, err := d.id.ApplyRevocations(env); err != nil {
+			t.Error(err)
+		}
+	}}
+	victim := d.enrolled(d.join(api.CreateJoin{}), "victim")
+	n, err := d.store.Node(t.Context(), victim.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.revokeNode(t.Context(), n, false); err != nil || !d.id.Revoked(victim.id.KeyHash()) {
+		t.Errorf("revoked %v, %v", d.id.Revoked(victim.id.KeyHash()), err)
+	}
+}
+
+// refreshedCA is an authority whose set is asked for anew between two looks.
+type refreshedCA struct {
+	*memoryCA
+	looks, at int
+	other     func()
+}
+
+func (c *refreshedCA) Revocations() (wire.Envelope, bool) {
+	if c.looks++; c.looks == c.at {
+		c.other()
+	}
+	return c.memoryCA.Revocations()
+}
+
+// TestSetOfAnotherGatewayThatComesInBetween: it comes after the merge, and before
+// ours is made.
+func TestSetOfAnotherGatewayThatComesInBetween(t *testing.T) {
+	t.Parallel()
+	for at := range 4 {
+		d := newDesk(t)
+		key := d.ca.Party(t, wire.RoleNode).KeyHash()
+		ca := &refreshedCA{memoryCA: d.ca, other: func() {
+			if _, err := d.ca.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: key, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()}}}); err != nil {
+				t.Error(err)
+			}
+		}}
+		d.enrolment.ca = ca
+		victim := d.enrolled(d.join(api.CreateJoin{}), "victim")
+		n, err := d.store.Node(t.Context(), victim.id.ID())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ca.at = ca.looks + 1 + at
+		if _, err := d.revokeNode(t.Context(), n, false); err != nil && !errors.Is(err, identity.ErrOlder) {
+			t.Errorf("look %d: %v", at, err)
+		}
+		if err := d.publish(t.Context(), nil); err != nil { // as each minute
+			t.Errorf("look %d: %v", at, err)
+		}
+		if ca.looks < ca.at || !d.id.Revoked(key) || !d.id.Revoked(victim.id.KeyHash()) {
+			t.Errorf("look %d of %d: revoked are the other gateway's %v, ours %v", at, ca.looks, d.id.Revoked(key), d.id.Revoked(victim.id.KeyHash()))
+		}
+	}
+}
+
 // TestRestoredGatewayGivesNoKeyBack: a backup knows nothing of a revocation
 // after it, and the restored gateway signs sets of its own before it meets the
 // RCP that does. Both count on from the same number (PK-11, HA-07).

@@ -139,6 +139,10 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was signed is spread
 	e.bid(ctx, ended, *env)
 	_, err = e.id.ApplyRevocations(*env)
+	if errors.Is(err, identity.ErrOlder) { // who revoked at the same time came first, with a set that names these keys too
+		_, env = e.id.Revocations()
+		err = nil
+	}
 	if err != nil {
 		err = fmt.Errorf("publish revocations: %w", err)
 	}
@@ -207,9 +211,12 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 		return nil, nil, err
 	}
 	keys = append(keys, e.retiredKeys()...)
-	held, err := e.heldSet()
+	held, last, err := e.heldSet()
 	if err != nil {
 		return nil, nil, err
+	}
+	if last != nil && e.lacks(keys, held, *last) {
+		return nil, nil, fmt.Errorf("%w: %w: another gateway had number %d signed meanwhile", errAuthority, identity.ErrOlder, held.Number)
 	}
 	known := make(map[wire.KeyHash]bool, len(held.Revoked))
 	for _, r := range held.Revoked {
@@ -252,13 +259,26 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 // errAuthority says that it is the certificate authority that did not sign.
 var errAuthority = errors.New("certificate authority")
 
-// heldSet is the last set that the authority signed.
-func (e *enrolment) heldSet() (set wire.Revocations, err error) {
-	env, ok := e.ca.Revocations()
-	if !ok {
-		return set, nil
+// lacks tells whether the authority's last set came from elsewhere, and names a
+// key that keys do not: it is to be merged first.
+func (e *enrolment) lacks(keys []*store.Key, held wire.Revocations, env wire.Envelope) bool {
+	if _, own := e.id.Revocations(); own != nil && bytes.Equal(own.Payload, env.Payload) || e.id.CheckRevocations(env) != nil {
+		return false
 	}
-	return set, json.Unmarshal(env.Payload, &set)
+	have := make(map[wire.KeyHash]bool, len(keys))
+	for _, k := range keys {
+		have[k.KeyHash] = true
+	}
+	return slices.ContainsFunc(held.Revoked, func(r wire.Revocation) bool { return !have[r.Key] })
+}
+
+// heldSet is the last set that the authority signed; nil before the first.
+func (e *enrolment) heldSet() (set wire.Revocations, env *wire.Envelope, err error) {
+	last, ok := e.ca.Revocations()
+	if !ok {
+		return set, nil, nil
+	}
+	return set, &last, json.Unmarshal(last.Payload, &set)
 }
 
 func numberOf(env wire.Envelope) int64 {
@@ -422,6 +442,8 @@ func (e *enrolment) takeOver(ctx context.Context, p wire.Party, env wire.Envelop
 	newer, err := e.id.ApplyRevocations(env)
 	switch {
 	case errors.Is(err, identity.ErrOlder):
+	case errors.Is(err, identity.ErrUnwritten): // in force; it is fetched again until it is on disk
+		e.log.Error("a revocation set is taken over, and this gateway cannot write it", "party", p.String(), "number", numberOf(env), "error", err)
 	case err != nil:
 		return err
 	case newer:

@@ -394,7 +394,7 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 		s.log.Error("renewal failed; it is tried again in a minute", "error", err)
 		return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the issuers are changed; this gateway's own certificate is tried again within a minute: %v", err))
 	}
-	if err := s.enrolment.publish(ctx, nil); err != nil {
+	if err := s.enrolment.publish(ctx, nil); err != nil && !errors.Is(err, identity.ErrUnwritten) { // which is spread, and tried again
 		s.log.Error("the revocation set that names the old issuer is not signed; it is tried again in a minute", "error", err)
 		return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the issuers are changed; the revocation set that names the old one is tried again within a minute: %v", err))
 	}

@@ -379,6 +379,7 @@ func TestDrainIsShownAtOnce(t *testing.T) {
 		if err := w.s.drainNode(t.Context(), row, c.drain); err != nil {
 			t.Fatal(err)
 		}
+		w.s.seenDraining(t.Context(), row.ID, c.drain != nil)
 		if got := w.s.fleet.Presence(row.ID).State; got != c.want {
 			t.Errorf("%s: it is shown as %s", drainVerb(c.drain), got)
 		}

@@ -95,7 +95,7 @@ func (s *Server) heard(ctx context.Context, t task, hello *wire.Hello, skew time
 // fill all that a hello can hold with its version.
 func words(hello *wire.Hello) *wire.Hello {
 	h := *hello
-	for _, s := range []*string{&h.Boot, &h.Program, &h.Mode, &h.Installation, &h.OS, &h.Arch, &h.Outbox.Spool} {
+	for _, s := range []*string{&h.Boot, &h.Program, &h.Name, &h.Mode, &h.Installation, &h.OS, &h.Arch, &h.Outbox.Spool, &h.Salt} {
 		*s = clip(*s)
 	}
 	return &h

@@ -59,6 +59,10 @@ type Client struct {
 	state Snapshot
 	root  *x509.Certificate
 	away  time.Time // since when it does not answer
+	seen  int64     // number of the revocation set that was handed out last
+	// unkept says that state is not on disk: it holds all the same, above all what
+	// is revoked in it.
+	unkept bool
 }
 
 // Connect finds the authority, makes the gateway known to it if it has a code,
@@ -303,8 +307,9 @@ func (c *Client) refresh(ctx context.Context) error {
 // Reach asks the authority, and returns why it does not answer.
 func (c *Client) Reach(ctx context.Context) error { return c.refresh(ctx) }
 
-// hold takes a state over, in memory and on disk. A revocation set below the
-// one that is held is not taken over.
+// hold takes a state over, in memory and on disk; what cannot be written is tried
+// again with the next. A revocation set below the one that is held is not taken
+// over.
 func (c *Client) hold(s Snapshot) error {
 	root, err := s.root()
 	if err != nil {
@@ -323,10 +328,12 @@ func (c *Client) hold(s Snapshot) error {
 	if err != nil {
 		return err
 	}
-	if !bytes.Equal(old, b) {
-		if err := writeFile(c.cfg.Dir, fileState, b, 0o600); err != nil {
-			return err
+	if c.unkept || !bytes.Equal(old, b) {
+		err := writeFile(c.cfg.Dir, fileState, b, 0o600)
+		if err != nil && !c.unkept {
+			c.cfg.Log.Error("what the certificate authority says holds, and cannot be written; it is tried again", "error", err)
 		}
+		c.unkept = err != nil
 	}
 	c.state, c.root = s, root
 	return nil
@@ -410,11 +417,13 @@ func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]
 // signed, and that this one had not seen, is above whatever it asks for: its keys
 // have to be in the next one too.
 func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
-	seen, _ := c.Revocations()
+	c.mu.Lock()
+	seen := c.seen
+	c.mu.Unlock()
 	if err := c.refresh(ctx); err != nil {
 		return wire.Envelope{}, err
 	}
-	if now, _ := c.Revocations(); setNumber(now) > setNumber(seen) {
+	if now, _ := c.Revocations(); setNumber(now) > seen {
 		return wire.Envelope{}, fmt.Errorf("sign a revocation set: %w: another gateway had number %d signed meanwhile", identity.ErrOlder, setNumber(now))
 	}
 	env, err := ask[wire.Envelope](ctx, c, pathRevocations, set, maxState)
@@ -426,6 +435,7 @@ func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations) (wir
 	}
 	c.mu.Lock()
 	s := c.state
+	c.seen = setNumber(env)
 	c.mu.Unlock()
 	s.Revocations = &env
 	return env, c.hold(s)
@@ -439,6 +449,7 @@ func (c *Client) Revocations() (wire.Envelope, bool) {
 	if c.state.Revocations == nil {
 		return wire.Envelope{}, false
 	}
+	c.seen = setNumber(*c.state.Revocations)
 	return *c.state.Revocations, true
 }
 

@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -343,6 +344,32 @@ func TestGatewaysRevokeInTurn(t *testing.T) {
 	}
 	if _, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 8}); err != nil {
 		t.Error(err)
+	}
+}
+
+// A gateway whose disk is full has what its authority says, above all what is
+// revoked, and does not take the authority for away.
+func TestStateThatCannotBeWrittenHolds(t *testing.T) {
+	ca := serve(t, t.TempDir(), "127.0.0.1:0")
+	gw := newGateway(t, ca.addr)
+	file, _ := ca.code(time.Hour)
+	c := gw.enrolled(t, file)
+	state := filepath.Join(gw.dir, "pki-state.json")
+	if err := errors.Join(os.Remove(state), os.Mkdir(state, 0o700)); err != nil { // no file takes the place of a directory
+		t.Fatal(err)
+	}
+	env, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	if held, ok := c.Revocations(); err != nil || !ok || !bytes.Equal(held.Payload, env.Payload) {
+		t.Errorf("it holds %s, %v", held.Payload, err)
+	}
+	if err := c.Reach(t.Context()); err != nil {
+		t.Errorf("an authority that answers is away: %v", err)
+	}
+	if err := errors.Join(os.Remove(state), c.Reach(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(state); err != nil || !bytes.Contains(b, []byte(`"revocations"`)) {
+		t.Errorf("after the disk had room: %s, %v", b, err)
 	}
 }
 

@@ -8,9 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-tpm/tpm2"
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
@@ -50,12 +50,18 @@ func (p *softTPM) start() {
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
-	for p.t.Context().Err() == nil {
-		if c, err := net.Dial("unix", p.socket); err == nil {
+	limit := time.After(10 * time.Second)
+	for {
+		c, err := net.Dial("unix", p.socket)
+		if err == nil {
 			_ = c.Close()
 			return
 		}
-		runtime.Gosched()
+		select {
+		case <-time.After(5 * time.Millisecond):
+		case <-limit:
+			p.t.Fatalf("swtpm does not answer: %v", err)
+		}
 	}
 }
 

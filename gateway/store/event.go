@@ -75,6 +75,7 @@ type EventFilter struct {
 	State, Key    string
 	Since         time.Time // received
 	Merged        bool
+	Own           bool // of the gateway itself, whatever nodes send under its keys
 	Ascending     bool
 	After, Before int64
 	Limit         int
@@ -102,6 +103,9 @@ func (r Queries) Events(ctx context.Context, f EventFilter) ([]Event, error) {
 	}
 	if f.State != "" {
 		q.Where("event.state = ?", f.State)
+	}
+	if f.Own {
+		q.Where("event.spool_ref = ?", internalSpool)
 	}
 	if f.Key != "" {
 		q.Where("event.key = ?", f.Key)

@@ -62,6 +62,11 @@ func (i *input) Read(b []byte) (int, error) {
 
 // await returns what read does, or errSignal with the first signal.
 func await(i *input, read func() ([]byte, error)) ([]byte, error) {
+	select {
+	case <-i.interrupted: // before: nothing is read, or switched off for it
+		return nil, errSignal
+	default:
+	}
 	type result struct {
 		b   []byte
 		err error
