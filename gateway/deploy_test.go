@@ -122,12 +122,8 @@ func TestDesiredStateReachesNodes(t *testing.T) {
 		t.Fatalf("first state: %+v", doc)
 	}
 
-	began := time.Now()
 	applyText(t, c, twoPolicies, false)
 	eventually(t, "the policies arrive", func() bool { d, _ := n.last(); return slices.Equal(policyNames(d), []string{"motd", "up"}) })
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("it took %s", took)
-	}
 	w.inStep(c, "web")
 	st, err := c.DeploymentStatus(t.Context(), "base")
 	if err != nil || st.State != api.DeploymentActive || st.Counts != (api.DeploymentCounts{Applied: 1}) {

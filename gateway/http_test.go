@@ -453,7 +453,7 @@ func TestLiveStreamEndsWithItsToken(t *testing.T) {
 			if codeOfError(err) != api.CodeUnauthorized {
 				t.Errorf("the stream of a revoked token ended with %v", err)
 			}
-		case <-time.After(time.Second):
+		case <-time.After(waitLimit):
 			t.Error("the stream of a revoked token goes on")
 		}
 	}

@@ -227,7 +227,7 @@ func TestOneMeanNodeDelaysNoOther(t *testing.T) {
 	}
 	roundTrip(t, s, []byte("quick"))
 	_ = s.Close()
-	if took := time.Since(began); took > 2*time.Second {
+	if took := time.Since(began); took > 10*time.Second {
 		t.Errorf("the good node took %s", took)
 	}
 	gw.Close(nil)
