@@ -43,8 +43,6 @@ type Authority struct {
 	lock *lockdir.Lock
 	log  *slog.Logger
 
-	leafLife, gatewayLife time.Duration
-
 	turning sync.Mutex // one change of issuers at a time; taken before mu
 	signer  atomic.Pointer[signer]
 	doors   atomic.Pointer[doorKeys] // once they are wanted
@@ -68,11 +66,6 @@ type signer struct {
 // An Option changes what Open makes.
 type Option func(*Authority)
 
-// WithLives changes how long leaves live, for tests of renewal and expiry.
-func WithLives(leaf, gateway time.Duration) Option {
-	return func(a *Authority) { a.leafLife, a.gatewayLife = leaf, gateway }
-}
-
 // Open locks dir, and loads the authority in it or makes one in an empty
 // directory. A second process gets lockdir.ErrLocked.
 func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*Authority, error) {
@@ -83,7 +76,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 	if err != nil {
 		return nil, fmt.Errorf("pki: %w", err)
 	}
-	a := &Authority{dir: dir, keys: keyring{dir: dir}, lock: lock, log: log, leafLife: LeafLife, gatewayLife: GatewayLife}
+	a := &Authority{dir: dir, keys: keyring{dir: dir}, lock: lock, log: log}
 	for _, o := range opts {
 		o(a)
 	}
@@ -203,7 +196,7 @@ func (a *Authority) Issue(ctx context.Context, r wire.IssueRequest) ([][]byte, e
 	default:
 		return nil, fmt.Errorf("%w: role %q is not issued on request", ErrRefused, wire.Quotable(string(r.Party.Role)))
 	}
-	return a.issue(ctx, r, a.leafLife)
+	return a.issue(ctx, r, LeafLife)
 }
 
 // IssueGateway makes the chain of a gateway. It is for the local operator of
@@ -212,7 +205,7 @@ func (a *Authority) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([
 	return a.issue(ctx, wire.IssueRequest{
 		Party: wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: a.mat().trustDomain},
 		CSR:   csr,
-	}, a.gatewayLife)
+	}, GatewayLife)
 }
 
 func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Duration) ([][]byte, error) {

@@ -368,15 +368,3 @@ func TestInterruptedMaking(t *testing.T) {
 		t.Errorf("trust domain %s does not belong to the root on disk", a.TrustDomain())
 	}
 }
-
-func TestWithLives(t *testing.T) {
-	a := open(t, t.TempDir(), pki.WithLives(time.Minute, time.Hour))
-	defer closeIt(t, a)
-	chain, err := a.Issue(t.Context(), request(t, a, fresh(t, a, wire.RoleNode), "web"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d := time.Until(leafOf(t, chain).NotAfter); d > time.Minute || d < 50*time.Second {
-		t.Errorf("life %s", d)
-	}
-}

@@ -11,3 +11,6 @@ import (
 func BlockTCP(c *Conn) {
 	c.dialLeg = func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("connection refused") }
 }
+
+// PendingCount is the number of enrolment connections.
+func (l *Listener) PendingCount() int { return l.pending.count() }

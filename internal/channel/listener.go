@@ -121,9 +121,6 @@ func (l *Listener) Addr() net.Addr { return l.tcp.Addr() }
 // Conns are the live connections.
 func (l *Listener) Conns() []*Conn { return l.conns.all() }
 
-// PendingCount is the number of enrolment connections.
-func (l *Listener) PendingCount() int { return l.pending.count() }
-
 // Close frees the port of a Listener that was never run.
 func (l *Listener) Close() error {
 	err := l.tcp.Close()

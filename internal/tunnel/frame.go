@@ -45,10 +45,6 @@ type header struct {
 	n    int // length of the payload
 }
 
-func appendHeader(b []byte, h header) []byte {
-	return binary.BigEndian.AppendUint32(append(b, byte(h.kind), byte(h.n>>16), byte(h.n>>8), byte(h.n)), h.id)
-}
-
 func putHeader(b []byte, h header) {
 	binary.BigEndian.PutUint32(b, uint32(h.kind)<<24|uint32(h.n))
 	binary.BigEndian.PutUint32(b[4:], h.id)

@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"bytes"
+	"encoding/binary"
 	"strings"
 	"testing"
 )
@@ -62,4 +63,9 @@ func TestCheckTarget(t *testing.T) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
+}
+
+// appendHeader spells a header out, byte by byte.
+func appendHeader(b []byte, h header) []byte {
+	return binary.BigEndian.AppendUint32(append(b, byte(h.kind), byte(h.n>>16), byte(h.n>>8), byte(h.n)), h.id)
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/xml"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net"
@@ -406,4 +407,21 @@ func TestHandshakes(t *testing.T) {
 	if hybrid-classic < 2000 || resumed == 0 {
 		t.Errorf("bytes of a handshake: %.0f hybrid, %.0f classic, %.0f resumed", hybrid, classic, resumed)
 	}
+}
+
+// socketsOf counts the sockets that a process holds open.
+func socketsOf(pid int) (int, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return 0, err
+	}
+	n := 0
+	for _, fd := range fds {
+		to, err := os.Readlink(filepath.Join(dir, fd.Name()))
+		if err == nil && strings.HasPrefix(to, "socket:") {
+			n++
+		}
+	}
+	return n, nil
 }

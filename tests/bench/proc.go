@@ -146,20 +146,3 @@ func memoryOf(pid int) (memory, error) {
 	}
 	return parseRollup(b)
 }
-
-// socketsOf counts the sockets that a process holds open.
-func socketsOf(pid int) (int, error) {
-	dir := fmt.Sprintf("/proc/%d/fd", pid)
-	fds, err := os.ReadDir(dir)
-	if err != nil {
-		return 0, err
-	}
-	n := 0
-	for _, fd := range fds {
-		to, err := os.Readlink(filepath.Join(dir, fd.Name()))
-		if err == nil && strings.HasPrefix(to, "socket:") {
-			n++
-		}
-	}
-	return n, nil
-}

@@ -94,7 +94,6 @@ func (s *Site) File(name, content string) string {
 func (s *Site) Path(name string) string { return filepath.Join(s.dir, name) }
 
 type options struct {
-	host  string
 	env   map[string]string
 	slim  bool
 	join  []string
@@ -104,10 +103,6 @@ type options struct {
 
 // Option changes how a role is started.
 type Option func(*options)
-
-// On starts the role on a host of the lab. Without it the host is called as
-// the role's own name.
-func On(host string) Option { return func(o *options) { o.host = host } }
 
 // Env sets one variable of the role.
 func Env(name, value string) Option { return func(o *options) { o.env[name] = value } }
@@ -139,7 +134,7 @@ type Role struct {
 // prepare fills in what all roles have.
 func (s *Site) prepare(role, name string, env map[string]string, opts []Option) *Role {
 	s.t.Helper()
-	o := options{host: name, env: env}
+	o := options{env: env}
 	o.env["SALLYPORT_DATA"] = filepath.Join(s.dir, name)
 	o.env["SALLYPORT_LOG_LEVEL"] = "debug"
 	if s.lab == nil {
@@ -153,7 +148,7 @@ func (s *Site) prepare(role, name string, env map[string]string, opts []Option) 
 	}
 	r := &Role{Data: o.env["SALLYPORT_DATA"], site: s, role: role, opts: o}
 	if s.lab != nil {
-		r.host = s.lab.Host(o.host)
+		r.host = s.lab.Host(name)
 	}
 	if err := os.MkdirAll(r.Data, directoryMode); err != nil {
 		s.t.Fatal(err)
