@@ -59,7 +59,7 @@ const (
 // registrar is what enrolment needs of the certificate authority.
 type registrar interface {
 	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
-	SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error)
+	SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error)
 	Revocations() (wire.Envelope, bool)
 	Root() *x509.Certificate
 }

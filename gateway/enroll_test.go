@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"math/big"
 	"net/http"
@@ -55,11 +56,14 @@ func (c *memoryCA) Issue(_ context.Context, r wire.IssueRequest) ([][]byte, erro
 	return c.IssueKey(c.t, r.Party, pub, identitytest.Name(r.Name, wire.DefaultTenant)), nil
 }
 
-func (c *memoryCA) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+func (c *memoryCA) SignRevocations(_ context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.fail != nil {
 		return wire.Envelope{}, c.fail
+	}
+	if c.env != nil && after < numberOf(*c.env) {
+		return wire.Envelope{}, fmt.Errorf("%w: number %d was signed meanwhile", identity.ErrOlder, numberOf(*c.env))
 	}
 	set.TrustDomain, set.Issued = c.TrustDomain, time.Now().UTC()
 	env := c.Seal(c.t, wire.TypeRevocations, set)

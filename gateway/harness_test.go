@@ -65,7 +65,7 @@ func (i testIssuer) IssueGateway(_ context.Context, id wire.ID, csr []byte) ([][
 	return i.ca.IssueKey(i.t, wire.Party{Role: wire.RoleGateway, ID: id, TrustDomain: i.ca.TrustDomain}, pub), nil
 }
 
-func (i testIssuer) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+func (i testIssuer) SignRevocations(_ context.Context, set wire.Revocations, _ int64) (wire.Envelope, error) {
 	set.TrustDomain, set.Issued = i.ca.TrustDomain, time.Now().UTC()
 	return i.ca.Seal(i.t, wire.TypeRevocations, set), nil
 }

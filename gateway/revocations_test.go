@@ -28,7 +28,7 @@ func TestAnRCPOffersAnotherSet(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	empty, err := d.ca.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	empty, err := d.ca.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,13 +79,12 @@ type othersCA struct {
 	other func() // once
 }
 
-func (c *othersCA) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
+func (c *othersCA) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
 	if f := c.other; f != nil {
 		c.other = nil
 		f()
-		return wire.Envelope{}, identity.ErrOlder
 	}
-	return c.memoryCA.SignRevocations(ctx, set)
+	return c.memoryCA.SignRevocations(ctx, set, after)
 }
 
 // TestRevocationsOfAnotherGateway: what one gateway of an authority revoked stays
@@ -103,7 +102,7 @@ func TestRevocationsOfAnotherGateway(t *testing.T) {
 		for _, k := range keys {
 			set.Revoked = append(set.Revoked, wire.Revocation{Key: k, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()})
 		}
-		if _, err := d.ca.SignRevocations(t.Context(), set); err != nil {
+		if _, err := d.ca.SignRevocations(t.Context(), set, number-1); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -131,13 +130,14 @@ type overtakenCA struct {
 	take func(wire.Envelope)
 }
 
-func (c *overtakenCA) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
-	env, err := c.memoryCA.SignRevocations(ctx, set)
+func (c *overtakenCA) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
+	env, err := c.memoryCA.SignRevocations(ctx, set, after)
 	if err != nil {
 		return env, err
 	}
+	after = set.Number
 	set.Number++
-	next, err := c.memoryCA.SignRevocations(ctx, set)
+	next, err := c.memoryCA.SignRevocations(ctx, set, after)
 	if err == nil {
 		c.take(next)
 	}
@@ -186,7 +186,16 @@ func TestSetOfAnotherGatewayThatComesInBetween(t *testing.T) {
 		d := newDesk(t)
 		key := d.ca.Party(t, wire.RoleNode).KeyHash()
 		ca := &refreshedCA{memoryCA: d.ca, other: func() {
-			if _, err := d.ca.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: key, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()}}}); err != nil {
+			var set wire.Revocations
+			if env, ok := d.ca.Revocations(); ok {
+				if err := json.Unmarshal(env.Payload, &set); err != nil {
+					t.Error(err)
+				}
+			}
+			after := set.Number
+			set.Number++
+			set.Revoked = append(set.Revoked, wire.Revocation{Key: key, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()})
+			if _, err := d.ca.SignRevocations(t.Context(), set, after); err != nil {
 				t.Error(err)
 			}
 		}}

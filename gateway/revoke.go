@@ -249,7 +249,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 	if err != nil {
 		return nil, nil, err
 	}
-	env, err := e.ca.SignRevocations(ctx, set)
+	env, err := e.ca.SignRevocations(ctx, set, held.Number)
 	if err != nil {
 		err = fmt.Errorf("%w: %w", errAuthority, err)
 	}

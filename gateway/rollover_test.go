@@ -251,7 +251,7 @@ func TestLostAnswerOfAStep(t *testing.T) {
 // unsigning is an authority that takes steps, and is away otherwise.
 type unsigning struct{ *rollingCA }
 
-func (unsigning) SignRevocations(context.Context, wire.Revocations) (wire.Envelope, error) {
+func (unsigning) SignRevocations(context.Context, wire.Revocations, int64) (wire.Envelope, error) {
 	return wire.Envelope{}, &url.Error{Op: "Post", URL: "https://pki/v1/revocations", Err: io.EOF}
 }
 

@@ -44,7 +44,7 @@ type Deps struct {
 type Issuer interface {
 	Issue(ctx context.Context, r wire.IssueRequest) (chain [][]byte, err error)
 	IssueGateway(ctx context.Context, id wire.ID, csr []byte) (chain [][]byte, err error)
-	SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error)
+	SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error)
 	Revocations() (wire.Envelope, bool)
 	Root() *x509.Certificate
 	TrustDomain() string

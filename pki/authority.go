@@ -279,10 +279,15 @@ func (a *Authority) hold(set wire.Revocations, env wire.Envelope) {
 }
 
 // SignRevocations signs a set whose number is above every one signed before,
-// and keeps it on disk. Trust domain and time are filled in.
-func (a *Authority) SignRevocations(_ context.Context, set wire.Revocations) (wire.Envelope, error) {
+// and keeps it on disk. Trust domain and time are filled in. after is the number
+// of the last set that was signed, as far as the caller knows, whose keys are in
+// this one too: one that another signed since would be lost, and is ErrOlder.
+func (a *Authority) SignRevocations(_ context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if after < a.highest {
+		return wire.Envelope{}, fmt.Errorf("sign revocations: %w: another had number %d signed meanwhile, this set follows number %d", identity.ErrOlder, a.highest, after)
+	}
 	if set.Number <= a.highest {
 		return wire.Envelope{}, fmt.Errorf("sign revocations: %w: number %d was signed already, want more than %d", identity.ErrOlder, set.Number, a.highest)
 	}

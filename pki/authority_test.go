@@ -197,7 +197,7 @@ func TestRefuses(t *testing.T) {
 			t.Errorf("%s: %v, want ErrRefused", name, err)
 		}
 	}
-	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: node.KeyHash()}}}); err != nil {
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: node.KeyHash()}}}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.Issue(t.Context(), good); !errors.Is(err, identity.ErrRevoked) {
@@ -270,10 +270,10 @@ func TestSurvivesRestart(t *testing.T) {
 		t.Error("a revocation set before the first")
 	}
 	set := wire.Revocations{Number: 4, Revoked: []wire.Revocation{{Key: wire.KeyHash(strings.Repeat("ab", 32)), Role: wire.RoleNode}}}
-	if _, err := a.SignRevocations(t.Context(), set); err != nil {
+	if _, err := a.SignRevocations(t.Context(), set, 0); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.SignRevocations(t.Context(), set); !errors.Is(err, identity.ErrOlder) {
+	if _, err := a.SignRevocations(t.Context(), set, 4); !errors.Is(err, identity.ErrOlder) {
 		t.Errorf("the same number twice: %v", err)
 	}
 	if _, err := pki.Open(t.Context(), dir, slog.New(slog.DiscardHandler)); !errors.Is(err, lockdir.ErrLocked) {
@@ -300,7 +300,7 @@ func TestSurvivesRestart(t *testing.T) {
 	if newer, err := id.ApplyRevocations(env); err != nil || !newer || !id.Revoked(set.Revoked[0].Key) {
 		t.Errorf("the set does not verify: %v %v", newer, err)
 	}
-	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 3}); !errors.Is(err, identity.ErrOlder) {
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 3}, 4); !errors.Is(err, identity.ErrOlder) {
 		t.Errorf("a lower number after the restart: %v", err)
 	}
 	entries, err := os.ReadDir(dir)

@@ -59,7 +59,6 @@ type Client struct {
 	state Snapshot
 	root  *x509.Certificate
 	away  time.Time // since when it does not answer
-	seen  int64     // number of the revocation set that was handed out last
 	// unkept says that state is not on disk: it holds all the same, above all what
 	// is revoked in it.
 	unkept bool
@@ -413,29 +412,17 @@ func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]
 	return a.Chain, err
 }
 
-// SignRevocations is [Authority.SignRevocations]. A set that another gateway had
-// signed, and that this one had not seen, is above whatever it asks for: its keys
-// have to be in the next one too.
-func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations) (wire.Envelope, error) {
-	c.mu.Lock()
-	seen := c.seen
-	c.mu.Unlock()
-	if err := c.refresh(ctx); err != nil {
-		return wire.Envelope{}, err
-	}
-	if now, _ := c.Revocations(); setNumber(now) > seen {
-		return wire.Envelope{}, fmt.Errorf("sign a revocation set: %w: another gateway had number %d signed meanwhile", identity.ErrOlder, setNumber(now))
-	}
-	env, err := ask[wire.Envelope](ctx, c, pathRevocations, set, maxState)
+// SignRevocations is [Authority.SignRevocations].
+func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
+	env, err := ask[wire.Envelope](ctx, c, pathRevocations, revocationsRequest{set, after}, maxState)
 	if err != nil {
-		if errors.Is(err, identity.ErrOlder) { // another one signed: the next attempt is above it
+		if errors.Is(err, identity.ErrOlder) { // another one signed: its keys have to be in the next attempt
 			return env, errors.Join(err, c.refresh(ctx))
 		}
 		return env, err
 	}
 	c.mu.Lock()
 	s := c.state
-	c.seen = setNumber(env)
 	c.mu.Unlock()
 	s.Revocations = &env
 	return env, c.hold(s)
@@ -449,7 +436,6 @@ func (c *Client) Revocations() (wire.Envelope, bool) {
 	if c.state.Revocations == nil {
 		return wire.Envelope{}, false
 	}
-	c.seen = setNumber(*c.state.Revocations)
 	return *c.state.Revocations, true
 }
 

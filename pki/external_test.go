@@ -123,7 +123,7 @@ func TestImport(t *testing.T) {
 			t.Errorf("%s: %v", role, err)
 		}
 	}
-	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

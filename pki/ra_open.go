@@ -270,7 +270,8 @@ func (a *Authority) keepNow(ctx context.Context) error {
 	if err := json.Unmarshal(env.Payload, &set); err != nil {
 		return err
 	}
+	after := set.Number
 	set.Number++
-	_, err = a.SignRevocations(ctx, set)
+	_, err = a.SignRevocations(ctx, set, after)
 	return err
 }

@@ -114,7 +114,7 @@ func TestExternalRootIsFollowed(t *testing.T) {
 	if err := accepts(t, away, gateway); err != nil {
 		t.Errorf("a party that was away refuses the gateway: %v", err)
 	}
-	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 5}); err != nil {
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 5}, 0); err != nil {
 		t.Fatal(err)
 	}
 

@@ -250,7 +250,7 @@ func TestRegistrationAuthority(t *testing.T) {
 	}
 	near(t, "leaf from", leafOf(t, chain).NotBefore, time.Now().Add(-72*time.Hour))
 	near(t, "leaf until", leafOf(t, chain).NotAfter, time.Now().Add(30*24*time.Hour))
-	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 7, Revoked: []wire.Revocation{{Key: strangerKey, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()}}})
+	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 7, Revoked: []wire.Revocation{{Key: strangerKey, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()}}}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -416,7 +416,7 @@ func TestDocumentLeaf(t *testing.T) {
 		t.Errorf("a set sealed below another intermediate: %v", err)
 	}
 	// The real one, in another trust domain and after its end.
-	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	env, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -49,6 +49,11 @@ type gatewayRequest struct {
 	CSR []byte `json:"csr"`
 }
 
+type revocationsRequest struct {
+	Set   wire.Revocations `json:"set"`
+	After int64            `json:"after"` // number of the last set, whose keys this one has too
+}
+
 // rolloverRequest is a step of a rollover: rotate, follow, abort or finish.
 type rolloverRequest struct {
 	Step    string `json:"step"`

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
@@ -172,7 +174,7 @@ func TestRemote(t *testing.T) {
 				t.Error("there are revocations already")
 			}
 			set := wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: node.KeyHash(), Role: wire.RoleNode, ID: node.ID(), At: time.Now()}}}
-			env, err := c.SignRevocations(t.Context(), set)
+			env, err := c.SignRevocations(t.Context(), set, 0)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -180,7 +182,7 @@ func TestRemote(t *testing.T) {
 				t.Errorf("the set: %v, %v", newer, err)
 			}
 			// What an error means survives the way.
-			if _, err := c.SignRevocations(t.Context(), set); !errors.Is(err, identity.ErrOlder) {
+			if _, err := c.SignRevocations(t.Context(), set, 1); !errors.Is(err, identity.ErrOlder) {
 				t.Errorf("the same number again: %v", err)
 			}
 			if _, err := c.Issue(t.Context(), req); !errors.Is(err, identity.ErrRevoked) {
@@ -333,17 +335,59 @@ func TestGatewaysRevokeInTurn(t *testing.T) {
 	first := newGateway(t, ca.addr).enrolled(t, file)
 	file, _ = ca.code(time.Hour)
 	second := newGateway(t, ca.addr).enrolled(t, file)
-	if _, err := first.SignRevocations(t.Context(), wire.Revocations{Number: 1}); err != nil {
+	if _, err := first.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
 		t.Fatal(err)
 	}
-	if env, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 7}); !errors.Is(err, identity.ErrOlder) {
+	if env, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 7}, 0); !errors.Is(err, identity.ErrOlder) {
 		t.Errorf("signed: %s, %v", env.Payload, err)
 	}
 	if _, ok := second.Revocations(); !ok {
 		t.Error("it has not seen the set of the other one")
 	}
-	if _, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 8}); err != nil {
+	if _, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 8}, 1); err != nil {
 		t.Error(err)
+	}
+}
+
+// Numbers of gateways may be apart, so that both are free: whoever comes second
+// is told, and what the first one revoked stays revoked.
+func TestGatewaysRevokeAtOnce(t *testing.T) {
+	const rounds = 15
+	ca := serve(t, t.TempDir(), "127.0.0.1:0")
+	var g errgroup.Group
+	for i := range 2 {
+		file, _ := ca.code(time.Hour)
+		c := newGateway(t, ca.addr).enrolled(t, file)
+		g.Go(func() error {
+			for n := range rounds {
+				key := wire.KeyHash(fmt.Sprintf("%064x", i*rounds+n))
+				for {
+					var set wire.Revocations
+					if env, ok := c.Revocations(); ok {
+						if err := json.Unmarshal(env.Payload, &set); err != nil {
+							return err
+						}
+					}
+					set.Revoked = append(set.Revoked, wire.Revocation{Key: key, Role: wire.RoleNode, ID: wire.NewID(), At: time.Now()})
+					after := set.Number
+					set.Number += 1 + int64(i)
+					if _, err := c.SignRevocations(t.Context(), set, after); err == nil {
+						break
+					} else if !errors.Is(err, identity.ErrOlder) {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	env, _ := ca.Revocations()
+	var set wire.Revocations
+	if err := json.Unmarshal(env.Payload, &set); err != nil || len(set.Revoked) != 2*rounds {
+		t.Errorf("%d keys are revoked, want %d: %v", len(set.Revoked), 2*rounds, err)
 	}
 }
 
@@ -358,7 +402,7 @@ func TestStateThatCannotBeWrittenHolds(t *testing.T) {
 	if err := errors.Join(os.Remove(state), os.Mkdir(state, 0o700)); err != nil { // no file takes the place of a directory
 		t.Fatal(err)
 	}
-	env, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1})
+	env, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
 	if held, ok := c.Revocations(); err != nil || !ok || !bytes.Equal(held.Payload, env.Payload) {
 		t.Errorf("it holds %s, %v", held.Payload, err)
 	}
@@ -453,7 +497,7 @@ func TestRemovedGateway(t *testing.T) {
 	if _, err := bad.connect(t, again); !errors.Is(err, pki.ErrUnregistered) && !errors.Is(err, pki.ErrRefused) && err != nil {
 		t.Errorf("it comes back with its old key and a new code: %v", err)
 	}
-	env, err := cg.SignRevocations(t.Context(), wire.Revocations{Number: 1000})
+	env, err := cg.SignRevocations(t.Context(), wire.Revocations{Number: 1000}, 999)
 	if err != nil {
 		t.Fatal(err)
 	}

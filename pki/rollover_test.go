@@ -169,7 +169,7 @@ func TestGivenUpIntermediate(t *testing.T) {
 	a := open(t, dir)
 	defer func() { closeIt(t, a) }()
 	party, lost := enrolled(t, a, wire.RoleRCP), enrolled(t, a, wire.RoleNode)
-	forged, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1 << 40}) // by the thief, before anybody knew
+	forged, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1 << 40}, 0) // by the thief, before anybody knew
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -187,7 +187,7 @@ func TestGivenUpIntermediate(t *testing.T) {
 	if _, err := a.Finish(t.Context(), false, 0); err != nil {
 		t.Fatal(err)
 	}
-	set, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: first.Key}}})
+	set, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1, Revoked: []wire.Revocation{{Key: first.Key}}}, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,7 +225,7 @@ func TestRotateRoot(t *testing.T) {
 	firstRoot := a.Root()
 	gateway, online, away := enrolled(t, a, wire.RoleGateway), enrolled(t, a, wire.RoleNode), enrolled(t, a, wire.RoleNode)
 	code := fresh(t, a, wire.RoleNode) // pinned to the old root, not enrolled yet
-	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}); err != nil {
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
 		t.Fatal(err)
 	}
 	set, _ := a.Revocations()

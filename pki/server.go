@@ -237,13 +237,13 @@ func (s *Server) handler() http.Handler {
 		}
 		return chainAnswer{chain}, err
 	})))
-	mux.HandleFunc("POST "+pathRevocations, answer(s, "revocations", wire.MaxRevocations, known(s, func(ctx context.Context, gw Gateway, set wire.Revocations) (wire.Envelope, error) {
-		if err := s.addRemoved(&set); err != nil {
+	mux.HandleFunc("POST "+pathRevocations, answer(s, "revocations", wire.MaxRevocations, known(s, func(ctx context.Context, gw Gateway, r revocationsRequest) (wire.Envelope, error) {
+		if err := s.addRemoved(&r.Set); err != nil {
 			return wire.Envelope{}, err
 		}
-		env, err := s.ca.SignRevocations(ctx, set)
+		env, err := s.ca.SignRevocations(ctx, r.Set, r.After)
 		if err == nil {
-			s.log.Info("revocation set signed", "number", set.Number, "revoked", len(set.Revoked), "gateway", gw.ID)
+			s.log.Info("revocation set signed", "number", r.Set.Number, "revoked", len(r.Set.Revoked), "gateway", gw.ID)
 		}
 		return env, err
 	})))
@@ -399,11 +399,12 @@ func (s *Server) revokeRemovedNow(ctx context.Context) error {
 			return err
 		}
 	}
+	after := set.Number
 	set.Number++
 	if err := s.addRemoved(&set); err != nil {
 		return err
 	}
-	if _, err := s.ca.SignRevocations(ctx, set); err != nil {
+	if _, err := s.ca.SignRevocations(ctx, set, after); err != nil {
 		return err
 	}
 	s.log.Info("revocation set signed", "number", set.Number, "revoked", len(set.Revoked), "why", "a gateway was removed")

@@ -104,7 +104,7 @@ func TestSigner(t *testing.T) {
 		if env, ok := a.Revocations(); ok {
 			set.Number = number(t, env) + 1
 		}
-		env, err := a.SignRevocations(t.Context(), set)
+		env, err := a.SignRevocations(t.Context(), set, set.Number-1)
 		if err != nil {
 			t.Fatal(err)
 		}
