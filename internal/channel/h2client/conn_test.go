@@ -360,6 +360,25 @@ func TestFlowControl(t *testing.T) {
 		p.do(p.WriteWindowUpdate(1, 1<<31-1))
 		p.want("RST_STREAM 1 FLOW_CONTROL_ERROR")
 	})
+	bubble(t, "of the windows in one frame the last one counts", func(t *testing.T) {
+		c, p := newPeer(t, small, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 10})
+		s, _, err := connect(t, c, p, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.do(p.WriteWindowUpdate(1, 1<<31-1-10))
+		p.AllowIllegalWrites = true
+		flood := make([]http2.Setting, 2730) // each one of them would be work for all streams
+		for i := range flood {
+			flood[i] = http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(11 - i%2)}
+		}
+		p.do(p.WriteSettings(flood...))
+		p.want("SETTINGS ack")
+		if _, err := s.Write(make([]byte, 30)); err != nil {
+			t.Error(err)
+		}
+		p.want("DATA 1 30 bytes")
+	})
 	bubble(t, "the connection's window is shared", func(t *testing.T) {
 		c, p := newPeer(t, small, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
 		s, _, err := connect(t, c, p, 1)

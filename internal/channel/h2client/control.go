@@ -16,16 +16,28 @@ func (c *Conn) readSettings(h frameHeader) error {
 	if err := c.idled(); err != nil || h.has(flagAck) {
 		return err
 	}
+	window := -1
 	for range h.length / 6 {
 		b, err := c.readBytes(6)
 		if err != nil {
 			return err
 		}
-		if err := c.setting(binary.BigEndian.Uint16(b), binary.BigEndian.Uint32(b[2:])); err != nil {
+		id, v := binary.BigEndian.Uint16(b), binary.BigEndian.Uint32(b[2:])
+		if err := c.setting(id, v); err != nil {
 			return err
+		}
+		if id == settingInitialWindowSize {
+			window = int(v)
 		}
 	}
 	c.mu.Lock()
+	// Once for a frame, in which it may stand 2,730 times: it is work for all streams.
+	if window >= 0 {
+		if err := c.resizeLocked(window); err != nil {
+			c.mu.Unlock()
+			return err
+		}
+	}
 	first := !c.settled
 	if first {
 		c.settled = true
@@ -60,7 +72,6 @@ func (c *Conn) setting(id uint16, v uint32) error {
 		if v > maxWindow {
 			return broken(CodeFlowControl, "SETTINGS_INITIAL_WINDOW_SIZE above the limit")
 		}
-		return c.resizeLocked(int(v))
 	case settingMaxFrameSize: // we send none above the least that it may ask for
 		if v < maxFrame || v > 1<<24-1 {
 			return broken(CodeProtocol, "SETTINGS_MAX_FRAME_SIZE out of bounds")
@@ -75,6 +86,9 @@ func (c *Conn) setting(id uint16, v uint32) error {
 // which may become negative.
 func (c *Conn) resizeLocked(size int) error {
 	by := size - c.sendWindow
+	if by == 0 {
+		return nil
+	}
 	c.sendWindow = size
 	for _, s := range c.streams {
 		if s.sendWin += by; s.sendWin > maxWindow {
