@@ -19,7 +19,8 @@ import (
 const (
 	streamKeepAlive = 15 * time.Second
 	// Live streams of one caller, and of all. Each costs a goroutine and looks
-	// at the database whenever something happens.
+	// at the database whenever something happens. Nobody has more than are free, so
+	// that a few callers who want all of them leave room for the others.
 	maxStreamsPerCaller = 256
 	maxStreams          = 1024
 	streamWrite         = 30 * time.Second // a reader that takes nothing for so long is cut off
@@ -67,10 +68,11 @@ func (l *liveStreams) enter(ctx context.Context) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
-	case l.byCaller[who] >= maxStreamsPerCaller:
-		return api.NewProblem(api.CodeBusy, fmt.Sprintf("%s has %d live streams open, the limit: end some of them", who, maxStreamsPerCaller))
 	case l.all >= maxStreams:
 		return api.NewProblem(api.CodeBusy, fmt.Sprintf("%d live streams are open, the limit: try again later", maxStreams))
+	case l.byCaller[who] >= min(maxStreamsPerCaller, maxStreams-l.all):
+		return api.NewProblem(api.CodeBusy, fmt.Sprintf("%s has %d live streams open, its share of %d of which %d are taken: end some of them",
+			who, l.byCaller[who], maxStreams, l.all))
 	}
 	if l.byCaller == nil {
 		l.byCaller = make(map[string]int)

@@ -724,6 +724,18 @@ func TestLiveStreamsAreBounded(t *testing.T) {
 	if err := l.enter(ctx); codeOfError(err) != api.CodeBusy || api.CodeBusy.Status() != http.StatusTooManyRequests {
 		t.Fatalf("one more: %v", err)
 	}
+	for i := range 5 { // who want all there are
+		greedy, done := as(fmt.Sprint("greedy ", i))
+		defer done()
+		for n := 0; l.enter(greedy) == nil; n++ {
+			if n >= maxStreamsPerCaller {
+				t.Fatalf("one has %d", n)
+			}
+		}
+	}
+	if free := maxStreams - l.all; free < 16 {
+		t.Fatalf("a few callers left %d", free)
+	}
 	for i := l.all; i < maxStreams; i++ {
 		other, done := as(fmt.Sprint(i))
 		defer done()
