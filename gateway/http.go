@@ -6,12 +6,16 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/user"
 	"runtime/debug"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -63,7 +67,7 @@ func newREST(s *Server) *rest {
 		OpenAPIPath: "/api/openapi", Formats: huma.DefaultFormats, DefaultFormat: "application/json",
 	}
 	r.api = humago.New(r.mux, cfg)
-	r.api.UseMiddleware(r.authorise)
+	r.api.UseMiddleware(r.authorise, knownQuery)
 	r.adminRoutes()
 	r.nodeRoutes()
 	r.rcpRoutes()
@@ -74,9 +78,7 @@ func newREST(s *Server) *rest {
 	r.actionRoutes()
 	r.eventRoutes()
 	r.targetRoutes()
-	r.mux.HandleFunc("/", func(w http.ResponseWriter, req *http.Request) {
-		writeProblem(w, api.NewProblem(api.CodeNotFound, "no such path: "+wire.Quotable(req.URL.Path)))
-	})
+	r.mux.HandleFunc(everyPath, r.noOperation)
 	return r
 }
 
@@ -191,6 +193,64 @@ func (r *rest) route(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	r.mux.ServeHTTP(w, req)
+}
+
+// everyPath is the pattern of what no operation is for.
+const everyPath = "/"
+
+// noOperation says whether it is the path or the method that does not exist.
+func (r *rest) noOperation(w http.ResponseWriter, req *http.Request) {
+	path := wire.Quotable(req.URL.Path)
+	var allow []string
+	for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+		if _, pattern := r.mux.Handler(&http.Request{Method: method, URL: req.URL, Host: req.Host}); pattern != everyPath {
+			allow = append(allow, method)
+		}
+	}
+	if allow == nil {
+		writeProblem(w, api.NewProblem(api.CodeNotFound, "no such path: "+path))
+		return
+	}
+	methods := strings.Join(allow, ", ")
+	w.Header().Set("Allow", methods)
+	writeProblem(w, api.NewProblem(api.CodeMethod, fmt.Sprintf("%s is not for the method %s, but for %s", path, wire.Quotable(req.Method), methods)))
+}
+
+// knownQuery refuses parameters that an operation does not have: a misspelled
+// filter would select everything, and a misspelled option do something else.
+func knownQuery(ctx huma.Context, next func(huma.Context)) {
+	req, w := unwrap(ctx)
+	given, err := url.ParseQuery(req.URL.RawQuery)
+	if err != nil {
+		writeProblem(w, api.NewProblem(api.CodeMalformed, "the query is malformed: "+wire.Quotable(err.Error())))
+		return
+	}
+	var known []string
+	for _, p := range ctx.Operation().Parameters {
+		if p.In == "query" {
+			known = append(known, p.Name)
+		}
+	}
+	var faults []api.ProblemError
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		why := ""
+		switch {
+		case !slices.Contains(known, name) && known == nil:
+			why = "unknown parameter: there are none"
+		case !slices.Contains(known, name):
+			why = "unknown parameter: there are " + strings.Join(known, ", ")
+		case len(given[name]) > 1:
+			why = "given more than once"
+		}
+		if why != "" {
+			faults = append(faults, api.ProblemError{Location: "query." + wire.Quotable(name), Message: why})
+		}
+	}
+	if faults != nil {
+		writeProblem(w, api.NewProblem(api.CodeInvalid, "nothing was done", faults...))
+		return
+	}
+	next(ctx)
 }
 
 // listenSocket opens the unix socket for its owner and the group sallyport, if

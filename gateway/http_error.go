@@ -37,8 +37,8 @@ func init() {
 
 func codeOf(status int) api.Code {
 	for _, c := range []api.Code{
-		api.CodeMalformed, api.CodeUnauthorized, api.CodeForbidden, api.CodeNotFound, api.CodeConflict, api.CodeChanged,
-		api.CodeTooLarge, api.CodeInvalid, api.CodeLocked, api.CodeUnavailable, api.CodeTimeout,
+		api.CodeMalformed, api.CodeUnauthorized, api.CodeForbidden, api.CodeNotFound, api.CodeMethod, api.CodeConflict,
+		api.CodeChanged, api.CodeTooLarge, api.CodeInvalid, api.CodeLocked, api.CodeUnavailable, api.CodeTimeout,
 	} {
 		if c.Status() == status {
 			return c

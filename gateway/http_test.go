@@ -305,6 +305,18 @@ func TestPaging(t *testing.T) {
 // raw sends a request over the socket and returns the answer's body.
 func (w *world) raw(t *testing.T, method, path, body string) []byte {
 	t.Helper()
+	resp := w.http(t, method, path, body)
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// http sends a request over the socket; the caller closes the answer's body.
+func (w *world) http(t *testing.T, method, path, body string) *http.Response {
+	t.Helper()
 	hc := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", w.cfg.Socket)
 	}}}
@@ -317,12 +329,7 @@ func (w *world) raw(t *testing.T, method, path, body string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = resp.Body.Close() }()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return resp
 }
 
 // TestStatesAreListed: each state that there is can be asked for.
@@ -370,6 +377,10 @@ func TestBadRequests(t *testing.T) {
 		"action state":   {http.MethodGet, "/api/v1/actions?state=bad", "", api.CodeInvalid},
 		"neither":        {http.MethodPost, "/api/v1/actions", `{"command":["true"]}`, api.CodeInvalid},
 		"empty selector": {http.MethodPost, "/api/v1/actions", `{"command":["true"],"selector":" "}`, api.CodeInvalid},
+		"no parameter":   {http.MethodGet, "/api/v1/nodes?stat=down", "", api.CodeInvalid},
+		"no option":      {http.MethodPost, "/api/v1/nodes/x/drain?now=true", "{}", api.CodeInvalid},
+		"twice":          {http.MethodGet, "/api/v1/nodes?state=down&state=running", "", api.CodeInvalid},
+		"bad query":      {http.MethodGet, "/api/v1/nodes?a;b", "", api.CodeMalformed},
 		"no command":     {http.MethodPost, "/api/v1/actions", `{"command":[],"selector":"*"}`, api.CodeInvalid},
 	} {
 		var p api.Problem
@@ -384,6 +395,34 @@ func TestBadRequests(t *testing.T) {
 	}
 	if err := json.Unmarshal(w.raw(t, http.MethodGet, "/api/openapi.json", ""), &doc); err != nil || !strings.HasPrefix(doc.OpenAPI, "3.1") || len(doc.Paths) < 30 {
 		t.Errorf("openapi %q with %d paths: %v", doc.OpenAPI, len(doc.Paths), err)
+	}
+}
+
+// Whoever takes the wrong method is told so, and which ones there are.
+func TestWrongMethod(t *testing.T) {
+	t.Parallel()
+	w, _ := serving(t, false)
+	for path, x := range map[string]struct{ method, allow string }{
+		"/api/v1/nodes":                {http.MethodDelete, "GET, HEAD"},
+		"/api/v1/nodes/web-1":          {http.MethodPost, "GET, HEAD, DELETE"},
+		"/api/v1/nodes/web-1/drain":    {http.MethodGet, "POST"},
+		"/api/v1/rcps/dmz-1":           {http.MethodPut, "GET, HEAD, PATCH, DELETE"},
+		"/api/v1/events/tail":          {http.MethodOptions, "GET, HEAD"},
+		"/api/openapi.json":            {http.MethodPost, "GET, HEAD"},
+		"/api/v1/requests/grant":       {http.MethodGet, "POST"},
+		"/api/v1/certificates/x%2Fy/z": {http.MethodGet, ""},
+	} {
+		res := w.http(t, x.method, path, "")
+		var p api.Problem
+		err := json.NewDecoder(res.Body).Decode(&p)
+		_ = res.Body.Close()
+		want := api.CodeMethod
+		if x.allow == "" {
+			want = api.CodeNotFound
+		}
+		if err != nil || res.StatusCode != want.Status() || p.Code != want || res.Header.Get("Allow") != x.allow {
+			t.Errorf("%s %s: %s, Allow %q, %+v, %v", x.method, path, res.Status, res.Header.Get("Allow"), p, err)
+		}
 	}
 }
 

@@ -135,7 +135,7 @@ func explain(err error) error {
 
 func problemCode(c api.Code) int {
 	switch c {
-	case api.CodeInvalid, api.CodeMalformed, api.CodeUnsupported:
+	case api.CodeInvalid, api.CodeMalformed, api.CodeMethod, api.CodeUnsupported:
 		return cli.ExitUsage
 	case api.CodeNotFound:
 		return cli.ExitNotFound

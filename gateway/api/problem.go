@@ -16,6 +16,7 @@ const (
 	CodeUnauthorized Code = "unauthenticated" // 401: no valid token
 	CodeForbidden    Code = "forbidden"       // 403: the caller's role does not allow it
 	CodeNotFound     Code = "not-found"       // 404
+	CodeMethod       Code = "wrong-method"    // 405: the path is for other methods; Allow names them
 	CodeAmbiguous    Code = "ambiguous"       // 409: a prefix or name fits several objects
 	CodeNameInUse    Code = "name-in-use"     // 409
 	CodeExists       Code = "exists"          // 409
@@ -33,7 +34,7 @@ const (
 
 var codeStatus = map[Code]int{
 	CodeInvalid: http.StatusUnprocessableEntity, CodeMalformed: http.StatusBadRequest, CodeUnauthorized: http.StatusUnauthorized,
-	CodeForbidden: http.StatusForbidden, CodeNotFound: http.StatusNotFound, CodeAmbiguous: http.StatusConflict,
+	CodeForbidden: http.StatusForbidden, CodeNotFound: http.StatusNotFound, CodeMethod: http.StatusMethodNotAllowed, CodeAmbiguous: http.StatusConflict,
 	CodeNameInUse: http.StatusConflict, CodeExists: http.StatusConflict, CodeConflict: http.StatusConflict,
 	CodeChanged: http.StatusPreconditionFailed, CodeTooLarge: http.StatusRequestEntityTooLarge, CodeLocked: http.StatusTooManyRequests,
 	CodeBusy: http.StatusTooManyRequests, CodeFailed: http.StatusBadGateway,
