@@ -108,8 +108,15 @@ func (f *forwards) reconcile(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	over, err := f.over(ctx)
+	if err != nil {
+		return err
+	}
 	want := make(map[string]bool, len(rows))
 	for _, row := range rows {
+		if over[row.Listen] {
+			continue
+		}
 		want[row.Listen] = true
 		if f.at(row.Listen) != nil {
 			continue
@@ -143,6 +150,23 @@ func (f *forwards) reconcile(ctx context.Context) error {
 		f.close(w)
 	}
 	return nil
+}
+
+// over are the forwards that have outlived the token that they were made with:
+// they end also when the database cannot be told of it.
+func (f *forwards) over(ctx context.Context) (map[string]bool, error) {
+	rows, err := f.db.OverForwards(ctx, time.Now())
+	if err != nil || len(rows) == 0 {
+		return nil, err
+	}
+	out := make(map[string]bool, len(rows))
+	for _, row := range rows {
+		out[row.Listen] = true
+	}
+	if err := f.db.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.EndForwards(ctx) }); err != nil {
+		f.log.Error("forwards whose API token is over are not removed; they are closed", "error", err)
+	}
+	return out, nil
 }
 
 func (f *forwards) at(listen string) *forward {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -20,6 +21,7 @@ import (
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/tunnel"
+	"sallyport/internal/wire"
 )
 
 func (st *site) forward(target, node string) api.Forward {
@@ -98,6 +100,45 @@ func TestForwardCarriesBothWaysAndEndsEachByItself(t *testing.T) {
 		all, err := st.c.Forwards(t.Context())
 		return err == nil && len(all) == 1 && all[0].Total == 2 && all[0].Connections == 0 && all[0].BytesTo == size+4 && all[0].Refused == 0
 	})
+}
+
+// What was made with an API token ends with it: the port, and what runs through it.
+func TestForwardEndsWithItsToken(t *testing.T) {
+	t.Parallel()
+	st := newSite(t, true)
+	ids := st.nodes("a")
+	st.offer("db", "address: 'db:5432'", ids...)
+	st.serve("a", "db", to(peer(t, func(c *net.TCPConn) {
+		_, _ = io.WriteString(c, "220 ready")
+		_, _ = io.Copy(io.Discard, c)
+	})))
+	stays := st.forward("db", "")
+	tok, err := st.c.CreateToken(t.Context(), api.CreateToken{Role: api.RoleOperator, TTL: wire.Duration(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := st.https(t, tok.Secret).AddForward(t.Context(), api.AddForward{Target: "db", Listen: ":0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := connect(t, f.Listen)
+	if _, err := io.ReadFull(c, make([]byte, 9)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := st.c.RevokeToken(t.Context(), tok.ID); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the connection goes on: %d bytes, %v", n, err)
+	}
+	all, err := st.c.Forwards(t.Context())
+	if err != nil || len(all) != 1 || all[0].Listen != stays.Listen {
+		t.Errorf("%+v, %v", all, err)
+	}
+	if again, err := net.Dial("tcp", f.Listen); err == nil {
+		_ = again.Close()
+		t.Error("the port is still open")
+	}
 }
 
 func TestForwardCoversAFailureWithWhatWasSent(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -223,7 +224,7 @@ func (r *rest) revokeToken(ctx context.Context, in *ByID) (*body[api.Token], err
 	}
 	err = r.s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		tx.Audit(ctx, "token.revoke", "token "+t.ID, "")
-		if err := tx.RevokeToken(ctx, t.ID); err != nil {
+		if err := errors.Join(tx.RevokeToken(ctx, t.ID), tx.EndForwards(ctx)); err != nil {
 			return err
 		}
 		t, err = tx.Token(ctx, t.ID)

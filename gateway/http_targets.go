@@ -186,6 +186,9 @@ func (r *rest) addForward(ctx context.Context, in *body[api.AddForward]) (*body[
 		return nil, err
 	}
 	row := &store.Forward{Listen: listen.String(), Tenant: store.DefaultTenant, Target: name}
+	if t := askerFrom(ctx).token; t != nil {
+		row.TokenID = t.ID
+	}
 	detail := "by any node"
 	if in.Body.Node != "" {
 		n, err := r.node(ctx, in.Body.Node, true)

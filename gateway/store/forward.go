@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -18,6 +19,7 @@ type Forward struct {
 	Tenant        string
 	Target        string
 	NodeID        wire.ID // empty: any node that offers the target
+	TokenID       string  // of the API token that it was made with, and ends with; empty: it was made over the unix socket
 	CreatedAt     time.Time
 	CreatedBy     string
 }
@@ -47,6 +49,24 @@ func (tx *Tx) AddForward(ctx context.Context, f *Forward) error {
 func (tx *Tx) RemoveForward(ctx context.Context, listen string) error {
 	tx.Wake(bus.Forwards)
 	return one(tx.q.NewRaw("DELETE FROM forwards WHERE listen = ?", listen).Exec(ctx))
+}
+
+// OverForwards lists the forwards whose API token is revoked or expired.
+func (r Queries) OverForwards(ctx context.Context, now time.Time) ([]*Forward, error) {
+	var out []*Forward
+	err := r.q.NewSelect().Model(&out).Where("token_id <> ''").
+		Where("token_id NOT IN (SELECT id FROM tokens WHERE revoked_at IS NULL AND expires_at > ?)", now.UTC()).OrderExpr("listen").Scan(ctx)
+	return out, err
+}
+
+// EndForwards deletes the forwards whose API token is revoked or expired.
+func (tx *Tx) EndForwards(ctx context.Context) error {
+	over, err := tx.OverForwards(ctx, tx.now)
+	for _, f := range over {
+		tx.Audit(ctx, "target.unforward", "target "+f.Target, "on "+f.Listen+", made with token "+f.TokenID+", which is over")
+		err = errors.Join(err, tx.RemoveForward(ctx, f.Listen))
+	}
+	return err
 }
 
 // NodeTargets are the targets that one node should offer.

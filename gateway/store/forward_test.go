@@ -3,8 +3,14 @@ package store
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"maps"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
+	"time"
 
 	"sallyport/gateway/bus"
 	"sallyport/internal/wire"
@@ -37,6 +43,43 @@ func TestForwards(t *testing.T) {
 	}
 	if all := must[[]*Forward](t)(db.Forwards(ctx)); len(all) != 1 {
 		t.Errorf("%d left", len(all))
+	}
+}
+
+// A forward ends with the API token that it was made with, and the audit log says so.
+func TestForwardsEndWithTheirToken(t *testing.T) {
+	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	db := must[*DB](t)(Open(ctx, Config{Path: filepath.Join(t.TempDir(), "sallyport.db"), Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}))
+	t.Cleanup(func() { _ = db.Close() })
+	update(t, db, func(tx *Tx) error {
+		for i, id := range []string{"", "stays", "expires", "revoked"} {
+			if err := tx.AddForward(ctx, &Forward{Listen: "127.0.0.1:" + strconv.Itoa(i), Tenant: DefaultTenant, Target: "web", TokenID: id}); err != nil {
+				return err
+			}
+		}
+		return errors.Join(
+			tx.AddToken(ctx, &Token{ID: "stays", Hash: "1", ExpiresAt: now.Add(24 * time.Hour)}),
+			tx.AddToken(ctx, &Token{ID: "expires", Hash: "2", ExpiresAt: now.Add(time.Hour)}),
+			tx.AddToken(ctx, &Token{ID: "revoked", Hash: "3", ExpiresAt: now.Add(24 * time.Hour)}))
+	})
+	left := func(want ...string) {
+		t.Helper()
+		update(t, db, func(tx *Tx) error { return tx.EndForwards(ctx) })
+		var ids []string
+		for _, f := range must[[]*Forward](t)(db.Forwards(ctx)) {
+			ids = append(ids, f.TokenID)
+		}
+		if !slices.Equal(ids, want) {
+			t.Errorf("%q are left, want %q", ids, want)
+		}
+	}
+	left("", "stays", "expires", "revoked")
+	now = now.Add(time.Hour)
+	left("", "stays", "revoked")
+	update(t, db, func(tx *Tx) error { return tx.RevokeToken(ctx, "revoked") })
+	left("", "stays")
+	if log := must[[]AuditEntry](t)(db.AuditLog(ctx, AuditFilter{What: "target.unforward", Limit: 9})); len(log) != 2 || !strings.Contains(log[0].Detail, "revoked") {
+		t.Errorf("%+v", log)
 	}
 }
 
