@@ -27,6 +27,7 @@ type decision struct {
 	victims []victim          // identities that give way
 	known   bool              // the key was certified before: it is given a new leaf and nothing else happens
 	prior   *store.Request    // the same key's last request, if it still waits
+	over    *store.Request    // the same key's last request, if an operator has denied or discarded it
 	fresh   bool              // a new request was written
 	rules   ruleVerdict       // what the rules say of it
 	tags    map[string]string // that an operator gives with the grant
@@ -208,9 +209,11 @@ func (e *enrolment) decided(ctx context.Context, q store.Queries, d *decision, k
 		d.prior = prior
 	case prior.JoinID != req.TokenID: // another code is another request
 	case prior.State == api.RequestDenied:
+		d.over = prior
 		d.is(wire.EnrollDenied, wire.EnrollByOperator, "%s", prior.Reason)
 		return true, nil
 	case prior.State == api.RequestDiscarded:
+		d.over = prior
 		return true, nil
 	}
 	return false, nil

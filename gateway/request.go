@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -54,6 +55,9 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 // code that is no good. The request waits on: were it over, whoever reaches an RCP
 // could make one after the other. A bad code alone is not written down.
 func (e *enrolment) noteDenial(ctx context.Context, tx *store.Tx, d *decision) error {
+	if d.over != nil && tx.Now().Sub(d.over.SeenAt) >= noteEvery {
+		return tx.SawRequest(ctx, d.over.ID)
+	}
 	q := d.prior
 	if q == nil || d.state == "" {
 		return nil
@@ -61,6 +65,10 @@ func (e *enrolment) noteDenial(ctx context.Context, tx *store.Tx, d *decision) e
 	q.Code, q.Reason, q.SeenAt = d.code, d.reason, tx.Now()
 	return tx.SaveRequest(ctx, q)
 }
+
+// noteEvery is how often it is written down that the party of a request that is
+// over comes back: what an operator said of it is kept as long as it does.
+const noteEvery = 24 * time.Hour
 
 // maxTags bounds the tags of a request, and of a node without a row, that are
 // kept to be looked at.

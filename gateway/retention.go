@@ -13,8 +13,9 @@ const (
 	// first of all it is there for its nodes.
 	retentionFirst = time.Minute
 	retentionEvery = time.Hour
-	// expiredLife is how long a certificate request that expired can be read.
-	expiredLife = 90 * 24 * time.Hour
+	// decidedLife is how long a certificate request can be read that expired, or that
+	// an operator denied or discarded and whose party has not come back since.
+	decidedLife = 90 * 24 * time.Hour
 )
 
 // retention is how long one kind of rows is kept.
@@ -31,7 +32,7 @@ func (s *Server) retentions() []retention {
 		{"gaps", events, s.store.ForgetGaps},
 		{"actions", time.Duration(s.cfg.ActionRetention), s.store.ForgetActions},
 		{"audit", time.Duration(s.cfg.AuditRetention), s.store.ForgetAudit},
-		{"requests", expiredLife, s.store.ForgetRequests},
+		{"requests", decidedLife, s.store.ForgetRequests},
 	}
 }
 

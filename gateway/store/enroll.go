@@ -123,6 +123,11 @@ func (tx *Tx) SaveRequest(ctx context.Context, q *Request) error {
 	return fmt.Errorf("request %s is %s and cannot become %s: %w", q.ID, now.State, q.State, ErrChanged)
 }
 
+// SawRequest notes that the party of a request came back.
+func (tx *Tx) SawRequest(ctx context.Context, id string) error {
+	return one(tx.q.NewRaw("UPDATE requests SET seen_at = ? WHERE id = ?", tx.now, id).Exec(ctx))
+}
+
 // MoveRequest moves on the last request of a key, if there is one and its state
 // leads to the new one.
 func (tx *Tx) MoveRequest(ctx context.Context, key wire.KeyHash, state, reason string) error {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyport/gateway/api"
 	"sallyport/internal/wire"
 )
 
@@ -123,6 +124,40 @@ func TestRetention(t *testing.T) {
 	for name, f := range map[string]func(context.Context, time.Time, int64) (int64, int64, error){"events": db.ForgetEvents, "gaps": db.ForgetGaps, "actions": db.ForgetActions, "audit": db.ForgetAudit} {
 		if total, _ := forget(t, f, before); total != 0 {
 			t.Errorf("%d %s the second time", total, name)
+		}
+	}
+}
+
+// TestRetentionOfRequests: what an operator said of a request is in force while its
+// party comes back, and is forgotten when that has stayed away.
+func TestRetentionOfRequests(t *testing.T) {
+	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	db := must[*DB](t)(Open(ctx, Config{Path: filepath.Join(t.TempDir(), "sallyport.db"), Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}))
+	t.Cleanup(func() { _ = db.Close() })
+	update(t, db, func(tx *Tx) error {
+		for _, id := range []string{api.RequestPending, api.RequestDenied, api.RequestDiscarded, "comes back"} {
+			q := &Request{ID: id, Role: wire.RoleNode, Name: id, KeyHash: wire.HashSPKI([]byte(id)), CSR: []byte("x"), State: api.RequestPending}
+			if err := tx.AddRequest(ctx, q); err != nil {
+				return err
+			}
+			q.DecidedAt = now
+			if q.State = id; id == "comes back" {
+				q.State = api.RequestDenied
+			}
+			if err := tx.SaveRequest(ctx, q); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	now = now.Add(100 * 24 * time.Hour)
+	update(t, db, func(tx *Tx) error { return tx.SawRequest(ctx, "comes back") })
+	if total, _ := forget(t, db.ForgetRequests, now.Add(-90*24*time.Hour)); total != 2 {
+		t.Errorf("%d were dropped", total)
+	}
+	for _, id := range []string{api.RequestPending, "comes back"} {
+		if _, err := db.Request(ctx, id); err != nil {
+			t.Errorf("%s: %v", id, err)
 		}
 	}
 }
