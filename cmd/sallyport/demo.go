@@ -2,9 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -41,6 +44,8 @@ func (a *app) demo(ctx context.Context, exit, firewall bool) error {
 	if err != nil {
 		return err
 	}
+	ctx, stop := whileRead(ctx)
+	defer stop()
 	where := place(loopback{})
 	if firewall {
 		if where, err = newWalls(ctx); err != nil {
@@ -52,6 +57,34 @@ func (a *app) demo(ctx context.Context, exit, firewall bool) error {
 	return a.perform(ctx, d, d.story(), exit)
 }
 
+// unread is the cause of a context whose output nobody reads any more.
+type unread struct{ signal syscall.Signal }
+
+func (u unread) Error() string { return "nobody reads this any more: " + u.signal.String() }
+
+// whileRead ends the context when the reader of a pipe or the terminal has gone
+// away. Such a signal would end the process on the spot, and leave a directory
+// with keys behind.
+func whileRead(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	gone := make(chan os.Signal, 1)
+	signal.Notify(gone, syscall.SIGPIPE)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signal.Notify(gone, syscall.SIGHUP)
+	}
+	go func() {
+		select {
+		case s := <-gone:
+			cancel(unread{s.(syscall.Signal)})
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(gone)
+		cancel(nil)
+	}
+}
+
 // perform plays the scenes, and leaves nothing behind.
 func (a *app) perform(ctx context.Context, d *demo, scenes []scene, exit bool) (err error) {
 	defer func() {
@@ -60,6 +93,11 @@ func (a *app) perform(ctx context.Context, d *demo, scenes []scene, exit bool) (
 		}
 	}()
 	report := d.play(ctx, scenes)
+	defer func() {
+		if gone := (unread{}); errors.As(context.Cause(ctx), &gone) {
+			err = &cli.ExitError{Code: 128 + int(gone.signal)} // there is nobody to tell
+		}
+	}()
 	if a.out.Format != cli.FormatTable {
 		if err := a.printReport(report); err != nil {
 			return err

@@ -1,15 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -62,6 +65,52 @@ func TestDemo(t *testing.T) {
 	}
 	if !strings.Contains(stderr.String(), "$ sallyport action run") {
 		t.Errorf("no commentary on stderr:\n%s", stderr.String())
+	}
+}
+
+// TestDemoUnread plays to a pipe whose reader leaves after one line, as with
+// `sallyport demo | head -1`, and to a terminal that is closed.
+func TestDemoUnread(t *testing.T) {
+	if testing.Short() {
+		t.Skip("starts processes")
+	}
+	for name, gone := range map[string]func(*os.Process, io.Closer) error{
+		"pipe":     func(_ *os.Process, reader io.Closer) error { return reader.Close() },
+		"terminal": func(p *os.Process, _ io.Closer) error { return p.Signal(syscall.SIGHUP) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			parent, err := os.MkdirTemp("", "unread-") // short, for demoDir
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(parent) })
+			cmd := exec.CommandContext(t.Context(), programUnderTest(t), "demo")
+			cmd.Env = environment("TMPDIR=" + parent)
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+				t.Fatalf("%q: %v", line, err)
+			}
+			if err := gone(cmd.Process, out); err != nil {
+				t.Fatal(err)
+			}
+			if name == "terminal" {
+				_, _ = io.Copy(io.Discard, out) // or it waits for a reader
+			}
+			if err := cmd.Wait(); cmd.ProcessState.ExitCode() <= 128 {
+				t.Errorf("it ended with %v, want the code of the signal", err)
+			}
+			left, err := os.ReadDir(parent)
+			if err != nil || len(left) > 0 {
+				t.Errorf("it left %v (%v)", left, err)
+			}
+		})
 	}
 }
 
