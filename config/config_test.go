@@ -210,6 +210,15 @@ func TestServiceLinksAreIgnored(t *testing.T) {
 	}
 }
 
+func TestCompletionScriptsAreIgnored(t *testing.T) {
+	if err := Known([]string{"SALLYPORT_ACTIVE_HELP=0", "SALLYPORT_RCP_ACTIVE_HELP=0", "SALLYPORT_NODE_ACTIVE_HELP=0"}); err != nil {
+		t.Error(err)
+	}
+	if err := Known([]string{"SALLYPORT_GATEWAY_ACTIVE_HELP=0"}); err == nil {
+		t.Error("no program is called sallyport-gateway, and its variable was accepted")
+	}
+}
+
 func TestDefaultData(t *testing.T) {
 	for _, c := range []struct {
 		env  map[string]string

@@ -12,6 +12,10 @@ import (
 // SALLYPORT_GATEWAY_PORT_8443_TCP_ADDR and so on. None of ours ends in _PORT.
 var serviceLink = regexp.MustCompile(`^SALLYPORT(_.+)?_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT|PORT_[0-9]+_.+)$`)
 
+// activeHelp matches what the completion scripts of fish and PowerShell set when
+// they ask the program whose name it begins with.
+var activeHelp = regexp.MustCompile(`^SALLYPORT(_RCP|_NODE)?_ACTIVE_HELP$`)
+
 // Known refuses variables that begin with SALLYPORT_ and that no role of any
 // program reads: a misspelt setting would silently be the default.
 func Known(environ []string) error {
@@ -19,7 +23,7 @@ func Known(environ []string) error {
 	var errs []error
 	for _, line := range environ {
 		name, _, _ := strings.Cut(line, "=")
-		if !strings.HasPrefix(name, Prefix) || slices.Contains(names, name) || serviceLink.MatchString(name) {
+		if !strings.HasPrefix(name, Prefix) || slices.Contains(names, name) || serviceLink.MatchString(name) || activeHelp.MatchString(name) {
 			continue
 		}
 		problem := "unknown variable; `sallyport config reference` lists all"
