@@ -99,6 +99,12 @@ func (c *Client) IfMatch(etag string) *Client {
 
 // request sends one call and returns its answer, whose status is a success.
 func (c *Client) request(ctx context.Context, method, path string, query url.Values, in any, accept string) (*http.Response, error) {
+	for part := range strings.SplitSeq(strings.TrimPrefix(path, "/"), "/") {
+		if part == "" || part == "." || part == ".." {
+			// A path with it is another path, to the server as to any proxy.
+			return nil, &Problem{Title: http.StatusText(http.StatusNotFound), Status: http.StatusNotFound, Code: CodeNotFound, Detail: fmt.Sprintf("nothing is called %q", part)}
+		}
+	}
 	var body io.Reader
 	if in != nil {
 		b, err := json.Marshal(in)

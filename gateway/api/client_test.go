@@ -115,6 +115,11 @@ func TestNamesAreEscaped(t *testing.T) {
 	if err != nil || n.Name != "/api/v1/nodes/..%2Ftokens%3Fx=1" {
 		t.Errorf("%q, %v", n.Name, err)
 	}
+	for _, name := range []string{"", ".", ".."} { // no escape keeps these from being another path
+		if n, err := c.Node(context.Background(), name); !Is(err, CodeNotFound) {
+			t.Errorf("%q is %q, %v", name, n.Name, err)
+		}
+	}
 }
 
 func TestStreams(t *testing.T) {
