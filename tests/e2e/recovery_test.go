@@ -107,6 +107,10 @@ func TestWipedDatabase(t *testing.T) {
 	if _, err := os.Stat(site.Path("files/obeyed")); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the locked node obeyed: %v", err)
 	}
+	traced := gateway.Run("node", "trace", string(id)).Exits(0)
+	if !strings.Contains(traced.Stdout, "answers end to end") || !strings.Contains(traced.Stdout, "its state is locked") {
+		t.Errorf("the way to a node that nobody knows is not shown: %s", traced.Stdout)
+	}
 	node.Local("event", "send", "--severity", "minor", "reported while locked").Exits(0)
 	harness.Eventually(t, 15*time.Second, "the locked node reports", func() error { return gateway.HasEvent("reported while locked") })
 
