@@ -218,7 +218,7 @@ func (e *enrolment) find(ctx context.Context, q store.Queries, ref, fingerprint 
 	}
 	switch {
 	case len(found) == 0:
-		return nil, noRequest(ref)
+		return nil, noRequest(ctx, q, ref)
 	case len(found) > 1:
 		return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID, or by --fingerprint", len(found), wire.Quotable(ref)))
 	case fingerprint == "" && found[0].ID != ref && found[0].Name == ref:
@@ -256,7 +256,7 @@ func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, e.lastOfName(ctx, ref, err)
 	}
 	e.settle(ctx, []wire.Party{d.party}, d.victims)
 	e.again(q.KeyHash)
@@ -343,10 +343,13 @@ func (e *enrolment) refuse(ctx context.Context, ref string, v ruling) (q *store.
 		q, err = e.refuseOne(ctx, tx, ref, v)
 		return err
 	})
-	if err == nil && v.verb == verbDeny {
+	if err != nil {
+		return nil, e.lastOfName(ctx, ref, err)
+	}
+	if v.verb == verbDeny {
 		e.again(q.KeyHash)
 	}
-	return q, err
+	return q, nil
 }
 
 // refuseOne writes nothing when it returns a *api.Problem.
@@ -356,7 +359,7 @@ func (e *enrolment) refuseOne(ctx context.Context, tx *store.Tx, ref string, v r
 	case err != nil:
 		return nil, err
 	case len(found) == 0:
-		return nil, noRequest(ref)
+		return nil, noRequest(ctx, tx.Queries, ref)
 	case len(found) > 1:
 		return nil, api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%d requests fit %q: name one by its ID", len(found), wire.Quotable(ref)))
 	}
@@ -369,8 +372,58 @@ func (e *enrolment) refuseOne(ctx context.Context, tx *store.Tx, ref string, v r
 	return q, tx.SaveRequest(ctx, q)
 }
 
-func noRequest(ref string) error {
-	return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
+// noRequest says why there is nothing to decide under that name: of a request
+// that is named by its ID, what became of it.
+func noRequest(ctx context.Context, q store.Queries, ref string) error {
+	r, err := q.Request(ctx, ref)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no request %q waits", wire.Quotable(ref)))
+	case err != nil:
+		return err
+	}
+	return api.NewProblem(api.CodeConflict, fmt.Sprintf("request %s %s", r.ID, became(r)))
+}
+
+// lastOfName adds to the error of a name that no request waits under what
+// became of the last one. Nothing but its age leads to it: that is not looked
+// for in a transaction, nor for each of many.
+func (e *enrolment) lastOfName(ctx context.Context, ref string, cause error) error {
+	if !api.Is(cause, api.CodeNotFound) {
+		return cause
+	}
+	r, err := e.store.LastRequestOf(ctx, ref)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return cause
+	case err != nil:
+		return err
+	}
+	return api.NewProblem(api.CodeNotFound, fmt.Sprintf("%v: the last one, %s, %s", cause, r.ID, became(r)))
+}
+
+// became says what was decided of a request that does not wait any more, and
+// what can be done.
+func became(r *store.Request) string {
+	by := fmt.Sprintf("by %s on %s", cmp.Or(r.DecidedBy, "the gateway"), r.DecidedAt.UTC().Format(time.RFC3339))
+	if r.Rule != "" {
+		by = fmt.Sprintf("by the rule %s on %s", r.Rule, r.DecidedAt.UTC().Format(time.RFC3339))
+	}
+	switch r.State {
+	case api.RequestDenied:
+		return fmt.Sprintf("was denied %s (%s), which is final: with another join code the party asks anew", by, r.Reason)
+	case api.RequestDiscarded:
+		return fmt.Sprintf("was discarded %s: with another join code the party asks anew", by)
+	case api.RequestGranted:
+		return fmt.Sprintf("was granted %s: its party gets the certificate when it comes", by)
+	case api.RequestDelivered:
+		return fmt.Sprintf("was granted %s, and its party has the certificate", by)
+	case api.RequestFailed:
+		return fmt.Sprintf("was granted %s, and its party did not take the certificate (%s)", by, cmp.Or(r.Reason, r.Code))
+	case api.RequestExpired:
+		return "expired: its party was not seen for long, and asks anew when it comes back"
+	}
+	return "is " + r.State
 }
 
 // expire ends requests whose party was not seen for long.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -140,6 +142,31 @@ func TestDenyAndDiscard(t *testing.T) {
 	}
 	if d.audited("request.deny") != 1 || d.audited("request.discard") != 1 {
 		t.Error("audit rows are missing")
+	}
+	// Whoever decides again is told what was decided, by whom and what to do.
+	no := d.requests(api.RequestDenied)[0]
+	for ref, want := range map[string]struct {
+		code api.Code
+		says []string
+	}{
+		"a":   {api.CodeNotFound, []string{`no request "a" waits`, no.ID, "was denied by ", "not ours", "another join code"}},
+		no.ID: {api.CodeConflict, []string{"was denied by ", no.DecidedAt.UTC().Format(time.RFC3339), "not ours", "another join code"}},
+		"b":   {api.CodeNotFound, []string{"was discarded by ", "another join code"}},
+		"c":   {api.CodeNotFound, []string{`no request "c" waits`}},
+	} {
+		_, granted := d.grant(t.Context(), ref, api.Grant{})
+		_, refused := d.deny(t.Context(), ref, api.Deny{})
+		for _, err := range []error{granted, refused} {
+			if !api.Is(err, want.code) {
+				t.Errorf("%s: %v, want %s", ref, err, want.code)
+				continue
+			}
+			for _, part := range want.says {
+				if !strings.Contains(err.Error(), part) {
+					t.Errorf("%s: %v, want %q in it", ref, err, part)
+				}
+			}
+		}
 	}
 	// Another code is another request.
 	other := d.partyOf(denied.id, d.join(api.CreateJoin{}), "a")

@@ -27,6 +27,14 @@ func (r Queries) LastRequest(ctx context.Context, key wire.KeyHash) (*Request, e
 	return row[Request](ctx, r, r.prepared.lastRequest, key)
 }
 
+// LastRequestOf returns the newest request of a name, whatever became of it. It
+// reads requests until it finds one.
+func (r Queries) LastRequestOf(ctx context.Context, name string) (*Request, error) {
+	q := new(Request)
+	err := r.q.NewSelect().Model(q).Where("name = ?", name).OrderExpr("requested_at DESC").Limit(1).Scan(ctx)
+	return q, notFound(err)
+}
+
 // FindRequests returns the waiting requests that a reference may mean: the one
 // with exactly that ID, those of exactly that name, else those whose ID begins
 // with it.
