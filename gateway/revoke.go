@@ -162,7 +162,7 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 
 // maxSigning is how often a set is made anew because another gateway had one
 // signed in the meantime.
-const maxSigning = 3
+const maxSigning = 10
 
 // signWithOthers is sign where an authority works for other gateways too: what
 // they have revoked stays revoked in our set.

@@ -193,22 +193,35 @@ func (s *Server) caView(ctx context.Context, state wire.CAState) (api.CA, error)
 		return v, err
 	}
 	v.Parties = len(parties)
+	forgotten := state.Forgotten(false)
 	for _, p := range parties {
 		t := held[p.ID]
+		p.Lost = p.Role != wire.RoleGateway && !p.Connected && forgotten[rootOfLeaf(state, t.Issuer)]
 		switch {
 		case p.Role == wire.RoleGateway && p.Reason == "", p.Role != wire.RoleGateway && onIssuing(state, t.Issuer) && t.Trust >= state.Number:
 			continue
 		case p.Role == wire.RoleGateway:
 		case onIssuing(state, t.Issuer):
 			p.Reason = "it has its new leaf, and not the new list of roots"
+		case p.Lost:
+			p.Reason = "it knows no root that still vouches for what issues: it needs a new join code"
 		default:
 			p.Reason = "its leaf is of the intermediate before"
 		}
 		v.Left = append(v.Left, p)
 	}
 	v.Moved = v.Parties - len(v.Left)
-	v.Joins, err = s.foreignJoins(ctx, state.RootOf(state.Issuing().Key), state)
+	v.Joins, err = s.foreignJoins(ctx, state.RootOf(state.Issuing().Key), state, false)
 	return v, err
+}
+
+// rootOfLeaf is the root below which a leaf of that intermediate is. What was
+// issued before leaves were noted is of the first.
+func rootOfLeaf(s wire.CAState, issuer wire.KeyHash) wire.KeyHash {
+	if issuer == "" && len(s.Roots) > 0 {
+		return s.Roots[0].Key
+	}
+	return s.RootOf(issuer).Key
 }
 
 // certified lists the parties that have a certificate which may still be good:
@@ -255,20 +268,21 @@ func (s *Server) caParty(role wire.Role, id wire.ID, name string, notAfter, last
 	return p
 }
 
-// foreignJoins lists the open join codes that pin another root.
-func (s *Server) foreignJoins(ctx context.Context, root wire.CAIssuer, state wire.CAState) ([]api.CAJoin, error) {
+// foreignJoins lists the open join codes that pin another root; next is that of
+// [wire.CAState.Forgotten].
+func (s *Server) foreignJoins(ctx context.Context, root wire.CAIssuer, state wire.CAState, next bool) ([]api.CAJoin, error) {
 	all, err := s.store.Joins(ctx)
 	if err != nil {
 		return nil, err
 	}
-	out := []api.CAJoin{}
+	out, forgotten := []api.CAJoin{}, state.Forgotten(next)
 	for _, j := range all {
 		pinned := j.Root
 		if pinned == "" && len(state.Roots) > 0 {
 			pinned = state.Roots[0].Key
 		}
 		if j.Role != api.JoinEST && pinned != root.Key && joinView(j, s.store.Installation().Generation).State == "open" {
-			out = append(out, api.CAJoin{ID: j.ID, Role: j.Role, Name: j.Name, Root: pinned.Fingerprint(), Expires: j.ExpiresAt.UTC()})
+			out = append(out, api.CAJoin{ID: j.ID, Role: j.Role, Name: j.Name, Root: pinned.Fingerprint(), Expires: j.ExpiresAt.UTC(), Lost: forgotten[pinned]})
 		}
 	}
 	return out, nil
@@ -430,19 +444,37 @@ func (s *Server) rehearse(ctx context.Context, state wire.CAState, what string) 
 	if err != nil {
 		return c, err
 	}
-	now, late := time.Now(), 0
+	held, err := s.store.PartyTrusts(ctx)
+	if err != nil {
+		return c, err
+	}
+	now, late, lost := time.Now(), 0, 0
+	next := what == wire.RolloverRoot && state.Rollover == nil
+	before, after := state.Forgotten(false), state.Forgotten(next)
 	for _, p := range parties {
 		if p.Connected {
 			continue
 		}
 		p.Reason = "it is renewed when it comes back"
-		if now.After(p.Until) {
+		root := rootOfLeaf(state, held[p.ID].Issuer)
+		p.Lost = after[root]
+		switch {
+		case now.After(p.Until):
 			late++
 			p.Reason = "its leaf ended too long ago: it needs a new join code in any case"
+		case before[root]:
+			late++
+			p.Reason = "it knows no root that still vouches for what issues: it needs a new join code in any case"
+		case after[root]:
+			lost++
+			p.Reason = "it missed earlier changes of the root, and this one ends what still vouches for it: bring it back before, or it needs a new join code"
 		}
 		c.Offline = append(c.Offline, p)
 	}
-	c.Notes = append(c.Notes, fmt.Sprintf("%d parties get a new leaf: %d at once, %d when they come back", len(parties), len(parties)-len(c.Offline), len(c.Offline)-late))
+	c.Notes = append(c.Notes, fmt.Sprintf("%d parties get a new leaf: %d at once, %d when they come back", len(parties)-late-lost, len(parties)-len(c.Offline), len(c.Offline)-late-lost))
+	if lost > 0 {
+		c.Notes = append(c.Notes, fmt.Sprintf("%d parties are lost by this, for they missed earlier changes of the root and %d roots vouch at most: bring them back before (they are listed as offline), or they need a new join code", lost, wire.MaxRoots))
+	}
 	if late > 0 {
 		c.Notes = append(c.Notes, fmt.Sprintf("%d parties have been away for too long to be renewed, rollover or not", late))
 	}
@@ -453,14 +485,18 @@ func (s *Server) rehearse(ctx context.Context, state wire.CAState, what string) 
 	if what == wire.RolloverIntermediate {
 		return c, nil
 	}
-	if c.Joins, err = s.foreignJoins(ctx, wire.CAIssuer{}, state); err != nil {
+	if c.Joins, err = s.foreignJoins(ctx, wire.CAIssuer{}, state, next); err != nil {
 		return c, err
 	}
 	if err := s.tellDoors(ctx, &c, state.RootOf(state.Issuing().Key).Key, false); err != nil {
 		return c, err
 	}
-	if len(c.Joins) > 0 {
-		c.Notes = append(c.Notes, fmt.Sprintf("%d open join codes pin the root that would be given up: they work until `sallyport ca finish`, and for a year after it unless that is told to --forget", len(c.Joins)))
+	useless := lostJoins(c.Joins)
+	if n := len(c.Joins) - useless; n > 0 {
+		c.Notes = append(c.Notes, fmt.Sprintf("%d open join codes pin the root that would be given up: they work until `sallyport ca finish`, and for a year after it unless that is told to --forget", n))
+	}
+	if useless > 0 {
+		c.Notes = append(c.Notes, fmt.Sprintf("%d open join codes pin a root that vouches for nothing any more from then on: make new ones in their place", useless))
 	}
 	c.Notes = append(c.Notes, "programs that trust the root by its certificate and are no parties (SALLYPORT_CA_FILE, clients of the ACME and EST doors, a monitored CRL) are not reached by this: give them the new one, which stands at /doors/ca.pem beside the old one until `sallyport ca finish`, and let servers renew what the old one certified before that")
 	return c, nil
@@ -469,7 +505,16 @@ func (s *Server) rehearse(ctx context.Context, state wire.CAState, what string) 
 // finishNotes say what a finish leaves behind.
 func finishNotes(v api.CA, forget bool) []string {
 	notes := []string{fmt.Sprintf("%d of %d parties have moved", v.Moved, v.Parties)}
-	if len(v.Left) > 0 {
+	lost := 0
+	for _, p := range v.Left {
+		if p.Lost {
+			lost++
+		}
+	}
+	if lost > 0 {
+		notes = append(notes, fmt.Sprintf("%d that missed this and earlier changes of the root need a new join code", lost))
+	}
+	if n := len(v.Left) - lost; n > 0 {
 		after := "they are renewed when they come back"
 		if v.Rollover.Kind == wire.RolloverRoot {
 			after = "they are renewed when they come back within a year"
@@ -477,16 +522,29 @@ func finishNotes(v api.CA, forget bool) []string {
 				after = "they need a new join code"
 			}
 		}
-		notes = append(notes, fmt.Sprintf("%d are left: %s", len(v.Left), after))
+		notes = append(notes, fmt.Sprintf("%d are left: %s", n, after))
 	}
-	if len(v.Joins) > 0 {
+	useless := lostJoins(v.Joins)
+	if useless > 0 {
+		notes = append(notes, fmt.Sprintf("%d open join codes pin a root that vouches for nothing any more: they are of no use", useless))
+	}
+	if n := len(v.Joins) - useless; n > 0 {
 		after := "they work for another year"
 		if forget {
 			after = "they are of no use any more"
 		}
-		notes = append(notes, fmt.Sprintf("%d open join codes pin the root that is given up: %s", len(v.Joins), after))
+		notes = append(notes, fmt.Sprintf("%d open join codes pin the root that is given up: %s", n, after))
 	}
 	return notes
+}
+
+func lostJoins(joins []api.CAJoin) (n int) {
+	for _, j := range joins {
+		if j.Lost {
+			n++
+		}
+	}
+	return n
 }
 
 // someOf names the first few.

@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -271,5 +273,78 @@ func TestStepIsTakenAndNotSpreadYet(t *testing.T) {
 	defer w.stop()
 	if _, err := w.s.abortCA(t.Context()); err == nil || !strings.Contains(err.Error(), "the issuers are changed") || codeOfError(err) != api.CodeUnavailable {
 		t.Errorf("%v", err)
+	}
+}
+
+// TestRotationSaysWhomItLoses: three roots vouch at most. A party that missed two
+// changes of the root comes back as long as the third is not begun, and the
+// rehearsal of that says so (PK-10).
+func TestRotationSaysWhomItLoses(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ca := newDesk(t).rolls()
+	old := ca.state.Roots[0].Key
+	ca.state.Roots, ca.state.Intermediates = nil, nil
+	for n := 1; n <= wire.MaxRoots; n++ {
+		i := wire.CAIssuer{N: n, Root: n, Key: wire.KeyHash(strings.Repeat(fmt.Sprint(n), 64)), State: wire.IssuerRetired, NotAfter: time.Now().Add(time.Hour)}
+		if n == wire.MaxRoots {
+			i.State = wire.IssuerIssuing
+		}
+		ca.state.Intermediates = append(ca.state.Intermediates, i)
+		i.Root, i.Key = 0, wire.KeyHash(strings.Repeat(fmt.Sprint(n), 63)+"a")
+		if n == 1 {
+			i.Key = old
+		}
+		ca.state.Roots = append(ca.state.Roots, i)
+	}
+	w.before = func(s *Server) { s.enrolment.ca = ca }
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		for n, i := range ca.state.Intermediates {
+			id := wire.NewID()
+			party := wire.Party{Role: wire.RoleNode, ID: id, TrustDomain: ca.state.TrustDomain}
+			err := errors.Join(tx.AddNode(ctx, &store.Node{ID: id, Name: fmt.Sprintf("web-%d", n+1), State: wire.StateDown, KeyHash: wire.HashSPKI([]byte(id)), NotAfter: time.Now().Add(time.Hour)}),
+				tx.SetIssuer(ctx, party, i.Key),
+				tx.AddJoin(ctx, &store.Join{ID: string(id), Role: wire.RoleNode, Tenant: store.DefaultTenant, MaxUses: 1, ExpiresAt: time.Now().Add(time.Hour), Root: ca.state.Roots[n].Key, Generation: 1}))
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	w.run()
+	defer w.stop()
+	told := func(what string) (lost []string, joins int, notes string) {
+		t.Helper()
+		c, err := w.s.rehearse(t.Context(), ca.state, what)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range c.Offline {
+			if p.Lost {
+				lost = append(lost, p.Name)
+			}
+		}
+		return lost, lostJoins(c.Joins), strings.Join(c.Notes, "\n")
+	}
+	if lost, joins, notes := told(wire.RolloverIntermediate); len(lost) != 0 || joins != 0 || strings.Contains(notes, "lost") {
+		t.Errorf("of another intermediate: %q, %d join codes: %s", lost, joins, notes)
+	}
+	lost, joins, notes := told(wire.RolloverRoot)
+	if !slices.Equal(lost, []string{"web-1"}) || joins != 1 || !strings.Contains(notes, "1 parties are lost by this") || !strings.Contains(notes, "3 parties get a new leaf: 1 at once, 2 when they come back") ||
+		!strings.Contains(notes, "1 open join codes pin a root that vouches for nothing") || !strings.Contains(notes, "2 open join codes pin the root that would be given up") {
+		t.Errorf("of another root: %q, %d join codes: %s", lost, joins, notes)
+	}
+	ca.state.Roots[0].Forgotten, ca.state.Rollover = true, &wire.CARollover{Kind: wire.RolloverRoot} // it is done
+	view, err := w.s.caView(t.Context(), ca.state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range view.Left {
+		if p.Lost != (p.Name == "web-1") {
+			t.Errorf("%s is lost: %v, %s", p.Name, p.Lost, p.Reason)
+		}
+	}
+	if notes := strings.Join(finishNotes(view, false), "\n"); !strings.Contains(notes, "1 that missed this") || !strings.Contains(notes, "join codes pin a root that vouches for nothing") {
+		t.Errorf("notes of finish: %s", notes)
 	}
 }

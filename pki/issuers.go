@@ -321,7 +321,7 @@ func (m *material) chain(leaf *x509.Certificate) [][]byte {
 func (m *material) state(number int64) wire.CAState {
 	s := wire.CAState{TrustDomain: m.trustDomain, Number: number}
 	for _, r := range m.roots {
-		i := wire.CAIssuer{N: r.N, Key: wire.KeyOf(r.cert), State: wire.IssuerTrusted, NotBefore: r.cert.NotBefore.UTC(), NotAfter: r.cert.NotAfter.UTC(), Retired: r.Retired}
+		i := wire.CAIssuer{N: r.N, Key: wire.KeyOf(r.cert), State: wire.IssuerTrusted, NotBefore: r.cert.NotBefore.UTC(), NotAfter: r.cert.NotAfter.UTC(), Retired: r.Retired, Forgotten: !r.vouches()}
 		switch {
 		case !r.Retired.IsZero():
 			i.State = wire.IssuerRetired

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"testing"
@@ -481,6 +482,25 @@ func TestInterruptedFinish(t *testing.T) {
 		if !exists(t, dir, name) {
 			t.Errorf("%s is in use, and gone", name)
 		}
+	}
+}
+
+// What an operator is told before another root is made is what happens then.
+func TestForgottenRootsAreForeseen(t *testing.T) {
+	a := open(t, t.TempDir())
+	defer func() { closeIt(t, a) }()
+	for range wire.MaxRoots + 1 {
+		want := a.State().Forgotten(true)
+		rotate(t, a, wire.RolloverRoot)
+		if got := a.State().Forgotten(false); !maps.Equal(got, want) {
+			t.Errorf("forgotten are %v, foreseen were %v", got, want)
+		}
+		if _, err := a.Finish(t.Context(), false, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := len(a.State().Forgotten(false)); n != 2 {
+		t.Errorf("%d roots are forgotten, want 2", n)
 	}
 }
 

@@ -64,6 +64,7 @@ type CAParty struct {
 	LastSeen  *time.Time `json:"last_seen"`
 	NotAfter  time.Time  `json:"not_after"` // of its leaf
 	Until     time.Time  `json:"until"`     // if it comes back later than that, it needs a new join code
+	Lost      bool       `json:"lost"`      // it needs one in any case: no root that it knows vouches for what issues
 	Reason    string     `json:"reason"`
 }
 
@@ -74,6 +75,7 @@ type CAJoin struct {
 	Name    string    `json:"name"`
 	Root    string    `json:"root"` // fingerprint of the root that it pins
 	Expires time.Time `json:"expires"`
+	Lost    bool      `json:"lost"` // it is of no use: that root vouches for nothing any more
 }
 
 // RotateCA begins a rollover.

@@ -39,6 +39,7 @@ type CAIssuer struct {
 	NotBefore time.Time `json:"not_before"`
 	NotAfter  time.Time `json:"not_after"`
 	Retired   time.Time `json:"retired,omitzero"`
+	Forgotten bool      `json:"forgotten,omitempty"` // a root that vouches for nothing any more
 }
 
 // CARollover is a change of issuers that is under way. An abort turns it round.
@@ -79,6 +80,28 @@ func (s CAState) Issuing() CAIssuer {
 		}
 	}
 	return CAIssuer{}
+}
+
+// Forgotten are the roots that vouch for nothing any more: who knows only one of
+// them can be given no new leaf. With next also the one that stops when another
+// root is made, because MaxRoots vouch at most.
+func (s CAState) Forgotten(next bool) map[KeyHash]bool {
+	out := map[KeyHash]bool{}
+	var vouching, retired []KeyHash
+	for _, r := range s.Roots {
+		switch {
+		case r.Forgotten:
+			out[r.Key] = true
+			continue
+		case r.State == IssuerRetired:
+			retired = append(retired, r.Key)
+		}
+		vouching = append(vouching, r.Key)
+	}
+	if next && len(vouching) >= MaxRoots && len(retired) > 0 {
+		out[retired[0]] = true
+	}
+	return out
 }
 
 // RootOf returns the root of an intermediate.
