@@ -534,3 +534,47 @@ func TestListenNeedsWhatItNeeds(t *testing.T) {
 		t.Errorf("a used port gave %v", err)
 	}
 }
+
+// A party that listens and has made itself a new key is met with it at the first
+// attempt: the ticket of a session with the old one, which is revoked, leads nowhere.
+func TestListenerThatWasRekeyed(t *testing.T) {
+	p := newPlant(t, variant{"h2", true}, ok)
+	p.listen(t)
+	d := p.dialler(t)
+	meet := func() (resumed bool) {
+		t.Helper()
+		c, err := d.Dial(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close(nil)
+		res, err := request(t.Context(), t, c, http.MethodGet, "/", nil) // the ticket has arrived
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		return c.Resumed()
+	}
+	if meet() || !meet() {
+		t.Error("want the second channel resumed, not the first")
+	}
+	old := p.down.KeyHash()
+	csr, err := p.down.CSR(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key, _, err := identity.ParseCSR(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	party, _ := p.down.Party()
+	if err := p.down.Install(p.ca.IssueKey(t, party, key)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.up.ApplyRevocations(p.ca.Revoke(t, 1, old)); err != nil {
+		t.Fatal(err)
+	}
+	if meet() {
+		t.Error("a session with the old key was resumed")
+	}
+}

@@ -60,7 +60,8 @@ func sooner(a, b time.Time) time.Time {
 }
 
 // serverTLS makes the configurations of a listener. Each ALPN has one, which is
-// kept for as long as the trusted roots are the same.
+// kept for as long as the trusted roots and our key are the same: a session that
+// is resumed with a ticket is the old key's.
 type serverTLS struct {
 	id    *identity.Identity
 	allow func(*protocol) error
@@ -72,6 +73,7 @@ type serverTLS struct {
 	mu      sync.Mutex
 	configs map[*protocol]*tls.Config
 	roots   *x509.CertPool // of the configs
+	key     wire.KeyHash   // likewise
 }
 
 // config is the configuration of a port's carrier, to be made once: it holds
@@ -130,8 +132,8 @@ func (s *serverTLS) peerConfig(p *protocol) (*tls.Config, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if roots := s.id.Roots(); s.roots == nil || !s.roots.Equal(roots) {
-		s.roots, s.configs = roots, map[*protocol]*tls.Config{}
+	if roots, key := s.id.Roots(), s.id.KeyHash(); s.roots == nil || !s.roots.Equal(roots) || s.key != key {
+		s.roots, s.key, s.configs = roots, key, map[*protocol]*tls.Config{}
 	}
 	c := s.configs[p]
 	if c == nil {
