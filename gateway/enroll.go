@@ -85,6 +85,9 @@ type enrolment struct {
 	// first claims the first visit of a node, and visits it in the session in
 	// which it got its certificate; nil: nobody does before it comes back.
 	first func(node wire.Party) (visit func(ctx context.Context, s endToEnd), end func())
+	// returns prepares to wait for a party to come by another channel than those
+	// that it has; nil: nobody waits.
+	returns func(id wire.ID) (wait func(context.Context))
 	// push asks for every connected node to be visited.
 	push func()
 	// release ends the channel that we have to a party that waited.

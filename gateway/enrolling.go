@@ -37,8 +37,9 @@ func (s *Server) wireEnrolment() {
 		reach: func(ctx context.Context, node wire.ID, boot string, f func(context.Context, caller) error) error {
 			return s.clones.reach(ctx, node, boot, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},
-		first: s.firstVisit,
-		push:  func() { s.fleet.askAll(wantPush, wire.RoleNode) },
+		first:   s.firstVisit,
+		returns: s.fleet.returns,
+		push:    func() { s.fleet.askAll(wantPush, wire.RoleNode) },
 		release: func(key wire.KeyHash) {
 			s.links.mu.Lock()
 			p := s.links.pending[key]

@@ -612,3 +612,47 @@ func TestSignalOfAStateThatWasPushedCallsForNoVisit(t *testing.T) {
 		}
 	})
 }
+
+// A key whose place another took ends when its node is there by a channel with
+// that, and a node that does not come, or is dialled, keeps nobody waiting.
+func TestOldKeyWaitsForTheNewChannel(t *testing.T) {
+	for name, c := range map[string]struct {
+		dialled bool
+		comes   time.Duration // 0: it does not
+		want    time.Duration
+	}{
+		"it dials":        {comes: 700 * time.Millisecond, want: 700 * time.Millisecond},
+		"it stays away":   {want: rekeyWait},
+		"its RCP dials":   {dialled: true},
+		"it comes by two": {comes: time.Second, want: time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t)
+				rcp, other, node := b.rcp("dmz-1"), b.rcp("dmz-2"), b.node("web-1", wire.StateRunning)
+				peer := nodePeer(node)
+				peer.Dialled = c.dialled
+				b.up(rcp)
+				b.up(other)
+				b.snapshot(rcp, "e1", peer)
+				if name == "it comes by two" {
+					b.snapshot(other, "e1", peer)
+				}
+				wait := b.f.returns(node)
+				if c.comes > 0 {
+					time.AfterFunc(c.comes, func() {
+						peer.Since = time.Now()
+						if err := b.f.apply(rcp, wire.PeersLine{Peer: &peer, Pos: 9}); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+				began := time.Now()
+				wait(t.Context())
+				if took := time.Since(began).Round(100 * time.Millisecond); took != c.want {
+					t.Errorf("it waits for %v, want %v", took, c.want)
+				}
+			})
+		})
+	}
+}

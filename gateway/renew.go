@@ -89,14 +89,18 @@ func (e *enrolment) spreadEnded(ctx context.Context, party wire.Party, ended int
 // renew gives a connected party a new leaf in a session with it. Who it is
 // says the session; of its request only the public key counts. The old leaf
 // stays good until it ends, so that nothing is cut; with rekey the party makes a
-// new key, and the old ones are revoked as soon as it has the leaf.
+// new key, and the old ones are revoked as soon as it has the leaf and is there
+// by a channel with it, or a moment later: the RCPs cut what hangs on them.
 func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) error {
 	name, tenant, err := e.nameOf(ctx, party)
 	if err != nil {
 		return fmt.Errorf("renew certificate of %s: %w", party, err)
 	}
 	var ended int64 // keys that the new one takes the place of
-	reached := false
+	reached, returns := false, func(context.Context) {}
+	if rekey && e.returns != nil {
+		returns = e.returns(party.ID)
+	}
 	err = e.talk(ctx, party, func(ctx context.Context, call caller) error {
 		var csr wire.CSR
 		err := call(ctx, http.MethodPost, wire.PathCSR, wire.CSRRequest{Rekey: rekey}, &csr, wire.MaxEnrollBody)
@@ -141,6 +145,9 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		})
 	})
 	if err == nil {
+		if ended > 0 {
+			returns(ctx)
+		}
 		err = e.spreadEnded(ctx, party, ended)
 	}
 	if err != nil {

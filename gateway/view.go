@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
 	"time"
@@ -41,6 +42,51 @@ func (f *fleet) Presence(id wire.ID) presence {
 		return f.look(m)
 	}
 	return presence{ID: id}
+}
+
+const (
+	// rekeyWait is how long the end of a key waits for its party to come with the
+	// next one, which it does at once. On a way that is slower than that it is cut
+	// first, as it is in any case where the RCP dials it.
+	rekeyWait = 3 * time.Second
+	rekeyLook = 20 * time.Millisecond
+)
+
+// returns notes the channels of a party. The function that it returns waits until
+// the party is there by another one, if it dials any, and for rekeyWait at most.
+func (f *fleet) returns(id wire.ID) func(context.Context) {
+	channels := func() map[string]time.Time {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		out := map[string]time.Time{}
+		if m := f.members[id]; m != nil {
+			for _, w := range f.liveWays(m) {
+				if !w.dialled {
+					out[wayKey(w.link, w.path)] = w.since
+				}
+			}
+		}
+		return out
+	}
+	before := channels()
+	return func(ctx context.Context) {
+		ctx, cancel := context.WithTimeout(ctx, rekeyWait)
+		defer cancel()
+		tick := time.NewTicker(rekeyLook)
+		defer tick.Stop()
+		for len(before) > 0 {
+			for way, since := range channels() {
+				if was, ok := before[way]; !ok || !was.Equal(since) {
+					return
+				}
+			}
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
 }
 
 // strangers returns the nodes that proved in a session that they hold a
