@@ -69,7 +69,11 @@ func (s *Server) concerns(now time.Time) []concern {
 	if ca, ok := s.enrolment.issuers(); ok {
 		state := ca.State()
 		inter := state.Issuing()
-		out = append(out, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
+		given := concern{keyCA + "issuer", wire.SeverityNormal, "the intermediate that issues here is trusted", ""}
+		if problem, way := s.enrolment.issuerFault(); problem != "" {
+			given.severity, given.text, given.fix = wire.SeverityCritical, problem+" "+way, way
+		}
+		out = append(out, given, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
 	}
 	return out
 }
@@ -171,7 +175,7 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}
 		}
-		if one.key != keyCA+"gateway" { // see certificate
+		if one.key != keyCA+"gateway" && one.key != keyCA+"issuer" { // see certificate; and how would it not be
 			if c.Detail != "" {
 				c.Detail += ", "
 			}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/gateway/api"
+	"sallyport/gateway/store"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -461,6 +462,17 @@ func TestIssuerThatWasGivenUpIsNamed(t *testing.T) {
 	d.ca.env = &later // a restoration keeps the newer set
 	if err := d.start(t.Context()); err != nil || !strings.Contains(said.String(), "ca rotate intermediate") {
 		t.Errorf("%v: %q", err, said.String())
+	}
+	s := &Server{store: d.store, id: d.id, enrolment: d.enrolment}
+	if c := s.checkAuthority(t.Context()); c.OK || !strings.Contains(c.Detail, "stands in the revocation set") || !strings.Contains(c.Fix, "ca rotate intermediate") {
+		t.Errorf("the doctor finds %+v", c)
+	}
+	if err := s.tellConcerns(t.Context(), map[string]wire.Severity{}); err != nil {
+		t.Fatal(err)
+	}
+	events, err := d.store.Events(t.Context(), store.EventFilter{Own: true, Key: keyCA + "issuer", State: api.EventOpen, Limit: 10})
+	if err != nil || len(events) != 1 || events[0].Severity != wire.SeverityCritical {
+		t.Errorf("events %+v, %v", events, err)
 	}
 }
 

@@ -470,25 +470,35 @@ func (e *enrolment) warnOfIssuer() {
 	}
 }
 
-// issuerProblem says so when the intermediate that issues here was given up:
-// this authority was restored from a backup from before the end of a rollover.
+// issuerProblem says so when the intermediate that issues here was given up, and
+// what to do.
 func (e *enrolment) issuerProblem() string {
+	problem, way := e.issuerFault()
+	if problem == "" {
+		return ""
+	}
+	return problem + " " + way
+}
+
+// issuerFault is [enrolment.issuerProblem] in its two halves: this authority was
+// restored from a backup from before the end of a rollover.
+func (e *enrolment) issuerFault() (problem, way string) {
 	ca, ok := e.issuers()
 	if !ok {
-		return ""
+		return "", ""
 	}
 	state := ca.State()
 	if !e.id.Revoked(state.Issuing().Key) {
-		return ""
+		return "", ""
 	}
-	way := "restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back"
+	way = "restore a newer one; without one, and if the root is still the same, `sallyport ca rotate intermediate` brings everybody back"
 	switch {
 	case state.External != "":
 		way = "have " + state.External + " issue by another intermediate"
 	case state.Rollover != nil:
 		way = "restore a newer one; without one, `sallyport ca abort` and then `sallyport ca finish` may bring everybody back"
 	}
-	return "the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`? " + way
+	return "the intermediate that issues here stands in the revocation set, and nobody takes what it certifies: was the pki directory restored from a backup from before `sallyport ca finish`?", way
 }
 
 // merge writes the keys of a verified set into the database, and returns those
