@@ -2,7 +2,9 @@ package gateway
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -73,9 +75,50 @@ func (s *Server) concerns(now time.Time) []concern {
 		if problem, way := s.enrolment.issuerFault(); problem != "" {
 			given.severity, given.text, given.fix = wire.SeverityCritical, problem+" "+way, way
 		}
-		out = append(out, given, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
+		out = append(out, given)
+		if state.External != "" {
+			out = append(out, outside(now, state, awayFor))
+		}
+		out = append(out, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
+	}
+	if s.doors != nil {
+		out = append(out, doorsEnding(now, s.doors.ca.Chain()))
 	}
 	return out
+}
+
+// outside is a concern when the external CA has issued nothing for some time.
+func outside(now time.Time, state wire.CAState, wait time.Duration) concern {
+	c := concern{keyCA + "external", wire.SeverityNormal, "the external CA at " + state.External + " answers", ""}
+	if state.Problem == "" || now.Sub(state.Since) < wait {
+		return c
+	}
+	c.severity = wire.SeverityMajor
+	c.text = fmt.Sprintf("the external CA at %s has issued nothing since %s: nothing is enrolled or renewed (%s)", state.External, state.Since.UTC().Format(time.RFC3339), state.Problem)
+	c.fix = "see whether it runs, and what its log says; where it refuses, whether it still has the provisioner that SALLYPORT_PKI_CA_PROVISIONER names, with the key in SALLYPORT_PKI_CA_KEY_FILE"
+	return c
+}
+
+// doorsEnding is a concern while the intermediate for other programs, or what is
+// above it, comes to its end: what it issues lives 30 days. One of our own is
+// replaced 90 days before.
+func doorsEnding(now time.Time, chain []*x509.Certificate) concern {
+	first := slices.MinFunc(chain, func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
+	c := concern{keyCA + "doors", wire.SeverityNormal, "the intermediate for other programs ends on " + first.NotAfter.UTC().Format(time.RFC3339), ""}
+	const day = 24 * time.Hour
+	switch life, left := first.NotAfter.Sub(first.NotBefore), first.NotAfter.Sub(now); {
+	case left <= min(7*day, life/16):
+		c.severity = wire.SeverityCritical
+	case left <= min(30*day, life/8):
+		c.severity = wire.SeverityMajor
+	case left <= min(80*day, life/4):
+		c.severity = wire.SeverityWarning
+	default:
+		return c
+	}
+	c.fix = "`sallyport ca csr --doors` where the certificate authority runs, have the request signed, and `sallyport ca import --doors`"
+	c.text += ", and what it issues with it (" + c.fix + ")"
+	return c
 }
 
 // ending is a concern while an issuer comes to its end: a quarter of its life, or
@@ -167,10 +210,23 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 					"If this gateway was removed there (`sallyport ca gateway list`): stop it, move " + s.id.Dir() + " away, and start it with a new code (`sallyport ca gateway add`) in SALLYPORT_GATEWAY_PKI_CODE_FILE"}
 		}
 		asked = true
+	} else if near, ok := s.ca.(interface {
+		Reach(ctx context.Context) error
+	}); ok {
+		ctx, cancel := context.WithTimeout(ctx, askTime)
+		defer cancel()
+		_ = near.Reach(ctx) // its state says what came of it
 	}
 	for _, one := range s.concerns(time.Now()) {
-		if asked && one.key == keyCA+"away" { // it has just answered
-			one = concern{one.key, wire.SeverityNormal, "the certificate authority answers", ""}
+		switch one.key {
+		case keyCA + "away":
+			if asked { // it has just answered
+				one = concern{one.key, wire.SeverityNormal, "the certificate authority answers", ""}
+			}
+		case keyCA + "external":
+			if ca, ok := s.enrolment.issuers(); ok {
+				one = outside(time.Now(), ca.State(), 0)
+			}
 		}
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}
@@ -188,7 +244,7 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 var (
 	descOwnEnd = prometheus.NewDesc("sallyport_gateway_certificate_not_after_seconds", "End of this gateway's own certificate, in Unix time.", nil, nil)
 	descCAEnd  = prometheus.NewDesc("sallyport_gateway_ca_not_after_seconds", "End of the certificates of the authority that are trusted, in Unix time.", []string{"kind", "n", "state"}, nil)
-	descCAAway = prometheus.NewDesc("sallyport_gateway_ca_away", "1 while a certificate authority in another process does not answer.", nil, nil)
+	descCAAway = prometheus.NewDesc("sallyport_gateway_ca_away", "1 while a certificate authority in another process does not answer, or an external CA issues nothing.", nil, nil)
 )
 
 // ends are the metrics of what can end.
@@ -206,18 +262,21 @@ func (e ends) Collect(ch chan<- prometheus.Metric) {
 	if end := e.s.id.NotAfter(); !end.IsZero() {
 		ch <- prometheus.MustNewConstMetric(descOwnEnd, prometheus.GaugeValue, float64(end.Unix()))
 	}
-	if remote, ok := e.s.ca.(remoteCA); ok {
+	var state wire.CAState
+	if ca, ok := e.s.enrolment.issuers(); ok {
+		state = ca.State()
+	}
+	if remote, ok := e.s.ca.(remoteCA); ok || state.External != "" {
 		away := 0.0
-		if !remote.Away().IsZero() {
+		if ok && !remote.Away().IsZero() || state.Problem != "" {
 			away = 1
 		}
 		ch <- prometheus.MustNewConstMetric(descCAAway, prometheus.GaugeValue, away)
 	}
-	ca, ok := e.s.enrolment.issuers()
-	if !ok {
-		return
+	if e.s.doors != nil {
+		c := e.s.doors.ca.Chain()[0]
+		ch <- prometheus.MustNewConstMetric(descCAEnd, prometheus.GaugeValue, float64(c.NotAfter.Unix()), "doors", "", wire.IssuerIssuing)
 	}
-	state := ca.State()
 	for kind, issuers := range map[string][]wire.CAIssuer{"root": state.Roots, "intermediate": state.Intermediates} {
 		for _, i := range issuers {
 			if i.State == wire.IssuerIssuing || i.State == wire.IssuerTrusted {

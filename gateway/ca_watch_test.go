@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"maps"
 	"strings"
@@ -12,6 +13,7 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
+	"sallyport/internal/doors"
 	"sallyport/internal/wire"
 )
 
@@ -46,6 +48,36 @@ func TestIssuersThatEnd(t *testing.T) {
 	}
 	if got := ending(now, "root", wire.CAIssuer{N: 1}, ""); got.severity != wire.SeverityNormal {
 		t.Errorf("of one whose end is not known: %+v", got)
+	}
+}
+
+func TestDoorsThatEnd(t *testing.T) {
+	const day = 24 * time.Hour
+	now := time.Now()
+	cert := func(life, left time.Duration) *x509.Certificate {
+		return &x509.Certificate{NotBefore: now.Add(left - life), NotAfter: now.Add(left)}
+	}
+	for _, c := range []struct {
+		life, left time.Duration
+		want       wire.Severity
+	}{
+		{3650 * day, 89 * day, wire.SeverityNormal}, // one of our own is replaced now
+		{3650 * day, 80 * day, wire.SeverityWarning},
+		{3650 * day, 30 * day, wire.SeverityMajor},
+		{3650 * day, 7 * day, wire.SeverityCritical},
+		{3650 * day, -day, wire.SeverityCritical},
+		{100 * day, 26 * day, wire.SeverityNormal},
+		{100 * day, 25 * day, wire.SeverityWarning},
+	} {
+		for _, chain := range [][]*x509.Certificate{
+			{cert(c.life, c.left), cert(7300*day, 5000*day)},
+			{cert(3650*day, 3000*day), cert(c.life, c.left)}, // what is above it ends first
+		} {
+			got := doorsEnding(now, chain)
+			if got.severity != c.want || (c.want != wire.SeverityNormal) != strings.Contains(got.fix, "ca import --doors") || !strings.Contains(got.text, now.Add(c.left).UTC().Format(time.RFC3339)) {
+				t.Errorf("of %s with %s left: %+v, want %s", c.life, c.left, got, c.want)
+			}
+		}
 	}
 }
 
@@ -126,7 +158,29 @@ func TestConcernsAboutTheCA(t *testing.T) {
 	expect("away", keyCA+"away", wire.SeverityMajor, 1, "has not answered since")
 	remote.since = time.Time{}
 	expect("back", keyCA+"away", "", 0, "the certificate authority answers")
+	ca.state.External = "https://ca.example:9000"
+	expect("an external CA", keyCA+"external", "", 0, "ca.example:9000 answers")
+	ca.state.Problem, ca.state.Since = "it refuses: not today", time.Now().Add(-time.Minute)
+	if err := s.tellConcerns(t.Context(), told); err != nil {
+		t.Fatal(err)
+	}
+	if c := s.checkAuthority(t.Context()); c.OK || !strings.Contains(c.Detail, "not today") || !strings.Contains(c.Fix, "SALLYPORT_PKI_CA_KEY_FILE") { // the doctor does not wait
+		t.Errorf("it has refused for a minute: the doctor finds %+v", c)
+	}
+	ca.state.Since = time.Now().Add(-time.Hour)
+	expect("it refuses", keyCA+"external", wire.SeverityMajor, 1, "not today")
+	ca.state.Problem, ca.state.Since = "", time.Time{}
+	expect("it issues again", keyCA+"external", "", 0, "ca.example:9000 answers")
 }
+
+// endingDoors are doors of which only the chain is asked for.
+type endingDoors struct {
+	doors.Authority
+
+	chain []*x509.Certificate
+}
+
+func (d endingDoors) Chain() []*x509.Certificate { return d.chain }
 
 func TestMetricsOfWhatEnds(t *testing.T) {
 	t.Parallel()
@@ -134,6 +188,9 @@ func TestMetricsOfWhatEnds(t *testing.T) {
 	ca := d.rolls()
 	ca.state.Intermediates[0].NotAfter, ca.state.Roots[0].NotAfter = time.Unix(2e9, 0), time.Unix(3e9, 0)
 	s := &Server{id: d.id, ca: &awayCA{since: time.Now()}, enrolment: d.enrolment}
+	others := *d.ca.Inter
+	others.NotAfter = time.Unix(4e9, 0)
+	s.doors = &doorway{ca: endingDoors{chain: []*x509.Certificate{&others}}}
 	reg := prometheus.NewPedanticRegistry()
 	if err := reg.Register(ends{s}); err != nil {
 		t.Fatal(err)
@@ -156,6 +213,7 @@ func TestMetricsOfWhatEnds(t *testing.T) {
 		"sallyport_gateway_ca_away":                                     1,
 		"sallyport_gateway_ca_not_after_seconds intermediate 1 issuing": 2e9,
 		"sallyport_gateway_ca_not_after_seconds root 1 issuing":         3e9,
+		"sallyport_gateway_ca_not_after_seconds doors  issuing":         4e9,
 		"sallyport_gateway_certificate_not_after_seconds":               float64(s.id.NotAfter().Unix()),
 	}
 	if !maps.Equal(got, want) {

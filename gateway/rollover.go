@@ -173,6 +173,9 @@ func (s *Server) rollable() (rollable, error) {
 
 func (s *Server) caView(ctx context.Context, state wire.CAState) (api.CA, error) {
 	v := api.CA{TrustDomain: state.TrustDomain, Trust: state.Number, External: state.External, Problem: s.enrolment.issuerProblem(), Left: []api.CAParty{}}
+	if c := outside(time.Now(), state, 0); v.Problem == "" && c.severity != wire.SeverityNormal {
+		v.Problem = c.text + ": " + c.fix
+	}
 	issuers := func(list []wire.CAIssuer) (out []api.CAIssuer) {
 		for _, i := range list {
 			out = append(out, api.CAIssuer{N: i.N, Fingerprint: i.Key.Fingerprint(), Root: i.Root, State: i.State, NotBefore: i.NotBefore, NotAfter: i.NotAfter, Retired: when(i.Retired)})

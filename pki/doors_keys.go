@@ -133,6 +133,31 @@ func (a *Authority) openDoorKeys(ctx context.Context) (*doorKeys, error) {
 	return k, nil
 }
 
+// doorsTick is how often an authority looks whether the intermediate for other
+// programs has to be replaced.
+const doorsTick = 24 * time.Hour
+
+// keepDoors replaces the intermediate for other programs in time, until ctx
+// ends.
+func (a *Authority) keepDoors(ctx context.Context) error {
+	tick := time.NewTicker(doorsTick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		a.turning.Lock()
+		if k := a.doors.Load(); k != nil {
+			if err := k.follow(ctx); err != nil {
+				a.log.ErrorContext(ctx, "the intermediate for other programs is not looked after; it is tried again tomorrow", "error", err)
+			}
+		}
+		a.turning.Unlock()
+	}
+}
+
 // follow makes the doors' issuers those that the authority's roots ask for: one
 // below the root that issues, with the word of each other root that clients may
 // know; what hangs on a root that was given up is given up too. It can be

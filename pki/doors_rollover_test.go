@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"context"
 	"crypto/x509"
 	"errors"
 	"math/big"
@@ -8,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/crypto/ocsp"
@@ -200,6 +202,35 @@ func TestDoorsFollowLater(t *testing.T) {
 
 // An intermediate that was signed elsewhere is the doors' own, whatever the
 // authority's roots do.
+// TestDoorsAreReplacedInTime: also by an authority that is never started again.
+func TestDoorsAreReplacedInTime(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		a := open(t, dir)
+		defer closeIt(t, a)
+		d, err := a.Doors(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := d.Doors()[0]
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- a.Keep(ctx) }()
+		time.Sleep(time.Until(first.NotAfter.AddDate(0, 0, -92)))
+		if now := d.Doors(); len(now) != 1 || !now[0].Equal(first) {
+			t.Errorf("before its time: %d intermediates, %v", len(now), now[0].NotAfter)
+		}
+		time.Sleep(4 * 24 * time.Hour)
+		if now := d.Doors(); len(now) != 2 || now[0].Equal(first) || !now[1].Equal(first) || now[0].NotAfter.Before(first.NotAfter.AddDate(5, 0, 0)) {
+			t.Errorf("88 days before its end: %d intermediates, the first until %v", len(now), now[0].NotAfter)
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestImportDoors(t *testing.T) {
 	dir, corp := t.TempDir(), newOutside(t)
 	if _, _, err := pki.RequestDoors(dir); err == nil || !strings.Contains(err.Error(), "start it once") {

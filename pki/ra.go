@@ -61,6 +61,9 @@ type registrar struct {
 	moved  atomic.Bool              // it issues from another intermediate now
 	waits  atomic.Pointer[string]   // why that was not taken over
 
+	troubleMu sync.Mutex
+	trouble   raTrouble
+
 	telling sync.Mutex // held while it is told what is revoked
 	lists   map[wire.KeyHash]*crlTold
 }
@@ -145,17 +148,12 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 		return nil, nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := r.trust.Load().http.Do(req)
+	refused := false
+	defer func() { r.met(ctx, err, refused) }()
+	a, status, err := r.answer(req)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w", ErrExternal, err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	var a stepAnswer
-	if err := wire.DecodeJSON(resp.Body, maxSign, &a); err != nil {
-		return nil, nil, fmt.Errorf("%w at %s answers %s: %w", ErrExternal, r.URL, resp.Status, err)
-	}
-	if resp.StatusCode != http.StatusCreated && resp.StatusCode != http.StatusOK {
-		return nil, nil, fmt.Errorf("%w at %s refuses: %s (%s); its log says why", ErrExternal, r.URL, wire.Quotable(a.Message), resp.Status)
+		refused = status >= http.StatusBadRequest && status < http.StatusInternalServerError && status != http.StatusUnauthorized
+		return nil, nil, err
 	}
 	chain, err := ParseChain([]byte(strings.Join(a.Chain, "\n")))
 	if err != nil || len(chain) < 2 || len(chain) > 1+wire.MaxRoots {
@@ -168,6 +166,22 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 		return nil, nil, fmt.Errorf("%w at %s: %w", ErrExternal, r.URL, err)
 	}
 	return chain[0], inters, nil
+}
+
+// answer sends one request to sign; status is 0 without an answer.
+func (r *registrar) answer(req *http.Request) (a stepAnswer, status int, err error) {
+	resp, err := r.trust.Load().http.Do(req)
+	if err != nil {
+		return a, 0, fmt.Errorf("%w: %w", ErrExternal, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if err := wire.DecodeJSON(resp.Body, maxSign, &a); err != nil {
+		return a, resp.StatusCode, fmt.Errorf("%w at %s answers %s: %w", ErrExternal, r.URL, resp.Status, err)
+	}
+	if resp.StatusCode != http.StatusCreated && resp.StatusCode != http.StatusOK {
+		return a, resp.StatusCode, fmt.Errorf("%w at %s refuses: %s (%s); its log says why", ErrExternal, r.URL, wire.Quotable(a.Message), resp.Status)
+	}
+	return a, resp.StatusCode, nil
 }
 
 // token proves to the external CA that we may ask for these names.

@@ -211,16 +211,17 @@ const (
 	keepTurn = 10 * time.Second
 )
 
-// Keep looks after what an authority needs to go on, until ctx ends. Only a
-// registration authority needs something: the leaf that seals documents ends,
-// and the external CA may change its intermediate.
+// Keep looks after what an authority needs to go on, until ctx ends: the
+// intermediate for other programs ends; so does the leaf that seals documents of
+// a registration authority, whose external CA may be away, or change its
+// intermediate.
 func (a *Authority) Keep(ctx context.Context) error {
 	if a.ra == nil {
-		<-ctx.Done()
-		return nil
+		return a.keepDoors(ctx)
 	}
 	tick := time.NewTicker(keepTurn)
 	defer tick.Stop()
+	trouble := false
 	for last := time.Now(); ; {
 		select {
 		case <-ctx.Done():
@@ -231,6 +232,7 @@ func (a *Authority) Keep(ctx context.Context) error {
 			continue
 		}
 		last = time.Now()
+		trouble = a.watch(ctx, trouble)
 		a.look(ctx)
 		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
 			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)

@@ -50,6 +50,7 @@ type stranger struct {
 	crl      []byte     // nil: it has none
 	number   int64
 	noDB     bool
+	broken   atomic.Int64 // status of what it answers to a request to sign; 0: it signs
 	twist    atomic.Pointer[func(*x509.Certificate)]
 	lies     atomic.Pointer[x509.Certificate] // the root that it says it has
 }
@@ -172,6 +173,11 @@ func (s *stranger) sign(w http.ResponseWriter, r *http.Request) {
 		OTT       string    `json:"ott"`
 		NotBefore time.Time `json:"notBefore"`
 		NotAfter  time.Time `json:"notAfter"`
+	}
+	if status := s.broken.Load(); status != 0 {
+		w.WriteHeader(int(status))
+		_ = json.NewEncoder(w).Encode(map[string]string{"message": "not today"})
+		return
 	}
 	if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
 		fail(err)

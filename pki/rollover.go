@@ -31,6 +31,7 @@ func (a *Authority) State() wire.CAState {
 	s := m.state(a.trustNo)
 	if a.ra != nil {
 		s.External = a.ra.URL
+		s.Problem, s.Since = a.ra.problem()
 		if why := a.ra.waits.Load(); why != nil && s.Rollover != nil {
 			s.Rollover.Waits = *why
 		}

@@ -10,7 +10,7 @@ import (
 type CA struct {
 	TrustDomain   string      `json:"trust_domain"`
 	External      string      `json:"external,omitempty"` // URL of the CA that issues, where this is only its registration authority
-	Problem       string      `json:"problem,omitempty"`  // why nobody takes what is issued, and what to do
+	Problem       string      `json:"problem,omitempty"`  // why nothing is issued, or nobody takes it, and what to do
 	Trust         int64       `json:"trust"`              // number of the signed list of roots; 0 before the first change of roots
 	Roots         []CAIssuer  `json:"roots"`
 	Intermediates []CAIssuer  `json:"intermediates"`
