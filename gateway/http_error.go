@@ -56,6 +56,7 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 	var p *api.Problem
 	var faults manifest.Errors
 	var refused *statusError
+	var unissued *notIssued
 	is := func(targets ...error) bool {
 		return slices.ContainsFunc(targets, func(t error) bool { return errors.Is(err, t) })
 	}
@@ -76,7 +77,7 @@ func (r *rest) problem(ctx context.Context, what string, err error) *api.Problem
 		return api.NewProblem(api.CodeChanged, err.Error())
 	case is(ErrNotConnected):
 		return api.NewProblem(api.CodeUnavailable, err.Error())
-	case is(errAway): // which is for those who watch this gateway as well
+	case is(errAway), errors.As(err, &unissued): // which is for those who watch this gateway as well
 		r.log.Error("api call failed", "operation", what, "object", objectFrom(ctx), "error", err)
 		return api.NewProblem(api.CodeUnavailable, err.Error())
 	case errors.As(err, &refused): // by the party, which says why

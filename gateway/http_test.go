@@ -644,6 +644,18 @@ func TestWhatAPartyRefusesIsTold(t *testing.T) {
 	if p := (&rest{log: testLog(t)}).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err)); p.Code != api.CodeUnavailable || !strings.Contains(p.Error(), "does not answer") {
 		t.Errorf("an authority that is away: %s %v", p.Code, p)
 	}
+	e.ca = grudging{}
+	_, err = e.issue(t.Context(), wire.IssueRequest{})
+	if p := (&rest{log: testLog(t)}).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err)); p.Code != api.CodeUnavailable || !strings.Contains(p.Error(), "external CA at https://ca refuses") {
+		t.Errorf("an external CA that refuses: %s %v", p.Code, p)
+	}
+}
+
+// grudging is the authority of an external CA that issues nothing.
+type grudging struct{ *rollingCA }
+
+func (grudging) Issue(context.Context, wire.IssueRequest) ([][]byte, error) {
+	return nil, errors.New("external CA at https://ca refuses: no such provisioner (401 Unauthorized)")
 }
 
 func TestExpiredToken(t *testing.T) {

@@ -19,6 +19,12 @@ type issued struct {
 	issuer wire.KeyHash // an intermediate's; empty if no intermediate of ours issued it
 }
 
+// notIssued is why the certificate authority did not issue what it was asked for:
+// operators are told, since it may be an external CA that refuses.
+type notIssued struct{ error }
+
+func (e *notIssued) Unwrap() error { return e.error }
+
 func readIssued(chain [][]byte) (*issued, error) {
 	leaf, err := x509.ParseCertificate(chain[0])
 	if err != nil {
@@ -44,7 +50,7 @@ func (e *enrolment) issue(ctx context.Context, r wire.IssueRequest) (*issued, er
 		err = fmt.Errorf("%w: %w", errAway, err)
 	}
 	if err != nil {
-		return nil, err
+		return nil, &notIssued{err}
 	}
 	return noted(ctx, e.store, chain, r.Party)
 }
