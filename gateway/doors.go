@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -10,6 +11,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -46,6 +48,8 @@ const (
 	doorsAtOnce = 8
 	// maxDoorBody bounds what a client sends.
 	maxDoorBody = 128 << 10
+	// doorRetry is when clients may try again, in seconds, what cannot be done now.
+	doorRetry = "60"
 	// doorUpkeep is how often what is over is forgotten.
 	doorUpkeep = time.Hour
 	// certificateMemory is how long a leaf is kept after its end: it may
@@ -157,8 +161,17 @@ func (d *doorway) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	case <-req.Context().Done():
 		return
 	}
-	req.Body = http.MaxBytesReader(w, req.Body, maxDoorBody)
-	if d.status != nil && req.Method == http.MethodGet && strings.HasPrefix(req.URL.Path, pathOCSP) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, req.Body, maxDoorBody))
+	if large := (*http.MaxBytesError)(nil); errors.As(err, &large) {
+		http.Error(w, fmt.Sprintf("the request has more than %d bytes", maxDoorBody), http.StatusRequestEntityTooLarge)
+		return
+	}
+	if err != nil { // the client is gone
+		http.Error(w, "the request broke off", http.StatusBadRequest)
+		return
+	}
+	req.Body = io.NopCloser(bytes.NewReader(body))
+	if d.status != nil && (req.Method == http.MethodGet || req.Method == http.MethodHead) && strings.HasPrefix(req.URL.Path, pathOCSP) {
 		d.status.serveOCSPGet(w, req) // not by the mux, which would clean the path
 		return
 	}

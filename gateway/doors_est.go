@@ -73,6 +73,11 @@ func (e *doorEST) enroll(w http.ResponseWriter, req *http.Request, again bool) {
 		http.Error(w, err.Error(), http.StatusForbidden)
 	case errors.Is(err, doors.ErrRefused):
 		http.Error(w, err.Error(), http.StatusBadRequest)
+	case away(err) || errors.Is(err, store.ErrFull): // which passes: clients come back by themselves
+		e.d.log.Error("EST enrolment failed", "error", err)
+		w.Header().Set("Retry-After", doorRetry)
+		http.Error(w, "the gateway cannot do it now", http.StatusServiceUnavailable)
+		return
 	default:
 		e.d.log.Error("EST enrolment failed", "error", err)
 		http.Error(w, "the gateway cannot do it now", http.StatusInternalServerError)

@@ -11,13 +11,17 @@ import (
 	"encoding/asn1"
 	"encoding/base64"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"sallyport/config"
 	"sallyport/gateway/api"
@@ -230,6 +234,7 @@ type issuingDoors struct {
 	inter  *x509.Certificate
 	key    *ecdsa.PrivateKey
 	issued int64
+	away   error
 }
 
 func newIssuingDoors(t *testing.T) *issuingDoors {
@@ -262,6 +267,9 @@ func (a *issuingDoors) Issue(_ context.Context, in doors.Request) ([]*x509.Certi
 	csr, err := x509.ParseCertificateRequest(in.CSR)
 	if err != nil {
 		return nil, err
+	}
+	if a.away != nil {
+		return nil, a.away
 	}
 	a.issued++
 	return []*x509.Certificate{a.sign(&x509.Certificate{SerialNumber: big.NewInt(0x10000000 + a.issued), NotBefore: time.Now(), NotAfter: time.Now().Add(time.Hour), DNSNames: in.Names}, a.inter, csr.PublicKey)}, nil
@@ -372,6 +380,64 @@ func FuzzOCSP(f *testing.F) {
 type noIssuers struct{ doors.Authority }
 
 func (noIssuers) Issuers() []*x509.Certificate { return nil }
+
+// TestDoorsLargeBodies: clients are told that it is their request that is too
+// large, whether it says so beforehand or not.
+func TestDoorsLargeBodies(t *testing.T) {
+	t.Parallel()
+	d := &doorway{mux: http.NewServeMux(), slots: make(chan struct{}, 1), sources: map[string]*doorSource{}}
+	d.mux.HandleFunc("POST /acme/here/new-order", func(w http.ResponseWriter, req *http.Request) {
+		n, err := io.Copy(w, req.Body)
+		if err != nil || n != maxDoorBody {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+	})
+	for size, want := range map[int]int{maxDoorBody: http.StatusOK, maxDoorBody + 1: http.StatusRequestEntityTooLarge} {
+		for _, said := range []bool{true, false} {
+			req := httptest.NewRequestWithContext(t.Context(), "POST", "https://doors.sallyport/acme/here/new-order", strings.NewReader(strings.Repeat("A", size)))
+			if !said {
+				req.ContentLength = -1
+			}
+			w := httptest.NewRecorder()
+			if d.ServeHTTP(w, req); w.Code != want {
+				t.Errorf("%d bytes, said %t: %d %s", size, said, w.Code, w.Body)
+			}
+		}
+	}
+}
+
+// TestESTWhileTheAuthorityIsAway: its clients come back by themselves.
+func TestESTWhileTheAuthorityIsAway(t *testing.T) {
+	t.Parallel()
+	k := newDesk(t)
+	s := &Server{store: k.store, ca: bundleCA{k.rolls()}}
+	names, err := newDoorNames(k.store, nil, "doors.sallyport")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := newIssuingDoors(t)
+	d := &doorway{s: s, ca: ca, log: testLog(t), names: names, stray: rate.NewLimiter(1, 10)}
+	e := &doorEST{d}
+	code, err := k.createJoin(t.Context(), api.CreateJoin{Role: api.JoinEST, Name: "a.example"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	enroll := func() *httptest.ResponseRecorder {
+		req := httptest.NewRequestWithContext(t.Context(), "POST", "https://doors.sallyport/.well-known/est/simpleenroll", bytes.NewReader(testCSR(t)))
+		req.SetBasicAuth("device", code.Code)
+		w := httptest.NewRecorder()
+		e.enroll(w, req, false)
+		return w
+	}
+	ca.away = &url.Error{Op: "Post", URL: "https://pki/v1/doors/leaf", Err: io.EOF}
+	if w := enroll(); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" {
+		t.Errorf("away: %d %v %s", w.Code, w.Header(), w.Body)
+	}
+	ca.away = nil
+	if w := enroll(); w.Code != http.StatusOK { // the code is not used up
+		t.Errorf("back: %d %s", w.Code, w.Body)
+	}
+}
 
 // Without TLS, a proxy could put another CA in the place of ours.
 func TestPlainClientsAtProxies(t *testing.T) {

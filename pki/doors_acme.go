@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -98,7 +99,7 @@ func (d *Doors) ACME(c doors.ACME) (http.Handler, error) {
 // ServeHTTP serves one request. Everything about it hangs on the side that its
 // URL names.
 func (a *acmeDoor) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	name, _, _ := strings.Cut(strings.TrimPrefix(req.URL.Path, acmePrefix+"/"), "/")
+	name, path, _ := strings.Cut(strings.TrimPrefix(req.URL.Path, acmePrefix+"/"), "/")
 	side, err := a.c.Side(req, name)
 	if err != nil {
 		problem := acme.NewDetailedError(acme.ErrorUnauthorizedType, "%s", err.Error())
@@ -112,10 +113,27 @@ func (a *acmeDoor) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		http.Error(w, "internal error", http.StatusInternalServerError)
 		return
 	}
+	if path == "directory" && (req.Method == http.MethodGet || req.Method == http.MethodHead) {
+		directory(w, req, p)
+		return
+	}
 	ctx := authority.NewContext(req.Context(), a.d.ca)
 	ctx = acme.NewContext(ctx, &acmeDB{DB: a.db, a: a, side: side}, &acmeClient{ctx: ctx, side: side},
 		&acmeLinker{Linker: acme.NewLinker(req.Host, acmePrefix), p: p}, nil)
 	a.router.ServeHTTP(w, req.WithContext(ctx))
+}
+
+// directory is smallstep's (RFC 8555, 7.1.1) without the change of an account's
+// key, which it names and does not have.
+func directory(w http.ResponseWriter, req *http.Request, p *provisioner.ACME) {
+	ctx, linker := acme.NewProvisionerContext(req.Context(), p), acme.NewLinker(req.Host, acmePrefix)
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(map[string]string{ // the client is gone, or not
+		"newNonce":   linker.GetLink(ctx, acme.NewNonceLinkType),
+		"newAccount": linker.GetLink(ctx, acme.NewAccountLinkType),
+		"newOrder":   linker.GetLink(ctx, acme.NewOrderLinkType),
+		"revokeCert": linker.GetLink(ctx, acme.RevokeCertLinkType),
+	})
 }
 
 // newACMEProvisioner is a side in smallstep's words.

@@ -177,6 +177,14 @@ func identifiers(names ...string) map[string]any {
 // there; another side cannot go on with it.
 func TestACMESides(t *testing.T) {
 	s := newACMESite(t)
+	var links map[string]string
+	resp, err := s.srv.Client().Get(s.srv.URL + "/acme/one/directory")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(json.NewDecoder(resp.Body).Decode(&links), resp.Body.Close()); err != nil || links["newOrder"] != s.srv.URL+"/acme/one/new-order" || links["revokeCert"] == "" || links["keyChange"] != "" {
+		t.Errorf("the directory names %v, %v", links, err)
+	}
 	key, kid := s.account("one")
 	for what, names := range map[string][]string{
 		"another side's name": {"www.two.example"}, "one of both": {"www.one.example", "www.two.example"},
