@@ -122,7 +122,8 @@ type ruleVerdict struct {
 	rule  *rule  // that grants; nil: none
 	bound bool   // some rule names the join code: its token alone does not do
 	shown bool   // a device vouches for the party, and some rule asks for that
-	why   string // of bound or shown: what speaks against each
+	known bool   // some rule names its key
+	why   string // of bound, shown or known: what speaks against each
 }
 
 // askRules finds the first rule, by name, that grants. A join code that any
@@ -143,6 +144,11 @@ func askRules(rules []*rule, c *contender) (v ruleVerdict) {
 		}
 		if c.join != "" && slices.Contains(r.Joins, c.join) {
 			v.bound = true
+			against = append(against, r.name+": "+no)
+			continue
+		}
+		if len(r.Joins) == 0 && slices.Contains(r.Keys, c.key.Fingerprint()) {
+			v.known = true
 			against = append(against, r.name+": "+no)
 		}
 	}
@@ -258,7 +264,26 @@ func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.Appl
 		}
 		e.again(q.KeyHash)
 	}
-	return out, nil
+	return out, e.freed(ctx)
+}
+
+// freed looks again at those that wait because no rule fits, and whose join codes
+// no rule names any more: their token alone does now.
+func (e *enrolment) freed(ctx context.Context) error {
+	rules, err := e.rulesOf(ctx, e.store.Queries, store.DefaultTenant)
+	if err != nil {
+		return err
+	}
+	waiting, err := e.store.Requests(ctx, api.RequestPending)
+	if err != nil {
+		return err
+	}
+	for _, q := range waiting {
+		if q.Code == wire.EnrollNoRule && !slices.ContainsFunc(rules, func(r *rule) bool { return slices.Contains(r.Joins, q.JoinID) }) {
+			e.again(q.KeyHash)
+		}
+	}
+	return nil
 }
 
 // letFile grants a request that came by a file, and notes among grants what
@@ -364,7 +389,7 @@ func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []man
 				let = append(let, r)
 			}
 		}
-		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && (v.bound || v.shown) {
+		if slices.ContainsFunc(changed, func(m manifest.Rule) bool { return m.Name == g.Rule }) || g.Rule == "" && (v.bound || v.shown || v.known) {
 			grants = append(grants, g)
 		}
 	}
@@ -465,7 +490,10 @@ func (e *enrolment) deleteRule(ctx context.Context, name string) error {
 	if errors.Is(err, store.ErrNotFound) {
 		return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rule %q", wire.Quotable(name)))
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return e.freed(ctx)
 }
 
 func ruleView(r *store.Rule) api.Rule {

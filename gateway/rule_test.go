@@ -98,12 +98,18 @@ func TestRuleNarrowsAToken(t *testing.T) {
 			d.expect(a, enroll.StateEnrolled, "")
 		}
 	}
-	// Without the rule the token does again.
+	// Without the rule the token does again, for those who wait too.
+	d.mu.Lock()
+	d.looked = nil
+	d.mu.Unlock()
 	if err := d.deleteRule(t.Context(), "plant"); err != nil {
 		t.Fatal(err)
 	}
 	if err := d.deleteRule(t.Context(), "plant"); !api.Is(err, api.CodeNotFound) {
 		t.Errorf("deleted twice: %v", err)
+	}
+	if len(d.looked) != 3 {
+		t.Errorf("%d waiting parties were looked at, want the three that no rule let in", len(d.looked))
 	}
 	a := d.party(wire.RoleNode, code, "db-9")
 	d.from(a, "dmz", "192.0.2.1:1")
@@ -197,6 +203,13 @@ func TestRuleGrantsARegisteredKey(t *testing.T) {
 	claiming(t, thief, func(r *wire.EnrollRequest) { r.ID = a.id.ID() })
 	d.see(thief)
 	d.expect(thief, enroll.StateWaiting, wire.EnrollManual)
+	// Why one whose key is registered waits on is told, as of a code.
+	c := d.party(wire.RoleNode, manual, "web-2")
+	d.see(c)
+	dry := d.rules(fmt.Sprintf("kind: rule\nname: narrow\nkeys: ['%s']\nnames: ['db-*']\n", c.id.Fingerprint()), true)
+	if len(dry.Grants) != 1 || dry.Grants[0].Rule != "" || !strings.Contains(dry.Grants[0].Why, `narrow: the name "web-2" is not among its names`) {
+		t.Errorf("%+v", dry.Grants)
+	}
 	d.see(a)
 	d.expect(a, enroll.StateEnrolled, "")
 	// It opens no other name or UUID: those are an operator's to take away.
