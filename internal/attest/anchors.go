@@ -17,6 +17,7 @@ import (
 // Conditions that callers match.
 var (
 	ErrIssuer  = errors.New("the device certificate is not of these CAs")
+	ErrTime    = errors.New("the device certificate, or one above it, is not valid now")
 	ErrRevoked = errors.New("the device certificate is revoked")
 	ErrUnknown = errors.New("whether the device certificate is revoked is not known")
 )
@@ -101,6 +102,9 @@ func (a *Anchors) Check(chain []*x509.Certificate, now time.Time) error {
 		opts.Intermediates.AddCert(c)
 	}
 	chains, err := leaf.Verify(opts)
+	if bad := (x509.CertificateInvalidError{}); errors.As(err, &bad) && bad.Reason == x509.Expired {
+		return fmt.Errorf("%w: %w", ErrTime, err)
+	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrIssuer, err)
 	}
