@@ -207,7 +207,7 @@ func (r *rule) proof(c *contender) string {
 	return strings.Join(out, ", ")
 }
 
-// taken tells which other live node came in by the same device: one device is
+// taken tells which other node came in by the same device: one device is
 // one node, or whoever owns one has as many as he likes.
 func taken(n *store.Node, err error) (string, error) {
 	if errors.Is(err, store.ErrNotFound) {
@@ -216,5 +216,9 @@ func taken(n *store.Node, err error) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("the device has let in the live node %s (%s) already: remove that, or grant this request: sallyport request grant", n.Name, n.ID), nil
+	what := "live"
+	if n.State == wire.StateRevoked {
+		what = "revoked"
+	}
+	return fmt.Sprintf("the device has let in the %s node %s (%s) already: remove that, or grant this request: sallyport request grant", what, n.Name, n.ID), nil
 }

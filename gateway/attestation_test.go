@@ -108,6 +108,13 @@ func TestDeviceVouches(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if _, err := d.revokeNode(t.Context(), n, false); err != nil {
+		t.Fatal(err)
+	}
+	waits("after it was revoked", d.vouched(certFile, keyFile, "pump-12"), wire.EnrollDeviceInUse, "revoked node pump-1")
+	if n, err = d.store.Node(t.Context(), n.ID); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := d.revokeNode(t.Context(), n, true); err != nil {
 		t.Fatal(err)
 	}

@@ -59,11 +59,12 @@ func (tx *Tx) CountRule(ctx context.Context, tenant, name string) error {
 	return one(tx.q.NewRaw("UPDATE rules SET granted = granted + 1, granted_at = ? WHERE tenant = ? AND name = ?", tx.now, tenant, name).Exec(ctx))
 }
 
-// NodeOfDevice returns a live node other than one, that a rule let in because a
-// device with that key vouched for it.
+// NodeOfDevice returns a node other than one, that a rule let in because a device
+// with that key vouched for it, and that was not removed: one that is only revoked
+// would be back at once, by another name.
 func (r Queries) NodeOfDevice(ctx context.Context, device wire.KeyHash, other wire.ID) (*Node, error) {
 	n := new(Node)
-	err := r.q.NewSelect().Model(n).Where("removed_at IS NULL").Where("state <> ?", wire.StateRevoked).Where("id <> ?", other).
+	err := r.q.NewSelect().Model(n).Where("removed_at IS NULL").Where("id <> ?", other).
 		Where("id IN (SELECT party_id FROM requests WHERE device_key = ? AND device_key <> '' AND rule <> '')", device).Limit(1).Scan(ctx)
 	return n, notFound(err)
 }
