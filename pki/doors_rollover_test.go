@@ -200,8 +200,6 @@ func TestDoorsFollowLater(t *testing.T) {
 	}
 }
 
-// An intermediate that was signed elsewhere is the doors' own, whatever the
-// authority's roots do.
 // TestDoorsAreReplacedInTime: also by an authority that is never started again.
 func TestDoorsAreReplacedInTime(t *testing.T) {
 	dir := t.TempDir()
@@ -231,6 +229,8 @@ func TestDoorsAreReplacedInTime(t *testing.T) {
 	})
 }
 
+// An intermediate that was signed elsewhere is the doors' own, whatever the
+// authority's roots do.
 func TestImportDoors(t *testing.T) {
 	dir, corp := t.TempDir(), newOutside(t)
 	if _, _, err := pki.RequestDoors(dir); err == nil || !strings.Contains(err.Error(), "start it once") {
