@@ -40,6 +40,10 @@ func (s *Server) pullOutbox(ctx context.Context, t task) (again want, delay time
 	if t.role != wire.RoleNode {
 		return 0, 0
 	}
+	if s.room.holds(t.id, time.Now()) {
+		s.metrics.visits.WithLabelValues("outbox", "held").Inc()
+		return wantOutbox, s.room.every
+	}
 	var left int64
 	err := s.sessions.Do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) (err error) {
 		left, err = s.drainOutbox(ctx, c, func() bool { return s.fleet.crowded(choreOutbox, t) })
@@ -183,6 +187,9 @@ func (p *pull) run(ctx context.Context, lines *intake[outboxLine], answer *time.
 			if cerr := p.commit(ctx, ending); cerr != nil {
 				return p.left(), cerr
 			}
+			if p.s.room.holds(p.node, time.Now()) {
+				end()
+			}
 			if errors.Is(err, io.EOF) {
 				return p.left(), nil
 			}
@@ -264,6 +271,7 @@ func (p *pull) commit(ctx context.Context, silent bool) error {
 	}
 	p.s.metrics.batches.Observe(time.Since(began).Seconds())
 	p.count(stored)
+	p.s.room.took(p.node, p.batch, time.Now())
 	clear(p.batch)
 	p.batch = p.batch[:0]
 	p.mark = max(p.mark, stored.Ack)

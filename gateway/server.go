@@ -79,6 +79,7 @@ type Server struct {
 	tunnels   *tunnels
 	links     *links
 	live      liveStreams
+	room      room // on the disk
 	actions   *runner
 	enrolment *enrolment
 	targets   *targets
@@ -103,6 +104,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 		return nil, fmt.Errorf("gateway: the identity in %s is of role %s", d.Identity.Dir(), d.Identity.Role())
 	}
 	s := &Server{cfg: cfg, store: d.Store, bus: d.Bus, ca: d.CA, id: d.Identity, log: d.Log, settling: make(chan struct{}, 1), started: time.Now()}
+	s.room = room{look: d.Store.Room, every: roomEvery}
 	s.fleet = newFleet(defaultTimings, d.Store.Installation().UID, d.Log)
 	var err error
 	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
@@ -175,6 +177,7 @@ func (s *Server) Run(ctx context.Context) error {
 	})
 	outer.Go(func() error { return s.keepCertificate(outerCtx) })
 	outer.Go(func() error { return s.watchCA(outerCtx) })
+	outer.Go(func() error { return s.watchRoom(outerCtx) })
 	outer.Go(func() error {
 		return s.external.run(outerCtx, func() int64 { n, _ := s.id.Revocations(); return n })
 	})

@@ -22,9 +22,11 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"path/filepath"
 	"time"
 
 	"github.com/uptrace/bun"
+	"golang.org/x/sys/unix"
 
 	"sallyport/gateway/bus"
 	"sallyport/internal/sqldb"
@@ -59,6 +61,7 @@ type Config struct {
 type DB struct {
 	Queries
 	sql  *sqldb.DB
+	path string
 	log  *slog.Logger
 	bus  bus.Bus
 	now  func() time.Time
@@ -88,7 +91,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open database %s: %w", cfg.Path, err), s.Close())
 	}
-	db := &DB{Queries: Queries{q: s.Read(), prepared: hot}, sql: s, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
+	db := &DB{Queries: Queries{q: s.Read(), prepared: hot}, sql: s, path: cfg.Path, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
 	if db.now == nil {
 		db.now = time.Now
 	}
@@ -123,6 +126,20 @@ func (db *DB) initialise(ctx context.Context, used bool) error {
 
 // Close closes the database.
 func (db *DB) Close() error { return db.sql.Close() }
+
+// Room is how many bytes the database can grow by, what is unused in its file
+// included, and how large its disk is.
+func (db *DB) Room(ctx context.Context) (free, total int64, err error) {
+	var disk unix.Statfs_t
+	if err := unix.Statfs(filepath.Dir(db.path), &disk); err != nil {
+		return 0, 0, fmt.Errorf("look at the disk of %s: %w", db.path, err)
+	}
+	var unused, page int64
+	if err := db.q.NewRaw("SELECT f.freelist_count, p.page_size FROM pragma_freelist_count AS f, pragma_page_size AS p").Scan(ctx, &unused, &page); err != nil {
+		return 0, 0, err
+	}
+	return int64(disk.Bavail)*disk.Bsize + unused*page, int64(disk.Blocks) * disk.Bsize, nil
+}
 
 // Tx is a writing transaction.
 type Tx struct {
