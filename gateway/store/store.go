@@ -138,7 +138,7 @@ func (db *DB) Room(ctx context.Context) (free, total int64, err error) {
 	if err := db.q.NewRaw("SELECT f.freelist_count, p.page_size FROM pragma_freelist_count AS f, pragma_page_size AS p").Scan(ctx, &unused, &page); err != nil {
 		return 0, 0, err
 	}
-	return int64(disk.Bavail)*disk.Bsize + unused*page, int64(disk.Blocks) * disk.Bsize, nil
+	return int64(disk.Bavail*uint64(disk.Bsize)) + unused*page, int64(disk.Blocks * uint64(disk.Bsize)), nil
 }
 
 // Tx is a writing transaction.
