@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -65,6 +66,12 @@ func TestImport(t *testing.T) {
 				t.Errorf("%v, installed %v; want %v", err, installed, c.want)
 			}
 		})
+	}
+	// An answer that was brought to the wrong host says for which key it is.
+	other, here := ca.Pending(t, wire.RoleNode), ca.Pending(t, wire.RoleNode)
+	_, err := enroll.Import(here, answered(t, ca, other, gateway, nil))
+	if want := "for the key " + other.Fingerprint() + ", this node has " + here.Fingerprint(); !errors.Is(err, identity.ErrWrongParty) || !strings.Contains(err.Error(), want) {
+		t.Errorf("brought to the wrong host: %v, want %q", err, want)
 	}
 	// The set that comes with the answer names the key: it is of no use.
 	id := ca.Pending(t, wire.RoleNode)

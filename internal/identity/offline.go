@@ -70,7 +70,7 @@ func (i *Identity) OpenAnswer(env wire.Envelope) (wire.OfflineAnswer, error) {
 		return a, fmt.Errorf("answer: %w: a new join code makes this %s use a new key", ErrRevoked, i.role)
 	}
 	if wire.KeyOf(certs[0]) != i.keyHash || a.Key != i.keyHash {
-		return a, fmt.Errorf("answer: %w: it is for the key %s, this %s has %s", ErrWrongParty, i.role, wire.KeyOf(certs[0]).Fingerprint(), i.keyHash.Fingerprint())
+		return a, fmt.Errorf("answer: %w: it is for the key %s, this %s has %s", ErrWrongParty, wire.KeyOf(certs[0]).Fingerprint(), i.role, i.keyHash.Fingerprint())
 	}
 	if _, _, err := i.verifyOwn(certs); err != nil {
 		return a, fmt.Errorf("answer: %w", err)
