@@ -31,7 +31,23 @@ func (r *rest) rcpRoutes() {
 }
 
 // rcpView joins the record of an RCP with what is known of its channel.
-func (r *rest) rcpView(p *store.RCP) api.RCP {
+func (r *rest) rcpView(p *store.RCP, waiting []*store.Request) api.RCP {
+	v := r.rcpSeen(p)
+	switch v.State {
+	case api.RCPConnected, api.RCPDraining, api.RCPRevoked: // whoever waits is somebody else, or has to say so with a code
+		return v
+	}
+	for _, q := range waiting {
+		if q.Name == p.Name || p.PartyID != "" && q.PartyID == p.PartyID {
+			v.Request, v.State, v.StateSince = q.ID, api.RCPPending, utc(q.RequestedAt)
+			v.StateReason = fmt.Sprintf("it waits for an operator (%s): `sallyport request list`, then `sallyport request grant %s`", q.Reason, q.ID)
+			break
+		}
+	}
+	return v
+}
+
+func (r *rest) rcpSeen(p *store.RCP) api.RCP {
 	v := api.RCP{
 		Name: p.Name, ID: p.PartyID, State: p.State, StateReason: p.StateReason, StateSince: utc(p.StateSince), Address: p.Address, Public: list(p.Public),
 		Via: p.Via, Version: p.Program, LastSeen: when(p.LastSeen), SkewSeconds: p.SkewSeconds, Source: p.Source, ETag: etag(p.Version),
@@ -69,9 +85,13 @@ func (r *rest) listRCPs(ctx context.Context, in *Page) (*body[api.List[api.RCP]]
 	if err != nil {
 		return nil, err
 	}
+	waiting, err := r.s.store.WaitingRCPs(ctx)
+	if err != nil {
+		return nil, err
+	}
 	out := make([]api.RCP, len(rows))
 	for i, p := range rows {
-		out[i] = r.rcpView(p)
+		out[i] = r.rcpView(p, waiting)
 	}
 	l, err := slicePage(out, *in, func(p api.RCP) string { return p.Name })
 	return answer(l), err
@@ -93,7 +113,11 @@ func (r *rest) changeRCP(ctx context.Context, ref string, changing bool, f func(
 	if p, err = r.s.store.RCP(ctx, p.Name); err != nil {
 		return nil, err
 	}
-	return &tagged[api.RCP]{ETag: etag(p.Version), Body: r.rcpView(p)}, nil
+	waiting, err := r.s.store.WaitingRCPs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &tagged[api.RCP]{ETag: etag(p.Version), Body: r.rcpView(p, waiting)}, nil
 }
 
 func (r *rest) addRCP(ctx context.Context, in *body[api.AddRCP]) (*body[api.RCPJoin], error) {

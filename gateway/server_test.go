@@ -345,7 +345,7 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return (&rest{s: w.s}).rcpView(rec)
+		return (&rest{s: w.s}).rcpView(rec, nil)
 	}
 	eventually(t, "the reason is told", func() bool { return strings.Contains(view().LastError, "127.0.0.1:1") })
 	if err := w.s.links.reload(context.Background()); err != nil {
@@ -353,6 +353,50 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 	}
 	if v := view(); !strings.Contains(v.LastError, "127.0.0.1:1") || v.StateReason != "waiting for it to enrol" {
 		t.Errorf("after the records were read anew: %+v", v)
+	}
+}
+
+// An RCP that waits for an operator says so, whatever dialling it meets meanwhile
+// (PK-12). One that is connected is not the party that asks under its name.
+func TestRCPThatWaitsForAnOperatorSaysSo(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	id := wire.NewID()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		for _, p := range []*store.RCP{{Name: "by-name", State: api.RCPPending}, {Name: "by-id", PartyID: id, State: api.RCPFailed}, {Name: "other", State: api.RCPPending}, {Name: "there", State: api.RCPConnected}} {
+			p.Source = store.RCPAdded
+			if err := tx.AddRCP(ctx, p); err != nil {
+				return err
+			}
+		}
+		for _, q := range []*store.Request{
+			{ID: "q1", Role: wire.RoleRCP, Name: "by-name", PartyID: wire.NewID(), State: api.RequestPending, Reason: "uuid-in-use"},
+			{ID: "q2", Role: wire.RoleRCP, PartyID: id, State: api.RequestPending, Reason: "certificate-lapsed"},
+			{ID: "q3", Role: wire.RoleNode, Name: "other", PartyID: wire.NewID(), State: api.RequestPending},
+			{ID: "q4", Role: wire.RoleRCP, Name: "other", PartyID: wire.NewID(), State: api.RequestDenied},
+			{ID: "q5", Role: wire.RoleRCP, Name: "there", PartyID: wire.NewID(), State: api.RequestPending},
+		} {
+			q.KeyHash, q.CSR = wire.HashSPKI([]byte(q.ID)), []byte{1}
+			if err := tx.AddRequest(ctx, q); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	w.run()
+	l, err := (&rest{s: w.s}).listRCPs(t.Context(), &Page{Limit: 50})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{"by-name": "q1", "by-id": "q2", "other": "", "there": ""}
+	for _, r := range l.Body.Items {
+		if q, ours := want[r.Name]; !ours || r.Request != q || q != "" && (r.State != api.RCPPending || !strings.Contains(r.StateReason, "request grant "+q)) {
+			t.Errorf("%+v", r)
+		}
+		delete(want, r.Name)
+	}
+	if len(want) > 0 {
+		t.Errorf("not listed: %v", want)
 	}
 }
 

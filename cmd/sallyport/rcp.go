@@ -227,6 +227,9 @@ func (a *app) rcpListCommand() *cobra.Command {
 func rcpTable(all ...api.RCP) cli.Table {
 	t := cli.Table{Columns: []string{"name", "state", "since", "address", "carrier", "nodes", "pending", "via", "version", "clock", "id", "last_error"}}
 	for _, r := range all {
+		if r.Request != "" { // which says more than what dialling it meets
+			r.LastError = r.StateReason
+		}
 		t.Add(r.Name, r.State, cli.Age(r.StateSince, now()), r.Address, r.Carrier, fmt.Sprint(r.Online), fmt.Sprint(r.Pending), r.Via, r.Version, fmt.Sprintf("%+.1f s", r.SkewSeconds), string(r.ID), firstOf(r.LastError, r.StateReason))
 	}
 	return t

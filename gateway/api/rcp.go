@@ -13,6 +13,7 @@ type RCP struct {
 	State       string     `json:"state"`
 	StateReason string     `json:"state_reason"`
 	StateSince  time.Time  `json:"state_since"`
+	Request     string     `json:"request"` // ID of its certificate request that waits for an operator
 	Address     string     `json:"address"` // that the gateway dials; empty: it dials us
 	Public      []string   `json:"public"`  // how nodes reach it
 	Via         string     `json:"via"`     // name of the RCP before it
@@ -31,7 +32,7 @@ type RCP struct {
 
 // States of an RCP.
 const (
-	RCPPending    = "pending"    // not enrolled yet
+	RCPPending    = "pending"    // not enrolled yet, or its request waits for an operator
 	RCPConnecting = "connecting" // enrolled; not connected since the gateway started, or cut off a moment ago
 	RCPConnected  = "connected"
 	RCPFailed     = "failed" // was connected, or should be

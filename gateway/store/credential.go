@@ -122,6 +122,14 @@ func (r Queries) Requests(ctx context.Context, state string) ([]*Request, error)
 	return out, q.Scan(ctx)
 }
 
+// WaitingRCPs lists the requests of RCPs that wait for an operator, newest first,
+// without what they sent along.
+func (r Queries) WaitingRCPs(ctx context.Context) ([]*Request, error) {
+	var out []*Request
+	err := r.q.NewSelect().Model(&out).ExcludeColumn("csr", "device_chain").Where("state = 'pending' AND role = ?", wire.RoleRCP).OrderExpr("requested_at DESC, id").Scan(ctx)
+	return out, err
+}
+
 // Token is one API token. Of the secret only the hash is kept.
 type Token struct {
 	bun.BaseModel `bun:"table:tokens"`
