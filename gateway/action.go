@@ -28,6 +28,9 @@ const (
 	// runSilence is how long the frames of a run may be silent: three times that
 	// a node that is there says so were missed.
 	runSilence = 3*wire.ActionAlive + 5*time.Second
+	// endGrace is how long a node may take to end a run whose time limit is over, or
+	// that it was told to cancel: it needs seconds, unless it does not want to.
+	endGrace = 5 * time.Minute
 	// batchPause is the least time between two looks at a batch that somebody
 	// follows.
 	batchPause = 250 * time.Millisecond

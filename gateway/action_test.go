@@ -193,6 +193,51 @@ func TestOutputLimitOutlivesASession(t *testing.T) {
 	}
 }
 
+// A node that says for ever that a run goes on, which it was told to cancel, or whose
+// time limit is over, does not keep it so.
+func TestRunThatItsNodeDoesNotEndIsGivenUp(t *testing.T) {
+	t.Parallel()
+	w, _, n := running(t)
+	const grace = 3 * time.Second
+	w.s.actions.grace = grace
+	n.mu.Lock()
+	n.deaf = true
+	n.mu.Unlock()
+	cancelled, free := w.act(n, 0, "cancelled"), w.act(n, 0, "free")
+	late := &store.Action{ID: wire.NewID(), Tenant: store.DefaultTenant, NodeID: n.id.ID(), NodeName: n.name, Command: []string{"late"}, Timeout: time.Second}
+	w.update(func(ctx context.Context, tx *store.Tx) error { return tx.AddActions(ctx, []*store.Action{late}) })
+	copied := *late
+	if err := w.s.runAction(t.Context(), []*store.Action{&copied}); err != nil {
+		t.Fatal(err)
+	}
+	n.started(t, "free")
+	n.started(t, "late")
+	n.output(n.started(t, "cancelled"), "x")
+	eventually(t, "it runs", func() bool { return must1(w.db.Action(t.Context(), cancelled.ID)).State == wire.ActionRunning })
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		row, err := tx.Action(ctx, cancelled.ID)
+		if err != nil {
+			return err
+		}
+		return tx.CancelAction(ctx, row, api.ActionCodeCancelled)
+	})
+	if err := w.s.cancelAction(t.Context(), must1(w.db.Action(t.Context(), cancelled.ID))); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	for _, a := range []*store.Action{late, cancelled} {
+		if now := w.done(a); now.State != wire.ActionLost || now.Code != api.ActionCodeUnknown || !strings.Contains(now.Reason, "has not ended it") || now.EndedAt.IsZero() {
+			t.Errorf("%s ended as %+v", a.Command, actionView(now))
+		}
+	}
+	if took := time.Since(began); took < grace {
+		t.Errorf("given up after %v", took)
+	}
+	if now := must1(w.db.Action(t.Context(), free.ID)); now.State != wire.ActionRunning {
+		t.Errorf("a run without an end is %s", now.State)
+	}
+}
+
 func TestRestartedGatewayPicksUpARun(t *testing.T) {
 	t.Parallel()
 	w, _, n := running(t)

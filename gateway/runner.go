@@ -24,12 +24,14 @@ import (
 type runner struct {
 	s     *Server
 	limit int64         // bytes of output that are kept of an action
+	grace time.Duration // endGrace
 	retry chan struct{} // holds a wake-up: the timers changed
 
 	mu     sync.Mutex
 	active map[wire.ID]wire.ID // actions with a goroutine, and their nodes
 	byNode map[wire.ID]int     // likewise, by node
 	timers map[wire.ID]waiting // open actions that nothing happens to now
+	late   map[wire.ID]lateRun // runs that should have ended
 }
 
 // waiting is when to look at an action again.
@@ -39,7 +41,7 @@ type waiting struct {
 }
 
 func newRunner(s *Server) *runner {
-	return &runner{s: s, limit: maxOutput, retry: make(chan struct{}, 1),
+	return &runner{s: s, limit: maxOutput, grace: endGrace, retry: make(chan struct{}, 1), late: make(map[wire.ID]lateRun),
 		active: make(map[wire.ID]wire.ID), byNode: make(map[wire.ID]int), timers: make(map[wire.ID]waiting)}
 }
 
@@ -165,6 +167,9 @@ func (r *runner) rest(a *store.Action, next time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.active, a.ID)
+	if !a.Open() {
+		delete(r.late, a.ID)
+	}
 	if r.byNode[a.NodeID]--; r.byNode[a.NodeID] == 0 {
 		delete(r.byNode, a.NodeID)
 	}
@@ -360,6 +365,9 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 					return err
 				}
 			}
+			if why := r.overdue(a, told, size, time.Now()); why != "" {
+				return r.end(ctx, a, wire.ActionLost, api.ActionCodeUnknown, why)
+			}
 		case <-frames.news:
 			var batch []wire.ActionFrame
 			var result *wire.ActionResult
@@ -392,6 +400,39 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 			}
 		}
 	}
+}
+
+// lateRun is a run that should have ended: since when, and how much of its output
+// was there.
+type lateRun struct {
+	since time.Time
+	size  int64
+}
+
+// overdue says why a run is given up that should have ended, and of which its node
+// says that it goes on; empty: it is not. Output that comes slowly is waited for, in
+// steps of which there are few: a byte now and then keeps nothing.
+func (r *runner) overdue(a *store.Action, told bool, size int64, now time.Time) string {
+	var why string
+	switch {
+	case told:
+		why = "the node was told to cancel it"
+	case a.Timeout > 0 && !a.StartedAt.IsZero() && now.After(a.StartedAt.Add(a.Timeout)):
+		why = fmt.Sprintf("the node is to end it after %s", a.Timeout)
+	default:
+		return ""
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l, ok := r.late[a.ID]
+	switch {
+	case !ok || size-l.size >= maxOutput/64:
+		r.late[a.ID] = lateRun{now, size}
+		return ""
+	case now.Sub(l.since) < r.grace:
+		return ""
+	}
+	return fmt.Sprintf("the result is unknown: %s, and has not ended it for %s", why, now.Sub(l.since).Round(time.Second))
 }
 
 // runFrame is one line of a run, or the end of its stream.
