@@ -242,6 +242,9 @@ func (d *doorway) serveRoot(w http.ResponseWriter, req *http.Request) {
 	http.Error(w, "no such root", http.StatusNotFound)
 }
 
+// errDoorKey refuses a key that others may have.
+var errDoorKey = fmt.Errorf("%w: a certificate of this key was revoked as key-compromise: make a new key", doors.ErrRefused)
+
 // record notes a leaf that leaves by a door, with its audit row.
 func (d *doorway) record(ctx context.Context, door string, leaf *x509.Certificate, via string, more func(ctx context.Context, tx *store.Tx) error) error {
 	issuer := d.issuerOf(leaf)
@@ -258,6 +261,12 @@ func (d *doorway) record(ctx context.Context, door string, leaf *x509.Certificat
 			if err := more(ctx, tx); err != nil {
 				return err
 			}
+		}
+		switch bad, err := tx.Compromised(ctx, row.KeyHash); {
+		case err != nil:
+			return err
+		case bad:
+			return errDoorKey
 		}
 		tx.Audit(ctx, "certificate.issue", strings.Join(names, " "), fmt.Sprintf("door %s, serial %s, %s", door, row.Serial, row.KeyHash.Fingerprint()))
 		return tx.AddCertificate(ctx, row)

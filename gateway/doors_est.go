@@ -241,7 +241,11 @@ func (e *doorEST) stillGood(ctx context.Context, q store.Queries, leaf *x509.Cer
 	case !row.RevokedAt.IsZero():
 		return fmt.Errorf("%w: the client's certificate is revoked", errESTAuth)
 	}
-	return nil
+	bad, err := q.Compromised(ctx, row.KeyHash)
+	if err == nil && bad {
+		err = fmt.Errorf("%w: another certificate of the client's key was revoked as key-compromise", errESTAuth)
+	}
+	return err
 }
 
 // code finds the record of a code, ID.TOKEN.

@@ -406,8 +406,9 @@ func TestDoorsLargeBodies(t *testing.T) {
 	}
 }
 
-// TestESTWhileTheAuthorityIsAway: its clients come back by themselves.
-func TestESTWhileTheAuthorityIsAway(t *testing.T) {
+// TestESTAnswers: clients come back by themselves to an authority that is away,
+// and in vain with a key that others may have.
+func TestESTAnswers(t *testing.T) {
 	t.Parallel()
 	k := newDesk(t)
 	s := &Server{store: k.store, ca: bundleCA{k.rolls()}}
@@ -422,8 +423,9 @@ func TestESTWhileTheAuthorityIsAway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	csr := testCSR(t)
 	enroll := func() *httptest.ResponseRecorder {
-		req := httptest.NewRequestWithContext(t.Context(), "POST", "https://doors.sallyport/.well-known/est/simpleenroll", bytes.NewReader(testCSR(t)))
+		req := httptest.NewRequestWithContext(t.Context(), "POST", "https://doors.sallyport/.well-known/est/simpleenroll", bytes.NewReader(csr))
 		req.SetBasicAuth("device", code.Code)
 		w := httptest.NewRecorder()
 		e.enroll(w, req, false)
@@ -436,6 +438,36 @@ func TestESTWhileTheAuthorityIsAway(t *testing.T) {
 	ca.away = nil
 	if w := enroll(); w.Code != http.StatusOK { // the code is not used up
 		t.Errorf("back: %d %s", w.Code, w.Body)
+	}
+	revoke := func(reason int) {
+		t.Helper()
+		if err := k.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+			return tx.RevokeCertificate(ctx, wire.KeyOf(ca.inter), doors.Serial(big.NewInt(0x10000000+ca.issued)), reason)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	revoke(api.RevocationReasons["superseded"])
+	if w := enroll(); w.Code != http.StatusOK {
+		t.Errorf("its key is as good as before: %d %s", w.Code, w.Body)
+	}
+	revoke(api.RevocationReasons["key-compromise"])
+	if w := enroll(); w.Code != http.StatusBadRequest || !strings.Contains(w.Body.String(), "key-compromise") {
+		t.Errorf("the key of a thief: %d %s", w.Code, w.Body)
+	}
+	// Nor does another certificate of that key, from before, open the door.
+	parsed, err := x509.ParseCertificateRequest(csr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := ca.sign(&x509.Certificate{SerialNumber: big.NewInt(0x20000000), NotAfter: time.Now().Add(time.Hour)}, ca.inter, parsed.PublicKey)
+	if err := k.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddCertificate(ctx, &store.Certificate{Issuer: wire.KeyOf(ca.inter), Serial: doors.Serial(before.SerialNumber), Door: "est", KeyHash: wire.KeyOf(before), NotAfter: before.NotAfter})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.stillGood(t.Context(), k.store.Queries, before); !errors.Is(err, errESTAuth) || !strings.Contains(err.Error(), "key-compromise") {
+		t.Errorf("another certificate of that key: %v", err)
 	}
 }
 

@@ -353,7 +353,11 @@ func (d *acmeDB) CreateCertificate(ctx context.Context, cert *acme.Certificate) 
 			return err
 		}
 	}
-	if err := d.a.c.Record(ctx, d.side, cert.Leaf); err != nil {
+	err := d.a.c.Record(ctx, d.side, cert.Leaf)
+	if errors.Is(err, doors.ErrRefused) {
+		return acme.NewDetailedError(acme.ErrorBadPublicKeyType, "%s", err.Error())
+	}
+	if err != nil {
 		return err
 	}
 	return d.DB.CreateCertificate(ctx, cert)

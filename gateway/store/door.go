@@ -95,6 +95,13 @@ func (tx *Tx) RevokeCertificate(ctx context.Context, issuer wire.KeyHash, serial
 	return fmt.Errorf("certificate %s: %w: it is revoked", serial, ErrExists)
 }
 
+// Compromised tells whether a leaf of a door with that key was revoked because
+// others may have the key.
+func (r Queries) Compromised(ctx context.Context, key wire.KeyHash) (bool, error) {
+	const keyCompromise = 1 // RFC 5280, 5.3.1
+	return r.q.NewSelect().TableExpr("certificates").Where("key_hash = ?", key).Where("door <> ''").Where("revoked_at IS NOT NULL").Where("reason = ?", keyCompromise).Exists(ctx)
+}
+
 // ForgetCertificates drops the leaves that ended before.
 func (tx *Tx) ForgetCertificates(ctx context.Context, before time.Time) error {
 	_, err := tx.q.NewRaw("DELETE FROM certificates WHERE not_after < ?", before.UTC()).Exec(ctx)

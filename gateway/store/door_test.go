@@ -45,6 +45,11 @@ func TestCertificates(t *testing.T) {
 	}
 	// A leaf of a door is revoked by itself, once.
 	update(t, db, func(tx *Tx) error { return tx.RevokeCertificate(ctx, other, "1f", 1) })
+	for key, want := range map[wire.KeyHash]bool{"k2": true, "k1": false} {
+		if bad, err := db.Compromised(ctx, key); err != nil || bad != want {
+			t.Errorf("the key %s is compromised: %v, %v", key, bad, err)
+		}
+	}
 	err := db.Update(ctx, func(ctx context.Context, tx *Tx) error { return tx.RevokeCertificate(ctx, other, "1f", 4) })
 	if !errors.Is(err, ErrExists) {
 		t.Errorf("twice: %v", err)
