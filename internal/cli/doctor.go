@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -21,7 +22,7 @@ func (l *localRole) doctorCommand() *cobra.Command {
 		Use: "doctor", Short: "Find what is wrong, and what to do about it", Args: Exactly(0),
 		Long: "Find what is wrong with the role on this host, and what to do about it. A role that runs is asked; besides, and when\n" +
 			"none runs, its files are looked at: a missing or corrupt certificate, key or trust, another CA, the clock, the name,\n" +
-			"and the addresses that it should reach. Exits with 1 when a check failed; warnings do not count.",
+			"a full or read-only disk, and the addresses that it should reach. Exits with 1 when a check failed; warnings do not count.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			checks, err := l.examine(cmd.Context())
 			if err != nil {
@@ -88,6 +89,7 @@ func (l *localRole) examineRole(ctx context.Context, c config.Common, role wire.
 		return nil, err
 	}
 	checks = append(checks, l.files(c, role, running)...)
+	checks = append(checks, l.disks(c, role)...)
 	if mute {
 		return checks, nil
 	}
@@ -133,6 +135,18 @@ func (l *localRole) files(c config.Common, role wire.Role, running bool) (checks
 		}
 	}
 	return checks
+}
+
+// disks are the findings about where the role writes.
+func (l *localRole) disks(c config.Common, role wire.Role) []local.Check {
+	dirs := []string{c.Dir(string(role))}
+	if role == wire.RoleGateway {
+		if g, err := config.LoadGateway(l.streams.Env); err == nil && !strings.Contains(g.Database, "://") {
+			dirs = append(dirs, filepath.Dir(g.Database))
+		}
+		dirs = append(dirs, c.Dir("pki"))
+	}
+	return doctor.Disks(dirs...)
 }
 
 // toReach lists the addresses that the role dials and is not connected with.

@@ -35,7 +35,7 @@ func TestDoctorOfAnotherUser(t *testing.T) {
 	s.Env = []string{"SALLYPORT_DATA=" + data}
 	l := &localRole{streams: s, out: NewOutput(s), roles: []wire.Role{wire.RoleGateway, wire.RoleNode}}
 	checks, err := l.examine(t.Context())
-	if err != nil || len(checks) != 2 || !strings.Contains(checks[1].Detail, "permission denied") || !strings.Contains(checks[1].Fix, "as root") {
+	if err != nil || len(checks) != 3 || !strings.Contains(checks[1].Detail, "permission denied") || !strings.Contains(checks[1].Fix, "as root") {
 		t.Errorf("a directory that may not be listed: %+v, %v", checks, err)
 	}
 	if os.Geteuid() == 0 {

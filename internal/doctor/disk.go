@@ -1,0 +1,79 @@
+package doctor
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"sallyport/internal/local"
+)
+
+const (
+	// fullBelow is when nothing more can be written, or not the next file; a
+	// database and a spool grow by more than that.
+	fullBelow = 1 << 20
+	// scarceBelow is when somebody should look after it.
+	scarceBelow = 128 << 20
+)
+
+// room is what a file system has left for whoever owns a directory on it.
+type room struct {
+	bytes    uint64
+	noInodes bool
+	readOnly bool
+	device   uint64
+}
+
+// Disks examines whether what a role keeps in dirs can still be written. Of
+// several directories on one file system the first is named.
+func Disks(dirs ...string) (checks []local.Check) {
+	seen := map[uint64]bool{}
+	for _, dir := range dirs {
+		if c, ok := writable(dir); !ok {
+			checks = append(checks, c)
+			continue
+		}
+		r, err := roomIn(dir)
+		if err != nil || seen[r.device] { // it is not there, or not for this user to see
+			continue
+		}
+		seen[r.device] = true
+		checks = append(checks, r.check(dir))
+	}
+	return checks
+}
+
+// writable looks at the directory's mode only: who asks is perhaps not who runs
+// the role, and root may write everywhere.
+func writable(dir string) (local.Check, bool) {
+	st, err := os.Stat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrPermission):
+		return local.Check{}, true
+	case err != nil:
+		return local.Check{Check: "disk", Detail: err.Error(), Fix: "see the kernel's log (dmesg) for what is wrong with the disk"}, false
+	case st.IsDir() && st.Mode().Perm()&0o300 != 0o300 && !ownedByRoot(st):
+		return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: its owner may not write there", dir, st.Mode().Perm()), Fix: "chmod u+rwx " + dir}, false
+	}
+	return local.Check{}, true
+}
+
+func (r room) check(dir string) local.Check {
+	free := fmt.Sprintf("%d MiB free for %s", r.bytes>>20, dir)
+	const loses = "; until then nothing new is kept: no certificate, no revocation, no event"
+	switch {
+	case r.readOnly:
+		return local.Check{Check: "disk", Detail: dir + " is on a file system that is mounted read-only" + loses,
+			Fix: "see the kernel's log (dmesg) for why, and mount it for writing again (mount -o remount,rw `findmnt -no TARGET -T " + dir + "`); a container needs a volume there"}
+	case r.bytes < fullBelow:
+		return local.Check{Check: "disk", Detail: "the disk is full: " + free + loses,
+			Fix: "make room there (df -h " + dir + "; du -xh " + dir + " | sort -h | tail), or move SALLYPORT_DATA while the role is stopped; it goes on by itself"}
+	case r.noInodes:
+		return local.Check{Check: "disk", Detail: "the file system of " + dir + " has no inode left: no file can be made there" + loses,
+			Fix: "remove files there (df -i " + dir + ")"}
+	case r.bytes < scarceBelow:
+		return local.Check{Check: "disk", OK: true, Warning: true, Detail: "little room: " + free, Fix: "make room there before it is full (df -h " + dir + ")"}
+	}
+	return local.Check{Check: "disk", OK: true, Detail: free}
+}
