@@ -392,7 +392,9 @@ func TestRestartedGatewayKeepsWhatTheDatabaseSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
 		r := b.rcp("dmz")
-		dead := b.rcp("dead") // never connects
+		dead := wire.NewID() // was connected, and is not any more
+		b.f.learn(record{ID: dead, Role: wire.RoleRCP, Name: "dead", State: wire.StateRunning, Since: time.Now().Add(-time.Hour)})
+		b.f.expect(dead, wire.RoleRCP, "dead", "203.0.113.2:9090")
 		id, lost := wire.NewID(), wire.NewID()
 		for _, n := range []wire.ID{id, lost} {
 			b.f.learn(record{ID: n, Role: wire.RoleNode, Name: "n", State: wire.StateRunning, Since: time.Now().Add(-time.Hour), LastSeen: time.Now().Add(-5 * time.Minute)})
@@ -407,6 +409,10 @@ func TestRestartedGatewayKeepsWhatTheDatabaseSays(t *testing.T) {
 		}
 		b.pass(time.Minute)
 		b.want(lost, wire.StateUnreachable, "rcp dead is cut off") // it may hang there
+		b.want(dead, wire.StateDown, "since the gateway started")
+		if got := b.alarms(dead); got != "lost" {
+			t.Fatalf("an RCP that is away when the gateway starts raised %q", got)
+		}
 		b.up(dead)
 		b.snapshot(dead, "d1")
 		b.pass(2 * time.Minute)

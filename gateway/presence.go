@@ -267,6 +267,9 @@ func (f *fleet) judgeHello(m *member) verdict {
 // off, and explains the absence.
 func (f *fleet) cutOff(m *member) (cut bool, why string) {
 	if len(m.ways) == 0 { // not seen since we started: any RCP could hold it
+		if l := f.links[m.id]; l != nil && m.role == wire.RoleRCP { // but for one that we dial, or that dials us: nothing holds that
+			return false, "no channel to it since the gateway started"
+		}
 		for _, l := range f.links {
 			if !l.up && l.role == wire.RoleRCP {
 				return true, fmt.Sprintf("not seen since the gateway started, and rcp %s is cut off", l.name)
