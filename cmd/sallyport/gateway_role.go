@@ -69,6 +69,9 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	if err := backup.Interrupted(gatewayPlace(h.cfg)); err != nil {
 		return &cli.ExitError{Code: cli.ExitRefused, Err: err}
 	}
+	if err := backup.Tidy(gatewayPlace(h.cfg)); err != nil {
+		h.log.Warn("what a backup or a restoration left when it was killed cannot be removed", "error", err)
+	}
 	wakes := &bus.Local{}
 	db, err := store.Open(ctx, store.Config{Path: h.cfg.Database, Log: h.log, Bus: wakes})
 	if err != nil {

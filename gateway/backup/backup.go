@@ -75,6 +75,7 @@ const (
 	fileMarker  = "restoring"
 	lockName    = "lock"
 	keptPrefix  = "before-"
+	restoring   = ".restoring" // behind the name of a database that is unpacked
 )
 
 // Create writes a backup into the new file dest, mode 0600. When it returns
@@ -146,6 +147,31 @@ func create(ctx context.Context, p Place, out io.Writer, program string, passphr
 		return m, err
 	}
 	return m, w.Close()
+}
+
+// Tidy removes what a backup or a restoration left half-done when it was killed:
+// copies of keys and of the database that nobody would look for. The caller holds
+// the lock of the gateway's directory, so that no restoration is under way; a
+// backup that is keeps its copy.
+func Tidy(p Place) error {
+	stale := stage{place: p}
+	errs := []error{os.RemoveAll(stale.tree(treeGateway)), RemoveDatabase(p.Database + restoring)}
+	if err := os.RemoveAll(stale.tree(treePKI)); !errors.Is(err, fs.ErrPermission) { // an authority of another user is restored by that one
+		errs = append(errs, err)
+	}
+	work := filepath.Join(p.Gateway, workBackup)
+	if _, err := os.Stat(work); err != nil {
+		return errors.Join(errs...)
+	}
+	lock, err := lockdir.Acquire(work)
+	switch {
+	case errors.Is(err, lockdir.ErrLocked):
+	case err != nil:
+		errs = append(errs, err)
+	default:
+		errs = append(errs, os.RemoveAll(work), lock.Release())
+	}
+	return errors.Join(errs...)
 }
 
 // leaveOut names what belongs to one host or to one moment.

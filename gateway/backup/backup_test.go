@@ -290,6 +290,42 @@ func TestCutOffBetweenIssuerAndRevocations(t *testing.T) {
 	}
 }
 
+func TestWhatWasKilledIsTidiedUp(t *testing.T) {
+	p := live(t)
+	stale := []string{filepath.Join(p.Gateway, "restore.tmp"), filepath.Join(p.PKI, "restore.tmp"), p.Database + ".restoring", filepath.Join(p.Gateway, "backup.tmp")}
+	leave := func() {
+		put(t, filepath.Join(stale[0], "identity", "key.pem"), "a key", 0o600)
+		put(t, filepath.Join(stale[1], "root.key"), "a key", 0o600)
+		put(t, stale[2], "a database", 0o600)
+		put(t, filepath.Join(stale[3], "database"), "a database", 0o600)
+	}
+	leave()
+	if err := Tidy(p); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range stale {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is still there: %v", path, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(p.PKI, "root.key")); err != nil {
+		t.Error(err)
+	}
+	// A backup that runs keeps what it works with.
+	leave()
+	running, err := lockdir.Acquire(stale[3])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = running.Release() }()
+	if err := Tidy(p); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(stale[3], "database")); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestABackupOverwritesNothing(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)

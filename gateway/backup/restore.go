@@ -61,7 +61,7 @@ func Restore(ctx context.Context, p Place, file string, passphrase func() ([]byt
 	if err != nil {
 		return r, err
 	}
-	s := &stage{place: p, database: p.Database + ".restoring"}
+	s := &stage{place: p, database: p.Database + restoring}
 	defer func() { err = errors.Join(err, s.clear()) }()
 	if err := s.fill(bufio.NewReader(in), passphrase); err != nil {
 		return r, err
