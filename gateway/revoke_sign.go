@@ -1,0 +1,146 @@
+package gateway
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"sallyport/gateway/store"
+	"sallyport/internal/identity"
+	"sallyport/internal/wire"
+)
+
+// maxSigning is how often a set is made anew because another gateway had one
+// signed in the meantime.
+const maxSigning = 10
+
+// signWithOthers is sign where an authority works for other gateways too: what
+// they have revoked stays revoked in our set.
+func (e *enrolment) signWithOthers(ctx context.Context) (env *wire.Envelope, roles []wire.Role, err error) {
+	for range maxSigning {
+		if err := e.mergeOthers(ctx); err != nil {
+			return nil, nil, err
+		}
+		if env, roles, err = e.sign(ctx); !errors.Is(err, identity.ErrOlder) {
+			break
+		}
+	}
+	return env, roles, err
+}
+
+// mergeOthers merges the last set that the authority signed, if it is none of
+// ours.
+func (e *enrolment) mergeOthers(ctx context.Context) error {
+	env, ok := e.ca.Revocations()
+	if _, own := e.id.Revocations(); !ok || own != nil && bytes.Equal(own.Payload, env.Payload) {
+		return nil
+	}
+	if err := e.id.CheckRevocations(env); err != nil { // what nobody takes is replaced by ours
+		e.log.Warn("the last revocation set of the certificate authority is not taken over", "number", numberOf(env), "error", err)
+		return nil
+	}
+	news, err := e.merge(ctx, env)
+	if err != nil {
+		return err
+	}
+	for _, r := range news {
+		if r.Role == wire.RoleNode || r.Role == wire.RoleRCP {
+			e.changed(ctx, r.Role, r.ID)
+		}
+	}
+	return nil
+}
+
+// sign makes the next set; nil if the last one says it all. roles are those of
+// the keys that are new in it.
+func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, error) {
+	e.signing.Lock()
+	defer e.signing.Unlock()
+	keys, err := e.store.RevokedKeys(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	keys = append(keys, e.retiredKeys()...)
+	held, last, err := e.heldSet()
+	if err != nil {
+		return nil, nil, err
+	}
+	if last != nil && e.lacks(keys, held, *last) {
+		return nil, nil, fmt.Errorf("%w: %w: another gateway had number %d signed meanwhile", errAuthority, identity.ErrOlder, held.Number)
+	}
+	known := make(map[wire.KeyHash]bool, len(held.Revoked))
+	for _, r := range held.Revoked {
+		known[r.Key] = true
+	}
+	set := wire.Revocations{}
+	var roles []wire.Role
+	for _, k := range keys {
+		if !known[k.KeyHash] {
+			roles = append(roles, k.Role)
+		} else if time.Since(k.NotAfter) > max(e.grace, minRevoked) {
+			continue // nobody would take it any more
+		}
+		set.Revoked = append(set.Revoked, wire.Revocation{Key: k.KeyHash, Role: k.Role, ID: k.PartyID, At: k.RevokedAt, Reason: k.Reason})
+	}
+	// A set that came from elsewhere, and is above ours or as high, may lack what
+	// ours names.
+	mine, _ := e.id.Revocations()
+	if len(roles) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) {
+		return nil, nil, nil
+	}
+	if problem := e.issuerProblem(); problem != "" { // what it seals nobody takes either
+		return nil, nil, fmt.Errorf("%w: %s", errAuthority, problem)
+	}
+	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
+		set.Number, err = tx.NextRevocations(ctx, max(held.Number, mine))
+		tx.Audit(ctx, "revocations.sign", "", fmt.Sprintf("number %d, %d keys", set.Number, len(set.Revoked)))
+		return err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	env, err := e.ca.SignRevocations(ctx, set, held.Number)
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errAuthority, err)
+	}
+	return &env, roles, err
+}
+
+// errAuthority says that it is the certificate authority that did not sign.
+var errAuthority = errors.New("certificate authority")
+
+// lacks tells whether the authority's last set came from elsewhere, and names a
+// key that keys do not: it is to be merged first.
+func (e *enrolment) lacks(keys []*store.Key, held wire.Revocations, env wire.Envelope) bool {
+	if _, own := e.id.Revocations(); own != nil && bytes.Equal(own.Payload, env.Payload) || e.id.CheckRevocations(env) != nil {
+		return false
+	}
+	have := make(map[wire.KeyHash]bool, len(keys))
+	for _, k := range keys {
+		have[k.KeyHash] = true
+	}
+	return slices.ContainsFunc(held.Revoked, func(r wire.Revocation) bool { return !have[r.Key] })
+}
+
+// heldSet is the last set that the authority signed; nil before the first.
+func (e *enrolment) heldSet() (set wire.Revocations, env *wire.Envelope, err error) {
+	last, ok := e.ca.Revocations()
+	if !ok {
+		return set, nil, nil
+	}
+	return set, &last, json.Unmarshal(last.Payload, &set)
+}
+
+func numberOf(env wire.Envelope) int64 {
+	var set struct {
+		Number int64 `json:"number"`
+	}
+	if err := json.Unmarshal(env.Payload, &set); err != nil {
+		return 0
+	}
+	return set.Number
+}
