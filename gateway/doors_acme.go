@@ -31,6 +31,7 @@ func (d *doorway) acmeBackend() doors.ACME {
 		Record:  d.acmeRecord,
 		Revoked: d.acmeRevoked,
 		Revoke:  d.acmeRevoke,
+		Failed:  func(err error) { d.log.Error("ACME client not served", "error", err) },
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"github.com/smallstep/certificates/authority/config"
 	"github.com/smallstep/certificates/authority/provisioner"
 	"github.com/smallstep/certificates/db"
+	"github.com/smallstep/certificates/logging"
 	"golang.org/x/time/rate"
 
 	"sallyport/internal/doors"
@@ -120,7 +121,11 @@ func (a *acmeDoor) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	ctx := authority.NewContext(req.Context(), a.d.ca)
 	ctx = acme.NewContext(ctx, &acmeDB{DB: a.db, a: a, side: side}, &acmeClient{ctx: ctx, side: side},
 		&acmeLinker{Linker: acme.NewLinker(req.Host, acmePrefix), p: p}, nil)
-	a.router.ServeHTTP(w, req.WithContext(ctx))
+	said := logging.NewResponseLogger(w)
+	a.router.ServeHTTP(said, req.WithContext(ctx))
+	if err, ok := said.Fields()["error"].(error); ok && said.StatusCode() >= http.StatusInternalServerError && said.StatusCode() != http.StatusNotImplemented {
+		a.c.Failed(err)
+	}
 }
 
 // directory is smallstep's (RFC 8555, 7.1.1) without the change of an account's

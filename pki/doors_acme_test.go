@@ -16,6 +16,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"go.step.sm/crypto/jose"
@@ -64,6 +65,37 @@ type acmeSite struct {
 	recorded []*x509.Certificate
 	answer   func(path string) string // of every host, to http-01
 	dialled  []string
+	broken   atomic.Bool // nothing can be kept
+	failed   atomic.Pointer[error]
+}
+
+// failing are values that cannot be written while broken is set.
+type failing struct {
+	*memory
+
+	broken *atomic.Bool
+}
+
+func (f *failing) Swap(ctx context.Context, bucket, name string, old, now []byte) ([]byte, bool, error) {
+	if f.broken.Load() {
+		return nil, false, errors.New("the disk is full")
+	}
+	return f.memory.Swap(ctx, bucket, name, old, now)
+}
+
+// TestACMEFailure: why a client was answered with an error of ours is told, since
+// the answer does not say it.
+func TestACMEFailure(t *testing.T) {
+	s := newACMESite(t)
+	key, kid := s.account("one")
+	if status, _, body := s.post(key, kid, s.srv.URL+"/acme/one/new-order", identifiers("www.two.example")); status/100 != 4 || s.failed.Load() != nil {
+		t.Errorf("its own mistake: %d %s, %v", status, body, s.failed.Load())
+	}
+	s.broken.Store(true)
+	status, _, body := s.post(key, kid, s.srv.URL+"/acme/one/new-order", identifiers("www.one.example"))
+	if err := s.failed.Load(); status != http.StatusInternalServerError || err == nil || !strings.Contains((*err).Error(), "the disk is full") {
+		t.Errorf("%d %s, %v", status, body, err)
+	}
 }
 
 func newACMESite(t *testing.T) *acmeSite {
@@ -74,7 +106,7 @@ func newACMESite(t *testing.T) *acmeSite {
 	host := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, s.answer(r.URL.Path)) }))
 	t.Cleanup(host.Close)
 	h, err := d.ACME(doors.ACME{
-		Values: &memory{m: map[string][]byte{}},
+		Values: &failing{&memory{m: map[string][]byte{}}, &s.broken},
 		Side: func(_ *http.Request, name string) (doors.Side, error) {
 			if name != "one" && name != "two" {
 				return doors.Side{}, errors.New("no such side")
@@ -97,6 +129,7 @@ func newACMESite(t *testing.T) *acmeSite {
 		},
 		Revoked: func(context.Context, *big.Int) (bool, error) { return false, nil },
 		Revoke:  func(context.Context, *big.Int, int) error { return nil },
+		Failed:  func(err error) { s.failed.Store(&err) },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -209,4 +209,7 @@ type ACME struct {
 	// Revoked and Revoke are about a leaf of the doors.
 	Revoked func(ctx context.Context, serial *big.Int) (bool, error)
 	Revoke  func(ctx context.Context, serial *big.Int, reason int) error
+	// Failed is told why a client was answered with an error of ours, which the
+	// answer does not say.
+	Failed func(err error)
 }
