@@ -38,10 +38,10 @@ func TestNodeBehindAnRCP(t *testing.T) {
 	n.emit(1)
 	r.hint(n, "", wire.HintOutbox)
 	eventually(t, "the next event arrives", func() bool { return len(w.events(n.id.ID())) == 2501 })
-	row, err := w.db.Node(context.Background(), n.id.ID())
-	if err != nil || row.State != wire.StateRunning || row.Program != "test" {
-		t.Fatalf("row: %+v, %v", row, err)
-	}
+	eventually(t, "the node is running in the database", func() bool {
+		row, err := w.db.Node(context.Background(), n.id.ID())
+		return err == nil && row.State == wire.StateRunning && row.Program == "test"
+	})
 	eventually(t, "the rcp is connected in the database", func() bool {
 		rec, err := w.db.RCP(context.Background(), "dmz")
 		return err == nil && rec.State == api.RCPConnected && rec.Program == "test"
@@ -178,7 +178,7 @@ func TestDeadRCPDelaysNoOther(t *testing.T) {
 	w.run()
 	began := time.Now()
 	w.state(n.id.ID(), wire.StateRunning)
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > 14*time.Second { // handshakes that hang are given up after 15
 		t.Fatalf("the good node took %v", d)
 	}
 	if p := w.s.fleet.Presence(all[0].id.ID()); p.State != wire.StatePending {
