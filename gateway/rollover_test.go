@@ -297,7 +297,7 @@ func TestRotationSaysWhomItLoses(t *testing.T) {
 		}
 		ca.state.Roots = append(ca.state.Roots, i)
 	}
-	w.before = func(s *Server) { s.enrolment.ca = ca }
+	w.before = func(s *Server) { s.enrolment.ca = unsigning{ca} }
 	w.update(func(ctx context.Context, tx *store.Tx) error {
 		for n, i := range ca.state.Intermediates {
 			id := wire.NewID()
@@ -334,8 +334,10 @@ func TestRotationSaysWhomItLoses(t *testing.T) {
 		!strings.Contains(notes, "1 open join codes pin a root that vouches for nothing") || !strings.Contains(notes, "2 open join codes pin the root that would be given up") {
 		t.Errorf("of another root: %q, %d join codes: %s", lost, joins, notes)
 	}
-	ca.state.Roots[0].Forgotten, ca.state.Rollover = true, &wire.CARollover{Kind: wire.RolloverRoot} // it is done
-	view, err := w.s.caView(t.Context(), ca.state)
+	then := ca.state // when it is done
+	then.Roots, then.Rollover = slices.Clone(then.Roots), &wire.CARollover{Kind: wire.RolloverRoot}
+	then.Roots[0].Forgotten = true
+	view, err := w.s.caView(t.Context(), then)
 	if err != nil {
 		t.Fatal(err)
 	}
