@@ -221,10 +221,10 @@ func TestRunThatItsNodeDoesNotEndIsGivenUp(t *testing.T) {
 		}
 		return tx.CancelAction(ctx, row, api.ActionCodeCancelled)
 	})
+	began := time.Now()
 	if err := w.s.cancelAction(t.Context(), must1(w.db.Action(t.Context(), cancelled.ID))); err != nil {
 		t.Fatal(err)
 	}
-	began := time.Now()
 	for _, a := range []*store.Action{late, cancelled} {
 		if now := w.done(a); now.State != wire.ActionLost || now.Code != api.ActionCodeUnknown || !strings.Contains(now.Reason, "has not ended it") || now.EndedAt.IsZero() {
 			t.Errorf("%s ended as %+v", a.Command, actionView(now))
@@ -235,6 +235,27 @@ func TestRunThatItsNodeDoesNotEndIsGivenUp(t *testing.T) {
 	}
 	if now := must1(w.db.Action(t.Context(), free.ID)); now.State != wire.ActionRunning {
 		t.Errorf("a run without an end is %s", now.State)
+	}
+}
+
+// What counts is what the node says while it is there: one that comes back after it
+// was cut off has the time to bring the result.
+func TestNodeThatWasCutOffIsNotLate(t *testing.T) {
+	t.Parallel()
+	r := newRunner(nil)
+	now := time.Now()
+	a := &store.Action{ID: wire.NewID(), Timeout: time.Second, StartedAt: now.Add(-time.Hour)}
+	if why := r.overdue(a, false, 0, now) + r.overdue(a, false, 0, now.Add(2*endGrace)); why != "" {
+		t.Errorf("given up at once: %s", why)
+	}
+	looks := 0
+	for r.overdue(a, false, 0, now) == "" {
+		if looks++; looks > int(endGrace/runRetry) {
+			t.Fatal("it is waited for for ever")
+		}
+	}
+	if looks < int(endGrace/runRetry)-3 {
+		t.Errorf("given up after %d looks", looks)
 	}
 }
 

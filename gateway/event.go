@@ -42,7 +42,7 @@ func (s *Server) pullOutbox(ctx context.Context, t task) (again want, delay time
 	}
 	if s.room.holds(t.id, time.Now()) {
 		s.metrics.visits.WithLabelValues("outbox", "held").Inc()
-		return wantOutbox, s.room.every
+		return wantOutbox, 2 * s.room.every
 	}
 	var left int64
 	err := s.sessions.Do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) (err error) {
@@ -183,6 +183,9 @@ func (p *pull) run(ctx context.Context, lines *intake[outboxLine], answer *time.
 		select {
 		case <-lines.news:
 			answer.Stop()
+			if ending && p.s.room.holds(p.node, time.Now()) { // what still comes is not acknowledged, and sent again
+				return p.left(), nil
+			}
 			err := p.collect(ctx, lines.take())
 			if cerr := p.commit(ctx, ending); cerr != nil {
 				return p.left(), cerr
@@ -271,7 +274,9 @@ func (p *pull) commit(ctx context.Context, silent bool) error {
 	}
 	p.s.metrics.batches.Observe(time.Since(began).Seconds())
 	p.count(stored)
-	p.s.room.took(p.node, p.batch, time.Now())
+	if stored.New > 0 { // duplicates take nothing
+		p.s.room.took(p.node, costOf(p.batch)*int64(stored.New)/int64(len(p.batch)), time.Now())
+	}
 	clear(p.batch)
 	p.batch = p.batch[:0]
 	p.mark = max(p.mark, stored.Ack)

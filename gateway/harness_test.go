@@ -128,6 +128,7 @@ func (w *world) run() {
 	}
 	w.s.fleet.t.grace = time.Second
 	w.s.fleet.t.settle = 2 * time.Second
+	w.s.room.look = func(context.Context) (int64, int64, error) { return 1 << 40, 1 << 40, nil } // whatever the disk is like
 	if w.before != nil {
 		w.before(w.s)
 	}

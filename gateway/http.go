@@ -120,7 +120,7 @@ func (r *rest) serveTLS(ctx context.Context, addr string) error {
 	}
 	r.log.Info("api listens", "address", "https://"+ln.Addr().String(), "ca_file", cert.certFile())
 	cfg := r.s.doors.tlsConfig(&tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: cert.get, NextProtos: []string{"h2", "http/1.1"}})
-	return r.serve(ctx, tls.NewListener(newCrowd(ln), cfg), r.s.doors.before(r.fromNetwork()))
+	return r.serve(ctx, tls.NewListener(newCrowd(ln, r.log), cfg), r.s.doors.before(r.fromNetwork()))
 }
 
 // serve answers on one listener until ctx ends.

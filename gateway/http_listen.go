@@ -1,11 +1,14 @@
 package gateway
 
 import (
+	"log/slog"
 	"net"
 	"net/netip"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 )
 
 const (
@@ -22,19 +25,21 @@ const (
 type crowd struct {
 	net.Listener
 	limit int
+	log   *slog.Logger
+	told  rate.Sometimes // of who is turned away
 
 	mu  sync.Mutex
 	all int
 	by  map[netip.Prefix]int
 }
 
-func newCrowd(ln net.Listener) *crowd {
+func newCrowd(ln net.Listener, log *slog.Logger) *crowd {
 	limit := maxAPIConns
 	var files unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/apiFileShare < maxAPIConns {
 		limit = int(files.Cur / apiFileShare)
 	}
-	return &crowd{Listener: ln, limit: limit, by: map[netip.Prefix]int{}}
+	return &crowd{Listener: ln, limit: limit, log: log, told: rate.Sometimes{Interval: time.Minute}, by: map[netip.Prefix]int{}}
 }
 
 // Accept returns the next connection that there is room for; others are closed.
@@ -49,6 +54,9 @@ func (c *crowd) Accept() (net.Conn, error) {
 			return &crowdConn{Conn: conn, leave: sync.OnceFunc(func() { c.leave(from) })}, nil
 		}
 		_ = conn.Close()
+		c.told.Do(func() {
+			c.log.Warn("connections to the API are turned away: their source has half of those that are left", "source", from, "limit", c.limit)
+		})
 	}
 }
 

@@ -18,7 +18,7 @@ func TestConnectionsOfTheAPIAreBounded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newCrowd(ln)
+	c := newCrowd(ln, testLog(t))
 	if c.limit < 1 || c.limit > maxAPIConns {
 		t.Fatalf("a limit of %d", c.limit)
 	}

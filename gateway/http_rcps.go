@@ -37,14 +37,40 @@ func (r *rest) rcpView(p *store.RCP, waiting []*store.Request) api.RCP {
 	case api.RCPConnected, api.RCPDraining, api.RCPRevoked: // whoever waits is somebody else, or has to say so with a code
 		return v
 	}
+	q, known := requestOf(p, waiting)
+	if q == nil {
+		return v
+	}
+	v.Request = q.ID
+	grant := fmt.Sprintf("`sallyport request grant --fingerprint %s %s`, if its key is the one that `local status` shows there", q.KeyHash.Fingerprint(), q.ID)
+	if known {
+		v.State, v.StateSince = api.RCPPending, utc(q.RequestedAt)
+		v.StateReason = fmt.Sprintf("it waits for an operator (%s): %s", q.Reason, grant)
+		return v
+	}
+	reason := fmt.Sprintf("a party without a join code that says it is this RCP waits for an operator (%s): %s", q.Reason, grant)
+	if before := cmp.Or(v.LastError, v.StateReason); before != "" {
+		reason = before + "; " + reason
+	}
+	v.StateReason = reason
+	return v
+}
+
+// requestOf finds the request of an RCP that waits. known: it came with a join code,
+// or by the RCP's own key; that a name or a UUID is his, anybody may say.
+func requestOf(p *store.RCP, waiting []*store.Request) (found *store.Request, known bool) {
 	for _, q := range waiting {
-		if q.Name == p.Name || p.PartyID != "" && q.PartyID == p.PartyID {
-			v.Request, v.State, v.StateSince = q.ID, api.RCPPending, utc(q.RequestedAt)
-			v.StateReason = fmt.Sprintf("it waits for an operator (%s): `sallyport request list`, then `sallyport request grant %s`", q.Reason, q.ID)
-			break
+		if q.Name != p.Name && (p.PartyID == "" || q.PartyID != p.PartyID) {
+			continue
+		}
+		if q.JoinID != "" || q.KeyHash == p.KeyHash {
+			return q, true
+		}
+		if found == nil {
+			found = q
 		}
 	}
-	return v
+	return found, false
 }
 
 func (r *rest) rcpSeen(p *store.RCP) api.RCP {

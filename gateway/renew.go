@@ -145,7 +145,8 @@ func (e *enrolment) renew(ctx context.Context, party wire.Party, rekey bool) err
 		})
 	})
 	if err == nil {
-		if ended > 0 {
+		if ended > 0 { // the old key ends, whoever waits for the answer
+			ctx = context.WithoutCancel(ctx)
 			returns(ctx)
 		}
 		err = e.spreadEnded(ctx, party, ended)

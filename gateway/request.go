@@ -382,7 +382,7 @@ func noRequest(ctx context.Context, q store.Queries, ref string) error {
 	case err != nil:
 		return err
 	}
-	return api.NewProblem(api.CodeConflict, fmt.Sprintf("request %s %s", r.ID, became(r)))
+	return api.NewProblem(api.CodeNotFound, fmt.Sprintf("request %s waits no more: it %s", r.ID, became(r)))
 }
 
 // lastOfName adds to the error of a name that no request waits under what

@@ -95,7 +95,7 @@ func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
 				t.Errorf("result %+v", r)
 			}
 		case i == n+1: // the first one again
-			if r.Code != api.CodeConflict || !strings.Contains(r.Error, "was granted by alice") {
+			if r.Code != api.CodeNotFound || !strings.Contains(r.Error, "was granted by alice") {
 				t.Errorf("result %+v", r)
 			}
 		case r.Error != "":

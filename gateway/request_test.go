@@ -150,7 +150,7 @@ func TestDenyAndDiscard(t *testing.T) {
 		says []string
 	}{
 		"a":   {api.CodeNotFound, []string{`no request "a" waits`, no.ID, "was denied by ", "not ours", "another join code"}},
-		no.ID: {api.CodeConflict, []string{"was denied by ", no.DecidedAt.UTC().Format(time.RFC3339), "not ours", "another join code"}},
+		no.ID: {api.CodeNotFound, []string{"waits no more", "was denied by ", no.DecidedAt.UTC().Format(time.RFC3339), "not ours", "another join code"}},
 		"b":   {api.CodeNotFound, []string{"was discarded by ", "another join code"}},
 		"c":   {api.CodeNotFound, []string{`no request "c" waits`}},
 	} {

@@ -40,7 +40,7 @@ type room struct {
 	every time.Duration
 
 	mu         sync.Mutex
-	free, kept int64 // as of the last look; kept 0: nobody has looked
+	free, kept int64 // as of the last look; kept 0: that is not known
 	brought    map[wire.ID]*brought
 }
 
@@ -54,11 +54,11 @@ func (b *brought) now(now time.Time) float64 {
 	return b.bytes * math.Exp2(-float64(now.Sub(b.at))/float64(roomHalf))
 }
 
-// looked takes over what is free of a disk.
+// looked takes over what is free of a disk; total 0: that is not known.
 func (r *room) looked(free, total int64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.free, r.kept = free, max(min(total/roomPart, roomKept), 1)
+	r.free, r.kept = free, min(total/roomPart, roomKept)
 	now := time.Now()
 	for id, b := range r.brought {
 		if b.now(now) < eventCost { // also of nodes that are gone
@@ -67,16 +67,23 @@ func (r *room) looked(free, total int64) {
 	}
 }
 
-// took counts what was stored of a node.
-func (r *room) took(node wire.ID, batch []wire.OutboxUp, now time.Time) {
+// costOf is what a batch takes on disk, if all of it is new.
+func costOf(batch []wire.OutboxUp) int64 {
 	n := eventCost * len(batch)
 	for _, up := range batch {
 		if e := up.Event; e != nil {
 			n += len(e.Application) + len(e.Object) + len(e.Key) + len(e.Text)
 		}
 	}
+	return int64(n)
+}
+
+// took counts what was stored of a node, in bytes. The disk has as much less, until
+// it is looked at again.
+func (r *room) took(node wire.ID, n int64, now time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.free -= n
 	b := r.brought[node]
 	if b == nil {
 		if r.brought == nil {
@@ -93,7 +100,7 @@ func (r *room) holds(node wire.ID, now time.Time) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch b := r.brought[node]; {
-	case r.free >= 2*r.kept:
+	case r.kept == 0 || r.free >= 2*r.kept:
 		return false
 	case r.free < r.kept:
 		return true
@@ -107,7 +114,7 @@ func (r *room) holds(node wire.ID, now time.Time) bool {
 func (r *room) scarce(was bool, now time.Time, name func(wire.ID) string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.free >= 3*r.kept || !was && r.free >= 2*r.kept {
+	if r.kept == 0 || r.free >= 3*r.kept || !was && r.free >= 2*r.kept {
 		return ""
 	}
 	type share struct {
@@ -164,7 +171,7 @@ func (s *Server) watchRoom(ctx context.Context) error {
 }
 
 func (s *Server) tellRoom(ctx context.Context, told bool) bool {
-	text := s.room.scarce(told, time.Now(), func(id wire.ID) string { return s.fleet.Presence(id).Name })
+	text := s.room.scarce(told, time.Now(), func(id wire.ID) string { return cmp.Or(s.fleet.Presence(id).Name, string(id)) })
 	if (text != "") == told {
 		return told
 	}

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/wire"
@@ -25,7 +27,7 @@ func TestEventsStayAtTheirNodesWhileTheDiskIsNearlyFull(t *testing.T) {
 		s.room.every = 10 * time.Millisecond
 		s.room.look = func(context.Context) (int64, int64, error) { return free.Load(), roomKept * 2 * roomPart, nil }
 		s.room.looked(free.Load(), roomKept*2*roomPart)
-		s.room.took(greedy.id.ID(), []wire.OutboxUp{{Event: &wire.Event{Text: strings.Repeat("x", roomKept/roomShare+2<<20)}}}, time.Now())
+		s.room.took(greedy.id.ID(), roomKept/roomShare+2<<20, time.Now())
 	}
 	greedy.emit(3)
 	honest.emit(3)
@@ -52,8 +54,25 @@ func TestEventsStayAtTheirNodesWhileTheDiskIsNearlyFull(t *testing.T) {
 	free.Store(roomKept / 2)
 	eventually(t, "the disk is looked at", func() bool { return w.s.room.holds(honest.id.ID(), time.Now()) })
 	honest.emit(2)
+	held := func() float64 {
+		reg := prometheus.NewPedanticRegistry()
+		if err := reg.Register(w.s.metrics.visits); err != nil {
+			t.Fatal(err)
+		}
+		all, err := reg.Gather()
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%d metrics, %v", len(all), err)
+		}
+		for _, m := range all[0].GetMetric() {
+			if l := m.GetLabel(); l[0].GetValue() == "outbox" && l[1].GetValue() == "held" {
+				return m.GetCounter().GetValue()
+			}
+		}
+		return 0
+	}
+	before := held()
 	r.hint(honest, "other", wire.HintOutbox)
-	w.state(honest.id.ID(), wire.StateRunning)
+	eventually(t, "both are held", func() bool { return held() >= before+10 })
 	if !acked(honest, 3)() {
 		t.Error("events were taken with the last of the disk")
 	}
@@ -67,12 +86,15 @@ func TestWhatANodeBroughtIsForgotten(t *testing.T) {
 	var r room
 	now := time.Now()
 	batch := []wire.OutboxUp{{Event: &wire.Event{Text: strings.Repeat("x", roomKept/roomShare/2)}}, {Gap: &wire.Gap{}}}
-	r.looked(roomKept, 1<<40)
-	r.took("a", batch, now)
+	took := func() {
+		r.took("a", costOf(batch), now)
+		r.looked(roomKept, 1<<40)
+	}
+	took()
 	if r.holds("a", now) {
 		t.Error("held with half of its share")
 	}
-	r.took("a", batch, now)
+	took()
 	if !r.holds("a", now) || r.holds("b", now) || r.holds("a", now.Add(roomHalf)) {
 		t.Errorf("with all of it: %v, another one: %v, a day later: %v", r.holds("a", now), r.holds("b", now), r.holds("a", now.Add(roomHalf)))
 	}
@@ -82,5 +104,28 @@ func TestWhatANodeBroughtIsForgotten(t *testing.T) {
 	r.looked(1<<20, 16<<20) // a small disk
 	if r.holds("a", now) || r.scarce(false, now, nil) != "" {
 		t.Error("held on a small disk that is far from full")
+	}
+	r.looked(0, 0) // a file system that does not say how large it is
+	r.took("a", roomKept, now)
+	if r.holds("a", now) || r.scarce(false, now, nil) != "" {
+		t.Error("held on a disk of which nothing is known")
+	}
+}
+
+// Between two looks at the disk, what was stored counts.
+func TestRoomShrinksBetweenLooks(t *testing.T) {
+	t.Parallel()
+	var r room
+	now := time.Now()
+	r.looked(2*roomKept, 1<<40)
+	if r.holds("a", now) {
+		t.Fatal("held though there is room")
+	}
+	r.took("a", roomKept/2, now)
+	if !r.holds("a", now) || r.holds("b", now) {
+		t.Error("want the node held that took it, and no other")
+	}
+	if r.took("a", roomKept, now); !r.holds("b", now) {
+		t.Error("the last of the disk is not kept")
 	}
 }

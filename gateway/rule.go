@@ -259,31 +259,39 @@ func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.Appl
 		return out, nil
 	}
 	for _, q := range let {
-		if q.Source == sourceFile && q.RCP == "" { // an RCP may call a source what it likes
-			e.letFile(ctx, q, out.Grants)
-		}
-		e.again(q.KeyHash)
+		e.lookAgain(ctx, q, out.Grants)
 	}
-	return out, e.freed(ctx)
+	e.freed(ctx)
+	return out, nil
 }
 
 // freed looks again at those that wait because no rule fits, and whose join codes
-// no rule names any more: their token alone does now.
-func (e *enrolment) freed(ctx context.Context) error {
+// no rule names any more: their token alone does now. The rules are in force, so that
+// no failure is theirs.
+func (e *enrolment) freed(ctx context.Context) {
 	rules, err := e.rulesOf(ctx, e.store.Queries, store.DefaultTenant)
 	if err != nil {
-		return err
+		e.log.Error("who waited for a rule is looked at later", "error", err)
+		return
 	}
 	waiting, err := e.store.Requests(ctx, api.RequestPending)
 	if err != nil {
-		return err
+		e.log.Error("who waited for a rule is looked at later", "error", err)
+		return
 	}
 	for _, q := range waiting {
 		if q.Code == wire.EnrollNoRule && !slices.ContainsFunc(rules, func(r *rule) bool { return slices.Contains(r.Joins, q.JoinID) }) {
-			e.again(q.KeyHash)
+			e.lookAgain(ctx, q, nil)
 		}
 	}
-	return nil
+}
+
+// lookAgain decides anew on a request that waits.
+func (e *enrolment) lookAgain(ctx context.Context, q *store.Request, grants []api.RuleGrant) {
+	if q.Source == sourceFile && q.RCP == "" { // an RCP may call a source what it likes
+		e.letFile(ctx, q, grants)
+	}
+	e.again(q.KeyHash)
 }
 
 // letFile grants a request that came by a file, and notes among grants what
@@ -490,10 +498,10 @@ func (e *enrolment) deleteRule(ctx context.Context, name string) error {
 	if errors.Is(err, store.ErrNotFound) {
 		return api.NewProblem(api.CodeNotFound, fmt.Sprintf("no rule %q", wire.Quotable(name)))
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		e.freed(ctx)
 	}
-	return e.freed(ctx)
+	return err
 }
 
 func ruleView(r *store.Rule) api.Rule {

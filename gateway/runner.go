@@ -402,16 +402,17 @@ func (r *runner) converse(ctx context.Context, c *conversation, a *store.Action,
 	}
 }
 
-// lateRun is a run that should have ended: since when, and how much of its output
-// was there.
+// lateRun is a run that should have ended: for how long its node was there and said
+// that it goes on, since when its output had that size.
 type lateRun struct {
-	since time.Time
-	size  int64
+	said time.Duration
+	size int64
 }
 
-// overdue says why a run is given up that should have ended, and of which its node
-// says that it goes on; empty: it is not. Output that comes slowly is waited for, in
-// steps of which there are few: a byte now and then keeps nothing.
+// overdue says at each look, every runRetry, why a run is given up that should have
+// ended, and of which its node says that it goes on; empty: it is not. Output that
+// comes slowly is waited for, in steps of which there are few: a byte now and then
+// keeps nothing.
 func (r *runner) overdue(a *store.Action, told bool, size int64, now time.Time) string {
 	var why string
 	switch {
@@ -425,14 +426,15 @@ func (r *runner) overdue(a *store.Action, told bool, size int64, now time.Time) 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	l, ok := r.late[a.ID]
-	switch {
-	case !ok || size-l.size >= maxOutput/64:
-		r.late[a.ID] = lateRun{now, size}
-		return ""
-	case now.Sub(l.since) < r.grace:
+	if !ok || size-l.size >= maxOutput/64 {
+		l = lateRun{size: size}
+	} else {
+		l.said += runRetry
+	}
+	if r.late[a.ID] = l; l.said < r.grace {
 		return ""
 	}
-	return fmt.Sprintf("the result is unknown: %s, and has not ended it for %s", why, now.Sub(l.since).Round(time.Second))
+	return fmt.Sprintf("the result is unknown: %s, and has not ended it for %s", why, l.said)
 }
 
 // runFrame is one line of a run, or the end of its stream.

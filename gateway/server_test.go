@@ -357,21 +357,23 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 }
 
 // An RCP that waits for an operator says so, whatever dialling it meets meanwhile
-// (PK-12). One that is connected is not the party that asks under its name.
+// (PK-12). One that is connected is not the party that asks under its name, and one
+// that is away need not be.
 func TestRCPThatWaitsForAnOperatorSaysSo(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	id := wire.NewID()
 	w.update(func(ctx context.Context, tx *store.Tx) error {
-		for _, p := range []*store.RCP{{Name: "by-name", State: api.RCPPending}, {Name: "by-id", PartyID: id, State: api.RCPFailed}, {Name: "other", State: api.RCPPending}, {Name: "there", State: api.RCPConnected}} {
+		for _, p := range []*store.RCP{{Name: "by-name", State: api.RCPPending}, {Name: "by-id", PartyID: id, KeyHash: wire.HashSPKI([]byte("q2")), State: api.RCPFailed}, {Name: "away", PartyID: wire.NewID(), State: api.RCPFailed}, {Name: "other", State: api.RCPPending}, {Name: "there", State: api.RCPConnected}} {
 			p.Source = store.RCPAdded
 			if err := tx.AddRCP(ctx, p); err != nil {
 				return err
 			}
 		}
 		for _, q := range []*store.Request{
-			{ID: "q1", Role: wire.RoleRCP, Name: "by-name", PartyID: wire.NewID(), State: api.RequestPending, Reason: "uuid-in-use"},
+			{ID: "q1", Role: wire.RoleRCP, Name: "by-name", PartyID: wire.NewID(), State: api.RequestPending, Reason: "uuid-in-use", JoinID: "code"},
 			{ID: "q2", Role: wire.RoleRCP, PartyID: id, State: api.RequestPending, Reason: "certificate-lapsed"},
+			{ID: "q6", Role: wire.RoleRCP, Name: "away", PartyID: wire.NewID(), State: api.RequestPending, Reason: "name-in-use"},
 			{ID: "q3", Role: wire.RoleNode, Name: "other", PartyID: wire.NewID(), State: api.RequestPending},
 			{ID: "q4", Role: wire.RoleRCP, Name: "other", PartyID: wire.NewID(), State: api.RequestDenied},
 			{ID: "q5", Role: wire.RoleRCP, Name: "there", PartyID: wire.NewID(), State: api.RequestPending},
@@ -388,9 +390,9 @@ func TestRCPThatWaitsForAnOperatorSaysSo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"by-name": "q1", "by-id": "q2", "other": "", "there": ""}
+	want := map[string]string{"by-name": "q1", "by-id": "q2", "away": "q6", "other": "", "there": ""}
 	for _, r := range l.Body.Items {
-		if q, ours := want[r.Name]; !ours || r.Request != q || q != "" && (r.State != api.RCPPending || !strings.Contains(r.StateReason, "request grant "+q)) {
+		if q, ours := want[r.Name]; !ours || r.Request != q || q != "" && (r.State == api.RCPPending) != (r.Name != "away") || q != "" && !strings.Contains(r.StateReason, "request grant --fingerprint "+wire.HashSPKI([]byte(q)).Fingerprint()+" "+q) {
 			t.Errorf("%+v", r)
 		}
 		delete(want, r.Name)

@@ -414,7 +414,7 @@ func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]
 
 // SignRevocations is [Authority.SignRevocations].
 func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
-	env, err := ask[wire.Envelope](ctx, c, pathRevocations, revocationsRequest{set, after}, maxState)
+	env, err := ask[wire.Envelope](ctx, c, pathRevocations, revocationsRequest{set, &after}, maxState)
 	if err != nil {
 		if errors.Is(err, identity.ErrOlder) { // another one signed: its keys have to be in the next attempt
 			return env, errors.Join(err, c.refresh(ctx))

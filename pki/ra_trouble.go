@@ -45,7 +45,7 @@ func (r *registrar) met(ctx context.Context, err error, refused bool) {
 }
 
 // stopping tells whether it is us who gave up.
-func stopping(ctx context.Context) bool { return errors.Is(context.Cause(ctx), context.Canceled) }
+func stopping(ctx context.Context) bool { return errors.Is(ctx.Err(), context.Canceled) }
 
 // note takes over how it is now. Since when, and the first words, stay while it
 // lasts; that it refuses is over with the next certificate only.

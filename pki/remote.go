@@ -49,9 +49,11 @@ type gatewayRequest struct {
 	CSR []byte `json:"csr"`
 }
 
+// revocationsRequest is a set, as gateways sent it before they said what it follows.
 type revocationsRequest struct {
-	Set   wire.Revocations `json:"set"`
-	After int64            `json:"after"` // number of the last set, whose keys this one has too
+	wire.Revocations
+
+	After *int64 `json:"after,omitempty"` // number of the last set, whose keys this one has too
 }
 
 // rolloverRequest is a step of a rollover: rotate, follow, abort or finish.

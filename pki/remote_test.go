@@ -347,6 +347,10 @@ func TestGatewaysRevokeInTurn(t *testing.T) {
 	if _, err := second.SignRevocations(t.Context(), wire.Revocations{Number: 8}, 1); err != nil {
 		t.Error(err)
 	}
+	// A gateway of an older version says nothing of what it has seen.
+	if env, err := pki.SignAsBefore(t.Context(), first, wire.Revocations{Number: 9}); err != nil || !strings.Contains(string(env.Payload), `"number":9`) {
+		t.Errorf("a request of an older gateway: %s, %v", env.Payload, err)
+	}
 }
 
 // Numbers of gateways may be apart, so that both are free: whoever comes second

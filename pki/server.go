@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -238,12 +239,16 @@ func (s *Server) handler() http.Handler {
 		return chainAnswer{chain}, err
 	})))
 	mux.HandleFunc("POST "+pathRevocations, answer(s, "revocations", wire.MaxRevocations, known(s, func(ctx context.Context, gw Gateway, r revocationsRequest) (wire.Envelope, error) {
-		if err := s.addRemoved(&r.Set); err != nil {
+		if err := s.addRemoved(&r.Revocations); err != nil {
 			return wire.Envelope{}, err
 		}
-		env, err := s.ca.SignRevocations(ctx, r.Set, r.After)
+		after := int64(math.MaxInt64) // an older gateway has looked before it asked
+		if r.After != nil {
+			after = *r.After
+		}
+		env, err := s.ca.SignRevocations(ctx, r.Revocations, after)
 		if err == nil {
-			s.log.Info("revocation set signed", "number", r.Set.Number, "revoked", len(r.Set.Revoked), "gateway", gw.ID)
+			s.log.Info("revocation set signed", "number", r.Number, "revoked", len(r.Revoked), "gateway", gw.ID)
 		}
 		return env, err
 	})))
