@@ -415,7 +415,7 @@ func became(r *store.Request) string {
 	case api.RequestDiscarded:
 		return fmt.Sprintf("was discarded %s: with another join code the party asks anew", by)
 	case api.RequestGranted:
-		return fmt.Sprintf("was granted %s: its party gets the certificate when it comes", by)
+		return fmt.Sprintf("was granted %s: its party gets the certificate when it comes, or by `sallyport request export`", by)
 	case api.RequestDelivered:
 		return fmt.Sprintf("was granted %s, and its party has the certificate", by)
 	case api.RequestFailed:
