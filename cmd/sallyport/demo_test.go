@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"slices"
 	"strings"
 	"syscall"
@@ -74,6 +75,10 @@ func TestDemoUnread(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts processes")
 	}
+	// Under nohup SIGHUP is ignored, by what is started too; what is caught here is not.
+	hung := make(chan os.Signal, 1)
+	signal.Notify(hung, syscall.SIGHUP)
+	t.Cleanup(func() { signal.Stop(hung) })
 	for name, gone := range map[string]func(*os.Process, io.Closer) error{
 		"pipe":     func(_ *os.Process, reader io.Closer) error { return reader.Close() },
 		"terminal": func(p *os.Process, _ io.Closer) error { return p.Signal(syscall.SIGHUP) },
@@ -85,7 +90,9 @@ func TestDemoUnread(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = os.RemoveAll(parent) })
-			cmd := exec.CommandContext(t.Context(), programUnderTest(t), "demo")
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, programUnderTest(t), "demo")
 			cmd.Env = environment("TMPDIR=" + parent)
 			out, err := cmd.StdoutPipe()
 			if err != nil {
