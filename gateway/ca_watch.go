@@ -10,7 +10,6 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
-	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/local"
 	"sallyport/internal/wire"
@@ -47,11 +46,12 @@ const askTime = 10 * time.Second
 const keyCA = "certificate-authority/"
 
 // concerns are those that there can be, in the same order each time. What is
-// as it should be has severity normal.
-func (s *Server) concerns(now time.Time) []concern {
+// as it should be has severity normal, and so has, until it lasted for patience,
+// what may pass by itself.
+func (s *Server) concerns(now time.Time, patience time.Duration) []concern {
 	away := concern{keyCA + "away", wire.SeverityNormal, "the certificate authority answers", ""}
 	if remote, ok := s.ca.(remoteCA); ok {
-		if since := remote.Away(); !since.IsZero() && now.Sub(since) > awayFor {
+		if since := remote.Away(); !since.IsZero() && now.Sub(since) > patience {
 			away.severity = wire.SeverityMajor
 			away.text = fmt.Sprintf("the certificate authority has not answered since %s: nothing is enrolled, renewed or signed; this gateway's own certificate ends on %s",
 				since.UTC().Format(time.RFC3339), s.id.NotAfter().UTC().Format(time.RFC3339))
@@ -77,7 +77,7 @@ func (s *Server) concerns(now time.Time) []concern {
 		}
 		out = append(out, given)
 		if state.External != "" {
-			out = append(out, outside(now, state, awayFor))
+			out = append(out, outside(now, state, patience))
 		}
 		out = append(out, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
 	}
@@ -175,16 +175,13 @@ func (s *Server) watchCA(ctx context.Context) error {
 // tellConcerns raises what is not told yet: what stands open is read when the
 // gateway starts.
 func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity) error {
-	for _, c := range s.concerns(time.Now()) {
+	for _, c := range s.concerns(time.Now(), awayFor) {
 		if _, ok := told[c.key]; !ok {
-			open, err := s.store.Events(ctx, store.EventFilter{Own: true, Key: c.key, State: api.EventOpen, Limit: 1})
+			before, err := s.standsOpen(ctx, c.key)
 			if err != nil {
 				return err
 			}
-			told[c.key] = wire.SeverityNormal
-			if len(open) > 0 {
-				told[c.key] = open[0].Severity
-			}
+			told[c.key] = before
 		}
 		if c.severity == told[c.key] {
 			continue
@@ -217,16 +214,9 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 		defer cancel()
 		_ = near.Reach(ctx) // its state says what came of it
 	}
-	for _, one := range s.concerns(time.Now()) {
-		switch one.key {
-		case keyCA + "away":
-			if asked { // it has just answered
-				one = concern{one.key, wire.SeverityNormal, "the certificate authority answers", ""}
-			}
-		case keyCA + "external":
-			if ca, ok := s.enrolment.issuers(); ok {
-				one = outside(time.Now(), ca.State(), 0)
-			}
+	for _, one := range s.concerns(time.Now(), 0) {
+		if asked && one.key == keyCA+"away" { // it has just answered
+			one = concern{one.key, wire.SeverityNormal, "the certificate authority answers", ""}
 		}
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}

@@ -400,9 +400,10 @@ func (r *rest) tagNode(ctx context.Context, in *tagInput) (*tagged[api.NodeDetai
 
 func (r *rest) traceNode(ctx context.Context, in *ByRef) (*body[api.Trace], error) {
 	n, err := r.node(ctx, in.Ref, false)
-	if unknown := r.strangers(in.Ref); api.Is(err, api.CodeNotFound) && len(unknown) == 1 {
-		// It is in the list, and where it hangs helps to find it.
-		n, err = &store.Node{ID: unknown[0].ID, Name: unknown[0].Name}, nil
+	if api.Is(err, api.CodeNotFound) { // it may be in the list all the same, and where it hangs helps to find it
+		if unknown := r.strangers(in.Ref); len(unknown) == 1 {
+			n, err = &store.Node{ID: unknown[0].ID, Name: unknown[0].Name}, nil
+		}
 	}
 	if err != nil {
 		return nil, err

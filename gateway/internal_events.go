@@ -146,6 +146,16 @@ func rcpState(s wire.NodeState) string {
 	return api.RCPConnected
 }
 
+// standsOpen is the severity of the event of ours with a key that nobody has closed;
+// normal without one.
+func (s *Server) standsOpen(ctx context.Context, key string) (wire.Severity, error) {
+	open, err := s.store.Events(ctx, store.EventFilter{Own: true, Key: key, State: api.EventOpen, Limit: 1})
+	if err != nil || len(open) == 0 {
+		return wire.SeverityNormal, err
+	}
+	return open[0].Severity, nil
+}
+
 // lostNodes returns the nodes whose last word to the operator was bad: the
 // pair is closed when they are back.
 func (s *Server) lostNodes(ctx context.Context) (map[wire.ID]bool, error) {

@@ -405,10 +405,11 @@ func (e *enrolment) lastOfName(ctx context.Context, ref string, cause error) err
 // became says what was decided of a request that does not wait any more, and
 // what can be done.
 func became(r *store.Request) string {
-	by := fmt.Sprintf("by %s on %s", cmp.Or(r.DecidedBy, "the gateway"), r.DecidedAt.UTC().Format(time.RFC3339))
+	who := cmp.Or(r.DecidedBy, "the gateway")
 	if r.Rule != "" {
-		by = fmt.Sprintf("by the rule %s on %s", r.Rule, r.DecidedAt.UTC().Format(time.RFC3339))
+		who = "the rule " + r.Rule
 	}
+	by := fmt.Sprintf("by %s on %s", who, r.DecidedAt.UTC().Format(time.RFC3339))
 	switch r.State {
 	case api.RequestDenied:
 		return fmt.Sprintf("was denied %s (%s), which is final: with another join code the party asks anew", by, r.Reason)

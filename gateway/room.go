@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/wire"
 )
@@ -151,9 +150,9 @@ func (s *Server) watchRoom(ctx context.Context) error {
 		if err == nil {
 			s.room.looked(free, total)
 			if !known { // what stands open from before
-				var open []store.Event
-				open, err = s.store.Events(ctx, store.EventFilter{Own: true, Key: keyRoom, State: api.EventOpen, Limit: 1})
-				told, known = len(open) > 0 && open[0].Severity != wire.SeverityNormal, err == nil
+				var before wire.Severity
+				before, err = s.standsOpen(ctx, keyRoom)
+				told, known = before != wire.SeverityNormal, err == nil
 			}
 		}
 		if err != nil && ctx.Err() == nil {

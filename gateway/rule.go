@@ -270,12 +270,8 @@ func (e *enrolment) applyRules(ctx context.Context, in api.ApplyRules) (api.Appl
 // no failure is theirs.
 func (e *enrolment) freed(ctx context.Context) {
 	rules, err := e.rulesOf(ctx, e.store.Queries, store.DefaultTenant)
-	if err != nil {
-		e.log.Error("who waited for a rule is looked at later", "error", err)
-		return
-	}
-	waiting, err := e.store.Requests(ctx, api.RequestPending)
-	if err != nil {
+	waiting, werr := e.store.Requests(ctx, api.RequestPending)
+	if err := errors.Join(err, werr); err != nil {
 		e.log.Error("who waited for a rule is looked at later", "error", err)
 		return
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/uptrace/bun"
 
+	"sallyport/gateway/api"
 	"sallyport/internal/wire"
 )
 
@@ -98,8 +99,7 @@ func (tx *Tx) RevokeCertificate(ctx context.Context, issuer wire.KeyHash, serial
 // Compromised tells whether a leaf of a door with that key was revoked because
 // others may have the key.
 func (r Queries) Compromised(ctx context.Context, key wire.KeyHash) (bool, error) {
-	const keyCompromise = 1 // RFC 5280, 5.3.1
-	return r.q.NewSelect().TableExpr("certificates").Where("key_hash = ?", key).Where("door <> ''").Where("revoked_at IS NOT NULL").Where("reason = ?", keyCompromise).Exists(ctx)
+	return r.q.NewSelect().TableExpr("certificates").Where("key_hash = ?", key).Where("door <> ''").Where("revoked_at IS NOT NULL").Where("reason = ?", api.RevocationReasons["key-compromise"]).Exists(ctx)
 }
 
 // ForgetCertificates drops the leaves that ended before.

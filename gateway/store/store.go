@@ -25,9 +25,9 @@ import (
 	"time"
 
 	"github.com/uptrace/bun"
-	"golang.org/x/sys/unix"
 
 	"sallyport/gateway/bus"
+	"sallyport/internal/disk"
 	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
@@ -129,16 +129,15 @@ func (db *DB) Close() error { return db.sql.Close() }
 // Room is how many bytes the database can grow by, what is unused in its file
 // included, and how large its disk is: 0 if its file system does not say so.
 func (db *DB) Room(ctx context.Context) (free, total int64, err error) {
-	var disk unix.Statfs_t
-	if err := unix.Statfs(db.path, &disk); err != nil {
-		return 0, 0, fmt.Errorf("look at the disk of %s: %w", db.path, err)
+	space, err := disk.Of(db.path)
+	if err != nil {
+		return 0, 0, err
 	}
 	var unused, page int64
 	if err := db.q.NewRaw("SELECT f.freelist_count, p.page_size FROM pragma_freelist_count AS f, pragma_page_size AS p").Scan(ctx, &unused, &page); err != nil {
 		return 0, 0, err
 	}
-	block := uint64(cmp.Or(disk.Frsize, disk.Bsize))
-	return int64(disk.Bavail*block) + unused*page, int64(disk.Blocks * block), nil
+	return space.Free + unused*page, space.Total, nil
 }
 
 // Tx is a writing transaction.

@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"syscall"
 
+	"sallyport/internal/disk"
 	"sallyport/internal/local"
 )
 
@@ -19,10 +21,35 @@ const (
 
 // room is what a file system has left for whoever owns a directory on it.
 type room struct {
-	bytes    uint64
+	bytes    int64
 	noInodes bool
 	readOnly bool
 	device   uint64
+}
+
+// roomIn asks the file system; known is false where it does not say.
+func roomIn(dir string) (r room, known bool) {
+	st, err := os.Stat(dir)
+	if err != nil {
+		return r, false
+	}
+	space, err := disk.Of(dir)
+	if err != nil || space.Total == 0 {
+		return r, false
+	}
+	r = room{bytes: space.Free, noInodes: space.NoInodes, readOnly: space.ReadOnly}
+	if ownedByRoot(st) {
+		r.bytes = space.FreeToRoot
+	}
+	if s, ok := st.Sys().(*syscall.Stat_t); ok {
+		r.device = s.Dev
+	}
+	return r, true
+}
+
+func ownedByRoot(st fs.FileInfo) bool {
+	s, ok := st.Sys().(*syscall.Stat_t)
+	return ok && s.Uid == 0
 }
 
 // Disks examines whether what a role keeps in dirs can still be written. Of
@@ -34,8 +61,8 @@ func Disks(dirs ...string) (checks []local.Check) {
 			checks = append(checks, c)
 			continue
 		}
-		r, err := roomIn(dir)
-		if err != nil || seen[r.device] { // it is not there, or not for this user to see
+		r, known := roomIn(dir)
+		if !known || seen[r.device] { // it is not there, or not for this user to see
 			continue
 		}
 		seen[r.device] = true
