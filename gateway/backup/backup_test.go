@@ -21,6 +21,7 @@ import (
 	"sallyport/gateway/store"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
+	"sallyport/internal/sqldb"
 )
 
 var pass = []byte("correct horse battery staple")
@@ -229,6 +230,38 @@ func TestADatabaseAlone(t *testing.T) {
 	again, err := Restore(t.Context(), p, r.Previous, func() ([]byte, error) { return nil, errors.New("asked for a passphrase") })
 	if err != nil || again.Authority || again.Identity || again.Generation != 3 {
 		t.Errorf("restored %+v, %v", again, err)
+	}
+}
+
+// Whoever goes back to an older version restores a backup that it made, over a
+// database that it cannot read: nodes obey that only with a generation above all
+// that they have seen.
+func TestBackToAnOlderVersion(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	for range 3 {
+		if _, err := Restore(t.Context(), p, file, ask); err != nil {
+			t.Fatal(err)
+		}
+	}
+	db, err := sql.Open("sqlite", p.Database)
+	if err == nil {
+		_, err = db.ExecContext(t.Context(), "INSERT INTO goose_db_version (version_id, is_applied) VALUES (1000000, 1)")
+	}
+	if err := errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	newer := filepath.Join(t.TempDir(), "newer")
+	b, err := os.ReadFile(p.Database)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, newer, string(b), 0o600)
+	if _, err := Restore(t.Context(), p, newer, ask); !errors.Is(err, sqldb.ErrNewer) || errors.Is(err, ErrNoBackup) {
+		t.Errorf("a database of a newer version: %v", err)
+	}
+	if r, err := Restore(t.Context(), p, file, ask); err != nil || r.Generation != 5 {
+		t.Errorf("restored over a newer version's: %+v, %v", r, err)
 	}
 }
 

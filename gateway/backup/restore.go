@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"sallyport/gateway/store"
 	"sallyport/internal/atomicfile"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
@@ -110,6 +111,9 @@ func (s *stage) fill(in *bufio.Reader, passphrase func() ([]byte, error)) error 
 // its own and above the one that was in use here.
 func (s *stage) raise(ctx context.Context, floor int64) (r Restored, err error) {
 	db, err := open(ctx, s.database)
+	if errors.Is(err, sqldb.ErrNewer) {
+		return r, err
+	}
 	if err != nil {
 		return r, fmt.Errorf("%w: %w", ErrNoBackup, err)
 	}
@@ -136,6 +140,10 @@ func (p Place) generationInUse(ctx context.Context) (int64, error) {
 	db, err := open(ctx, p.Database)
 	if errors.Is(err, sqldb.ErrLocked) {
 		return 0, err
+	}
+	if errors.Is(err, sqldb.ErrNewer) { // somebody goes back to an older version
+		n, err := store.GenerationAt(ctx, p.Database)
+		return max(marked, n), err
 	}
 	if err != nil {
 		return marked, nil //nolint:nilerr // a damaged database has no generation that could be read

@@ -7,6 +7,7 @@ import (
 
 	"github.com/uptrace/bun"
 
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -33,6 +34,13 @@ type Installation struct {
 // Installation returns the row that identifies this database.
 // [DB.RaiseGeneration] changes it, and is not called while others use db.
 func (db *DB) Installation() Installation { return db.inst }
+
+// GenerationAt returns the newest generation that the database at path knows of,
+// its own or the one that took its place, whatever version of the program used it last.
+func GenerationAt(ctx context.Context, path string) (n int64, err error) {
+	err = sqldb.Peek(ctx, path, "SELECT max(generation, superseded_by) FROM installation WHERE id = 1", &n)
+	return n, err
+}
 
 // RaiseGeneration begins a new generation, which a database needs after it was
 // restored from a backup: revisions made from now on are above all that nodes

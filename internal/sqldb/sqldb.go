@@ -34,6 +34,9 @@ import (
 // ErrLocked says that another process has the database open.
 var ErrLocked = errors.New("database is in use by another process")
 
+// ErrNewer says that the database has a schema that this program does not know.
+var ErrNewer = errors.New("it was used by a newer version")
+
 // ErrFull says that the disk has no room for what was written; nothing of that
 // transaction was. The database goes on when there is room again.
 var ErrFull = errors.New("no space left on the disk for the database: free some space where SALLYPORT_DATA is")
@@ -115,7 +118,7 @@ func (db *DB) open(ctx context.Context, path string, cfg Config) error {
 		return fmt.Errorf("read schema version: %w", err)
 	}
 	if have > want {
-		return fmt.Errorf("its schema has version %d, this program knows %d: it was used by a newer version; run that one, or restore a backup", have, want)
+		return fmt.Errorf("its schema has version %d, this program knows %d: %w; run that one, or restore a backup", have, want, ErrNewer)
 	}
 	done, err := p.Up(ctx)
 	if err != nil {
@@ -187,6 +190,16 @@ func connect(path string, readOnly bool) (*sql.DB, error) {
 	q.Add("_pragma", "synchronous(FULL)") // after journal_mode: WAL alone would allow NORMAL, which loses acknowledged commits at power loss
 	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: q.Encode()}
 	return sql.Open("sqlite", u.String())
+}
+
+// Peek reads one row of a database as it is, whatever version of the program used
+// it last: it is neither locked nor migrated.
+func Peek(ctx context.Context, path, query string, dest ...any) error {
+	r, err := connect(path, true)
+	if err != nil {
+		return err
+	}
+	return errors.Join(r.QueryRowContext(ctx, query).Scan(dest...), r.Close())
 }
 
 // checkDurable refuses to run where the settings did not take effect: on some

@@ -119,7 +119,7 @@ func TestNewerSchemaIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err := Open(ctx, Config{Path: path, Migrations: migrations(table), Log: slog.New(slog.DiscardHandler)})
-	if err == nil || !strings.Contains(err.Error(), "newer version") {
+	if !errors.Is(err, ErrNewer) {
 		t.Errorf("%v", err)
 	}
 }
