@@ -171,14 +171,17 @@ func (k KeyHash) Fingerprint() string {
 	return "SHA256:" + base64.StdEncoding.EncodeToString(b)
 }
 
-// ParseFingerprint reads what [KeyHash.Fingerprint] writes.
+// ParseFingerprint reads what [KeyHash.Fingerprint] writes, and nothing else:
+// fingerprints are compared as text too, and base64 has other texts for the
+// same bytes, with line breaks or with other bits behind the last.
 func ParseFingerprint(s string) (KeyHash, error) {
 	text, ok := strings.CutPrefix(s, "SHA256:")
 	b, err := base64.StdEncoding.DecodeString(text)
-	if !ok || err != nil || len(b) != sha256.Size {
+	k := KeyHash(hex.EncodeToString(b))
+	if !ok || err != nil || len(b) != sha256.Size || k.Fingerprint() != s {
 		return "", fmt.Errorf("%q is not a fingerprint (SHA256: and 44 characters)", Quotable(s))
 	}
-	return KeyHash(hex.EncodeToString(b)), nil
+	return k, nil
 }
 
 // The authorities of the CONNECT requests that an RCP understands. They always

@@ -14,6 +14,23 @@ import (
 	"sallyport/internal/wire"
 )
 
+// One key has one fingerprint: they are compared as text too.
+func TestFingerprintHasOneForm(t *testing.T) {
+	k := wire.HashSPKI([]byte("x"))
+	text := k.Fingerprint()
+	if got, err := wire.ParseFingerprint(text); err != nil || got != k {
+		t.Fatalf("ParseFingerprint(%q) = %q, %v", text, got, err)
+	}
+	const letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+	last := len(text) - len("=") - 1
+	other := text[:last] + letters[strings.IndexByte(letters, text[last])+1:][:1] + "=" // the same 256 bits
+	for _, s := range []string{other, text + "\n", text[:20] + "\r\n" + text[20:], strings.TrimSuffix(text, "="), strings.TrimPrefix(text, "SHA256:"), ""} {
+		if got, err := wire.ParseFingerprint(s); err == nil {
+			t.Errorf("ParseFingerprint(%q) = %q", s, got)
+		}
+	}
+}
+
 func TestPartyURIRoundTrip(t *testing.T) {
 	p := wire.Party{Role: wire.RoleNode, ID: wire.NewID(), TrustDomain: "0011223344556677.sallyport"}
 	got, err := wire.ParsePartyURI(p.URI())
