@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -100,7 +101,7 @@ func (o *offline) request(args []string) (err error) {
 			return err
 		}
 	}
-	id, release, err := o.open(role, td)
+	id, release, err := o.open(role, td, root != "")
 	if err != nil {
 		return err
 	}
@@ -112,7 +113,7 @@ func (o *offline) request(args []string) (err error) {
 	}
 	env, err := enroll.Offline(id, offer)
 	if errors.Is(err, identity.ErrNotPinned) {
-		return Usage("say whom to trust: --ca-pin with the fingerprint that `sallyport ca pin` prints on the gateway, or --join with a join code")
+		return trustNobody("")
 	}
 	if err != nil {
 		return err
@@ -146,6 +147,11 @@ func (o *offline) pinned() (wire.KeyHash, string, error) {
 		return "", "", Usage("--trust-domain: %q is no name of a trust domain", td)
 	}
 	return root, td, nil
+}
+
+// trustNobody is the error of a host that was told of no gateway yet.
+func trustNobody(string) error {
+	return Usage("say whom to trust: --ca-pin with the fingerprint that `sallyport ca pin` prints on the gateway, or --join with a join code")
 }
 
 // offer is what the role would say of itself if it ran.
@@ -216,9 +222,13 @@ func (o *offline) role(said wire.Role) (wire.Role, error) {
 
 // open locks the directory of a role that does not run and opens its identity.
 // A node has one for each gateway: td names it, and may be left out when there
-// is but one.
-func (o *offline) open(role wire.Role, td string) (*identity.Identity, func() error, error) {
-	dir, release, err := o.lock(role)
+// is but one. It makes one only if it is told whom to trust.
+func (o *offline) open(role wire.Role, td string, told bool) (*identity.Identity, func() error, error) {
+	absent := trustNobody
+	if told {
+		absent = nil
+	}
+	dir, release, err := o.lock(role, absent)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -235,12 +245,20 @@ func (o *offline) open(role wire.Role, td string) (*identity.Identity, func() er
 	return id, release, nil
 }
 
-func (o *offline) lock(role wire.Role) (dir string, release func() error, err error) {
+// lock locks the directory of a role, and makes it if absent is nil; otherwise
+// that is the error when there is none: what only works on what is there leaves
+// nothing behind where SALLYPORT_DATA was mistyped.
+func (o *offline) lock(role wire.Role, absent func(dir string) error) (dir string, release func() error, err error) {
 	c, err := config.LoadOperator(o.streams.Env)
 	if err != nil {
 		return "", nil, err
 	}
 	dir = c.Dir(string(role))
+	if absent != nil {
+		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+			return "", nil, absent(dir)
+		}
+	}
 	if err := ownedByUs(dir); err != nil {
 		return "", nil, err
 	}
@@ -288,7 +306,7 @@ func identityDir(dir string, role wire.Role, td string) (string, error) {
 	case len(found) == 1:
 		return found[0], nil
 	case len(found) == 0:
-		return "", Usage("say whom to trust: --ca-pin with the fingerprint that `sallyport ca pin` prints on the gateway")
+		return "", trustNobody("")
 	}
 	return "", Usage("this node serves %d gateways: say which with --ca-pin", len(found))
 }
@@ -318,7 +336,10 @@ func (o *offline) install(name string) error {
 	if err != nil {
 		return err
 	}
-	dir, release, err := o.lock(role)
+	stranger := func(string) error {
+		return Fail(ExitRefused, "%s: this host has made no request for %s: `local csr` makes one, with its key", name, wire.Quotable(claim.Verdict.Party.TrustDomain))
+	}
+	dir, release, err := o.lock(role, stranger)
 	if err != nil {
 		return err
 	}
@@ -328,7 +349,7 @@ func (o *offline) install(name string) error {
 			return err
 		}
 		if _, err := os.Stat(where); err != nil {
-			return Fail(ExitRefused, "%s: this host has made no request for %s: `local csr` makes one, with its key", name, wire.Quotable(claim.Verdict.Party.TrustDomain))
+			return stranger(dir)
 		}
 		id, err := identity.Open(where, role)
 		if err != nil {
@@ -369,7 +390,7 @@ func (o *offline) adopt(name string, b []byte) error {
 	if err := o.agrees(bundle.Root, bundle.TrustDomain); err != nil {
 		return err
 	}
-	dir, release, err := o.lock(role)
+	dir, release, err := o.lock(role, nil)
 	if err != nil {
 		return err
 	}

@@ -41,12 +41,15 @@ func (o *offline) rejoin(yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	dir, release, err := o.lock(role)
+	nothing := func(dir string) error {
+		return Fail(ExitNotFound, "there is no identity in %s: a join code is all that this %s needs", dir, role)
+	}
+	dir, release, err := o.lock(role, nothing)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, release()) }()
-	base, err := o.oneIdentity(dir, role)
+	base, err := o.oneIdentity(dir, role, nothing)
 	if err != nil {
 		return err
 	}
@@ -72,8 +75,9 @@ func (o *offline) rejoin(yes bool) (err error) {
 }
 
 // oneIdentity is the directory that holds the directory of the identity: of the
-// only one, or of the one that --trust-domain names.
-func (o *offline) oneIdentity(dir string, role wire.Role) (string, error) {
+// only one, or of the one that --trust-domain names; nothing is the error when
+// there is none.
+func (o *offline) oneIdentity(dir string, role wire.Role, nothing func(dir string) error) (string, error) {
 	pattern := filepath.Join(dir, "identity")
 	switch {
 	case role == wire.RoleNode && o.trustDomain != "":
@@ -89,7 +93,7 @@ func (o *offline) oneIdentity(dir string, role wire.Role) (string, error) {
 	case err != nil:
 		return "", err
 	case len(found) == 0:
-		return "", Fail(ExitNotFound, "there is no identity in %s: a join code is all that this %s needs", dir, role)
+		return "", nothing(dir)
 	case len(found) > 1:
 		return "", Usage("this node serves %d gateways: say which with --trust-domain", len(found))
 	}
