@@ -114,7 +114,11 @@ func (a *Authority) open(ctx context.Context) error {
 	}
 	a.deleteKeys(ctx)
 	if made {
-		a.log.InfoContext(ctx, "made a new certificate authority", "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
+		did := "made a new certificate authority"
+		if a.ra != nil {
+			did = "registered with the external certificate authority"
+		}
+		a.log.InfoContext(ctx, did, "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
 	}
 	if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
 		a.log.WarnContext(ctx, "the SPIFFE intermediate ends soon", "not_after", m.inter.NotAfter)

@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -239,7 +240,14 @@ func (s *stranger) option() pki.Option {
 
 func TestRegistrationAuthority(t *testing.T) {
 	s, dir := newStranger(t), t.TempDir()
-	a := open(t, dir, s.option())
+	var said strings.Builder
+	a, err := pki.Open(t.Context(), dir, slog.New(slog.NewTextHandler(&said, nil)), s.option())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := said.String(); strings.Contains(text, "made a new certificate authority") || !strings.Contains(text, "registered with the external certificate authority") {
+		t.Errorf("the log: %s", text)
+	}
 	if a.TrustDomain() != strangerDomain || !a.Root().Equal(s.root) {
 		t.Fatalf("trust domain %s", a.TrustDomain())
 	}
