@@ -24,6 +24,10 @@ import (
 // back with its key alone. After that it needs a new code.
 const gatewayGrace = 90 * 24 * time.Hour
 
+// codeKept is how long a code that expired is kept: until then whoever comes
+// with it hears when it expired.
+const codeKept = 24 * time.Hour
+
 // Gateways is the register of the gateways that an authority works for, and of
 // the codes that are open: small files below the authority's directory, so that
 // the operator of that host works on them without asking any process. Whoever
@@ -73,6 +77,9 @@ func (g *Gateways) Add(ttl time.Duration) (GatewayCode, time.Time, error) {
 	if err != nil {
 		return fail(err)
 	}
+	if err := g.tidy(); err != nil {
+		return fail(err)
+	}
 	var random [8 + 32]byte
 	if _, err := rand.Read(random[:]); err != nil {
 		return fail(err)
@@ -86,6 +93,30 @@ func (g *Gateways) Add(ttl time.Duration) (GatewayCode, time.Time, error) {
 		return fail(err)
 	}
 	return c, rec.Expires, nil
+}
+
+// tidy removes the codes that expired a while ago: nobody else would. A file
+// that is no record is left for a person to look at.
+func (g *Gateways) tidy() error {
+	dir := filepath.Join(g.dir, "gateways")
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		var rec codeRecord
+		path := filepath.Join(dir, e.Name())
+		if !strings.HasPrefix(e.Name(), "code-") || get(path, &rec) != nil || time.Since(rec.Expires) < codeKept {
+			continue
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 func hashToken(token string) string {

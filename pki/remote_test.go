@@ -316,6 +316,16 @@ func TestGatewayCodes(t *testing.T) {
 			t.Errorf("%v", err)
 		}
 	})
+	t.Run("expired long ago", func(t *testing.T) {
+		_, old := ca.code(-48 * time.Hour)
+		_, recent := ca.code(-time.Second)
+		_, open := ca.code(time.Hour)
+		for id, kept := range map[string]bool{old.TokenID: false, recent.TokenID: true, open.TokenID: true} {
+			if _, err := os.Stat(filepath.Join(ca.dir, "gateways", "code-"+id+".json")); (err == nil) != kept {
+				t.Errorf("code kept: %v, want %v", err, kept)
+			}
+		}
+	})
 	for name, text := range map[string]string{"join code": wire.JoinPrefix + "abc", "cut": pki.GatewayPrefix + "abc!", "nothing": "", "no root": pki.GatewayPrefix + "e30"} {
 		if _, err := pki.ParseGatewayCode(text); !errors.Is(err, pki.ErrGatewayCode) {
 			t.Errorf("%s: %v", name, err)
