@@ -225,16 +225,25 @@ func (t *Tags) UnmarshalText(b []byte) error {
 		if p == "" {
 			continue
 		}
-		k, v, err := ParseTag(p)
-		if err != nil {
+		if err := m.Add(p); err != nil {
 			return err
 		}
-		if old, ok := m[k]; ok && old != v {
-			return fmt.Errorf("tag %s has two values, %s and %s", quote(k), quote(old), quote(v))
-		}
-		m[k] = v
 	}
 	*t = m
+	return nil
+}
+
+// Add puts one key=value among the tags. A key has one value: which of two was
+// meant cannot be known.
+func (t Tags) Add(pair string) error {
+	k, v, err := ParseTag(pair)
+	if err != nil {
+		return err
+	}
+	if old, ok := t[k]; ok && old != v {
+		return fmt.Errorf("tag %s has two values, %s and %s", quote(k), quote(old), quote(v))
+	}
+	t[k] = v
 	return nil
 }
 

@@ -239,6 +239,8 @@ func TestRulesThatProveNothingAreRefused(t *testing.T) {
 		"kind: rule\nname: a\njoins: [" + string(wire.NewID()) + "]\n":              "no join code",
 		"kind: rule\nname: a\njoins: []\n":                                          "want 1 to",
 		"kind: rule\nname: a\nkeys: [SHA256:abc]\n":                                 "is not a fingerprint",
+		"kind: rule\nname: a\nkeys: ['SHA256:" + strings.Repeat("A", 42) + "B=']\n": "is not a fingerprint", // base64 that nothing prints
+		"kind: rule\nname: a\nkeys: [x]\nset: {a: b, a: c}\n":                       "r.yaml:4: tag \"a\" stands twice in set",
 		"kind: rule\nname: a\nkeys: [x]\ncidrs: [10.0.0.0]\n":                       "is not a network",
 		"kind: rule\nname: a\nkeys: [x]\nnames: ['[']\n":                            "no glob",
 		"kind: rule\nname: a\nkeys: [x]\nnetworks: [10.0.0.0/8]\n":                  "unknown key",

@@ -183,18 +183,20 @@ func (a *app) nodeTagCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "tag NAME k=v... k-...", Short: "Set tags of a node, and remove those that end in '-'", Args: cli.AtLeast(2), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			change := api.TagChange{Set: map[string]string{}}
+			set, change := config.Tags{}, api.TagChange{}
 			for _, arg := range args[1:] {
 				if key, remove := strings.CutSuffix(arg, "-"); remove && !strings.Contains(arg, "=") {
 					change.Remove = append(change.Remove, key)
 					continue
 				}
-				k, v, err := config.ParseTag(arg)
-				if err != nil {
+				if _, _, err := config.ParseTag(arg); err != nil {
 					return cli.Usage("%w, or key- to remove it", err)
 				}
-				change.Set[k] = v
+				if err := set.Add(arg); err != nil {
+					return cli.Usage("%w", err)
+				}
 			}
+			change.Set = set
 			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
 				return c.TagNode(ctx, args[0], change)
 			})

@@ -253,13 +253,11 @@ func parseTags(pairs []string) (map[string]string, error) {
 	if len(pairs) == 0 {
 		return nil, nil
 	}
-	m := map[string]string{}
+	m := config.Tags{}
 	for _, p := range pairs {
-		k, v, err := config.ParseTag(p)
-		if err != nil {
+		if err := m.Add(p); err != nil {
 			return nil, cli.Usage("%w", err)
 		}
-		m[k] = v
 	}
 	return m, nil
 }

@@ -130,7 +130,11 @@ func (p *parser) rule(n *yaml.Node) {
 				return
 			}
 			for i := 0; i+1 < len(v.Content); i += 2 {
-				s.Set[p.text(v.Content[i])] = p.text(v.Content[i+1])
+				key := p.text(v.Content[i])
+				if _, had := s.Set[key]; had {
+					p.failf(v.Content[i].Line, "tag %q stands twice in set", wire.Quotable(key))
+				}
+				s.Set[key] = p.text(v.Content[i+1])
 			}
 		},
 		"allow":       func(v *yaml.Node) { s.Allow = each(v, "allow", glob("allow")) },
