@@ -46,8 +46,14 @@ func (e *enrolment) reidentify(ctx context.Context, n *store.Node, in api.Reiden
 	if err != nil {
 		return nil, fmt.Errorf("reidentify %s: %w", n.Name, err)
 	}
-	began := time.Now()
+	began, told := time.Now(), false
 	tell := func(ctx context.Context, call caller) error {
+		// A session may be dead with nobody having noticed. What comes after an
+		// answer has most likely arrived, what no answer came before has not.
+		if err := call(ctx, http.MethodPost, wire.PathEcho, struct{}{}, nil, 0); err != nil {
+			return err
+		}
+		told = true
 		return call(ctx, http.MethodPost, wire.PathReidentify, env, nil, 0)
 	}
 	if in.Boot != "" && e.reach != nil {
@@ -56,8 +62,11 @@ func (e *enrolment) reidentify(ctx context.Context, n *store.Node, in api.Reiden
 		err = e.talk(ctx, wire.Party{Role: wire.RoleNode, ID: n.ID, TrustDomain: e.id.TrustDomain()}, tell)
 	}
 	var refused *statusError
-	if errors.As(err, &refused) || errors.Is(err, ErrNotConnected) { // it did not take the code
-		err = errors.Join(err, e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, j.ID) }))
+	if errors.As(err, &refused) || !told { // it did not take the code
+		if refused == nil && !errors.Is(err, ErrNotConnected) {
+			err = fmt.Errorf("%w: %w", ErrNotConnected, err) // the gateway has not failed
+		}
+		err = errors.Join(err, e.store.Update(context.WithoutCancel(ctx), func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, j.ID) }))
 		if refused != nil && refused.Status == http.StatusNotFound {
 			err = fmt.Errorf("%w: the program there is too old for this: upgrade it, or delete its identity directory and give it a new join code", err)
 		}

@@ -129,6 +129,32 @@ func TestReidentifyBesideTheOldNode(t *testing.T) {
 	}
 }
 
+// TestReidentifyOfANodeThatHasGone: the session is dead and nobody has noticed
+// yet. The node was told nothing, so the code ends at once.
+func TestReidentifyOfANodeThatHasGone(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	n, err := d.store.Node(t.Context(), a.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.answer = func(_ wire.Party, _, path string, _, _ any) error {
+		if path == wire.PathReidentify {
+			t.Error("the code was sent into a session that nobody answers in")
+		}
+		return errMute
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), reidentifyWait/2)
+	defer cancel()
+	if _, err := d.reidentify(ctx, n, api.Reidentify{}); !errors.Is(err, ErrNotConnected) || ctx.Err() != nil {
+		t.Errorf("%v, want that it is not connected", err)
+	}
+	if joins, err := d.store.Joins(t.Context()); err != nil || joins[0].RevokedAt.IsZero() {
+		t.Errorf("the code that nobody took is good: %+v %v", joins[0], err)
+	}
+}
+
 func TestRekeyRevokesTheOldKey(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
