@@ -21,7 +21,7 @@ import (
 // proxied gives a fake node a proxy for local clients, and returns its address.
 func proxied(t *testing.T, n *fakeNode, wake func()) (lot *parking.Lot, addr string) {
 	t.Helper()
-	lot = parking.New(func() int { return 1 }, wake, testLog(t))
+	lot = parking.New(func() int { return 1 }, func() string { return "" }, wake, testLog(t))
 	n.mux.Handle(wire.PathParked, lot.API(""))
 	n.targets = func(ctx context.Context, target string, s *tunnel.Stream) {
 		if id, ok := wire.ParseParkedTarget(target); ok {

@@ -12,11 +12,23 @@ import (
 // newLot makes the place where connections of local clients wait. The gateways
 // of all instances hear of each; the first that accepts it has it.
 func (a *Agent) newLot() *parking.Lot {
-	return parking.New(func() int { return len(a.all()) }, func() {
+	return parking.New(func() int { return len(a.all()) }, a.closedToClients, func() {
 		for _, in := range a.all() {
 			in.signals.kick()
 		}
 	}, a.log)
+}
+
+// closedToClients is why no gateway can accept a local client.
+func (a *Agent) closedToClients() (why string) {
+	for _, in := range a.all() {
+		code, said := in.closedToTargets()
+		if code == 0 {
+			return ""
+		}
+		why = said
+	}
+	return why
 }
 
 // listenProxy opens SALLYPORT_NODE_PROXY_LISTEN.

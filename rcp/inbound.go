@@ -3,7 +3,6 @@ package rcp
 import (
 	"context"
 	"fmt"
-	"log/slog"
 
 	"sallyport/internal/parking"
 	"sallyport/internal/tunnel"
@@ -12,8 +11,19 @@ import (
 
 // newLot makes the place where connections of local clients wait. Nobody is
 // woken: a gateway that accepts any waits in its session for the next.
-func newLot(log *slog.Logger) *parking.Lot {
-	return parking.New(func() int { return 1 }, func() {}, log)
+func (r *Relay) newLot() *parking.Lot {
+	return parking.New(func() int { return 1 }, r.closedToClients, func() {}, r.log)
+}
+
+// closedToClients is why no gateway can accept a local client.
+func (r *Relay) closedToClients() string {
+	switch {
+	case r.id.Revoked(r.id.KeyHash()):
+		return "the RCP is revoked"
+	case r.draining.Load() != nil:
+		return "the RCP is being drained"
+	}
+	return ""
 }
 
 // listenProxy opens SALLYPORT_RCP_PROXY_LISTEN.

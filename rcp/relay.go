@@ -93,7 +93,7 @@ func New(cfg Config, log *slog.Logger, reg *prometheus.Registry) (*Relay, error)
 	}
 	r.roster = newRoster(r.table, int(cfg.PendingMax), int(cfg.PendingPerSource), r.startRetiring)
 	if cfg.ProxyListen != "" {
-		r.lot = newLot(log)
+		r.lot = r.newLot()
 	}
 	r.mirrors = &mirrors{r: r, m: map[wire.ID]*mirror{}}
 	for _, e := range cfg.Upstreams {

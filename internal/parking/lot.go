@@ -42,7 +42,8 @@ type Lot struct {
 	// Audience is how many worlds are asked: a connection is refused when all
 	// of them refused it.
 	audience func() int
-	wake     func() // there is one more
+	closed   func() string // why nobody can accept any; empty: somebody may
+	wake     func()        // there is one more
 	log      *slog.Logger
 
 	joined   atomic.Int64
@@ -72,9 +73,11 @@ type verdict struct {
 	reason string
 }
 
-// New makes a lot. wake is called, without locks, when somebody should be told.
-func New(audience func() int, wake func(), log *slog.Logger) *Lot {
-	return &Lot{audience: audience, wake: wake, log: log, waiting: map[wire.ID]*parked{}, perSource: map[netip.Prefix]int{}}
+// New makes a lot. closed says why no world may have a connection, so that no
+// client waits for that. wake is called when somebody should be told; both are
+// called without locks.
+func New(audience func() int, closed func() string, wake func(), log *slog.Logger) *Lot {
+	return &Lot{audience: audience, closed: closed, wake: wake, log: log, waiting: map[wire.ID]*parked{}, perSource: map[netip.Prefix]int{}}
 }
 
 // network is what a source is counted by: an IPv6 host has a whole /64.

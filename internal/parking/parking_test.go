@@ -26,7 +26,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func lot(worlds int) *Lot {
-	return New(func() int { return worlds }, func() {}, slog.New(slog.DiscardHandler))
+	return New(func() int { return worlds }, func() string { return "" }, func() {}, slog.New(slog.DiscardHandler))
 }
 
 // place is a proxy for clients, and a gateway's tunnel to the lot behind it.

@@ -60,6 +60,12 @@ func (l *Lot) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the client has no address", http.StatusInternalServerError)
 		return
 	}
+	if why := l.closed(); why != "" {
+		l.refused.Add(1)
+		l.log.Info("local client refused", "service", service, "source", source.String(), "status", http.StatusServiceUnavailable, "reason", why)
+		http.Error(w, "sallyport proxy: "+why, http.StatusServiceUnavailable)
+		return
+	}
 	p, leave, err := l.park(service, source)
 	if err != nil {
 		w.Header().Set("Retry-After", "1")
