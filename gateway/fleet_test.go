@@ -423,6 +423,41 @@ func TestRestartedGatewayKeepsWhatTheDatabaseSays(t *testing.T) {
 	})
 }
 
+// TestReplacedRCP: an RCP enrolled anew takes the place of its old identity.
+// What hung on that comes back to it within seconds, and until then nobody reads
+// that an RCP is cut off which is connected.
+func TestReplacedRCP(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		old := b.rcp("dmz")
+		n := b.node("web", wire.StatePending)
+		b.up(old)
+		b.snapshot(old, "e1", nodePeer(n))
+		b.pass(time.Minute)
+		b.want(n, wire.StateRunning, "")
+
+		next := b.rcp("dmz")
+		b.f.unexpect(old)
+		b.f.forget(old)
+		b.pass(time.Second)
+		b.want(n, wire.StateRunning, "reconnecting: the rcp that held it was removed or replaced, and rcp dmz is cut off")
+		b.pass(time.Minute)
+		b.want(n, wire.StateUnreachable, "was removed or replaced, and rcp dmz is cut off")
+		b.up(next)
+		b.snapshot(next, "e2")
+		b.pass(time.Second)
+		b.want(n, wire.StateUnreachable, "reconnecting: the rcp that held it was removed or replaced, and no rcp reports it")
+		if err := b.f.apply(next, wire.PeersLine{Peer: new(nodePeer(n))}); err != nil {
+			t.Fatal(err)
+		}
+		b.pass(time.Second)
+		b.want(n, wire.StateRunning, "")
+		if got := b.alarms(n); got != "" {
+			t.Errorf("alarms are %q", got)
+		}
+	})
+}
+
 func TestHelloDecidesTheState(t *testing.T) {
 	for _, c := range []struct {
 		name  string

@@ -183,10 +183,10 @@ func (f *fleet) judge(m *member, now time.Time) verdict {
 	}
 	cut, why := f.cutOff(m)
 	if now.Before(end) {
-		if m.state == wire.StateUnreachable {
-			return verdict{state: m.state, reason: m.reason, next: end}
+		if m.state != wire.StateUnreachable || !cut { // its RCP is back, so that it is on its way
+			why = "reconnecting: " + why
 		}
-		return verdict{state: m.state, reason: "reconnecting: " + why, next: end}
+		return verdict{state: m.state, reason: why, next: end}
 	}
 	if cut {
 		return verdict{state: wire.StateUnreachable, reason: why}
@@ -266,16 +266,20 @@ func (f *fleet) judgeHello(m *member) verdict {
 // cutOff tells whether some RCP that could hold the absent m is itself cut
 // off, and explains the absence.
 func (f *fleet) cutOff(m *member) (cut bool, why string) {
-	if len(m.ways) == 0 { // not seen since we started: any RCP could hold it
+	if len(m.ways) == 0 { // any RCP could hold it
+		unseen := "not seen since the gateway started"
+		if !m.verified.Before(f.started) {
+			unseen = "the rcp that held it was removed or replaced"
+		}
 		if l := f.links[m.id]; l != nil && m.role == wire.RoleRCP { // but for one that we dial, or that dials us: nothing holds that
 			return false, "no channel to it since the gateway started"
 		}
 		for _, l := range f.links {
 			if !l.up && l.role == wire.RoleRCP {
-				return true, fmt.Sprintf("not seen since the gateway started, and rcp %s is cut off", l.name)
+				return true, fmt.Sprintf("%s, and rcp %s is cut off", unseen, l.name)
 			}
 		}
-		return false, "no rcp reports it"
+		return false, unseen + ", and no rcp reports it"
 	}
 	var last *way
 	for _, w := range m.ways {
