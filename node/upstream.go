@@ -135,7 +135,7 @@ func (d *dialler) run(ctx context.Context) {
 			return
 		}
 	}
-	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note, Enroll: d.missed.Enroll,
+	dial := &channel.Dialer{Addr: d.addr, Peer: channel.PeerUpstream, Identity: in.id, Carrier: string(in.cfg.Carrier), Log: in.log, OnState: d.note, Enroll: d.missed.Enroll, Elsewhere: d.elsewhere,
 		Limits: channel.Limits{Streams: maxStreams}}
 	if d.expect != "" {
 		dial.Expect = &d.expect
@@ -144,6 +144,19 @@ func (d *dialler) run(ctx context.Context) {
 	if ctx.Err() == nil {
 		in.log.Error("dialler ended", "address", d.addr, "error", err)
 	}
+}
+
+// elsewhere returns a channel with an RCP that another dialler holds, because
+// the RCP has two addresses, or that the RCP dialled.
+func (d *dialler) elsewhere(id wire.ID) *channel.Conn {
+	d.up.mu.Lock()
+	defer d.up.mu.Unlock()
+	for c, addr := range d.up.live {
+		if addr != d.addr && c.Peer().Party.ID == id && c.Err() == nil && !c.Enrolling() && !c.Draining() {
+			return c
+		}
+	}
+	return nil
 }
 
 // note follows the state. An alert from the other side means that our
@@ -263,6 +276,11 @@ func (u *upstreams) status() []wire.UpstreamStatus {
 		s := wire.UpstreamStatus{Address: d.addr, ID: d.expect, Dialler: "us", State: "connecting", Since: d.state.Since}
 		if c := d.state.Conn; c != nil {
 			describe(&s, c)
+		} else if c := d.state.Instead; c != nil && c.Err() == nil {
+			describe(&s, c)
+			if !c.Dialled() {
+				s.Dialler = "them"
+			}
 		} else if d.state.Failures > 0 {
 			s.State = "failed"
 		}

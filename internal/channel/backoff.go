@@ -11,7 +11,7 @@ type Backoff struct {
 	First time.Duration // the first attempt, and each one after a lost connection, waits for a random part of it; default 1 s
 	Min   time.Duration // around which the wait after the first failure lies; default 500 ms
 	Max   time.Duration // which no wait exceeds; default 60 s
-	Probe time.Duration // the first wait, roughly, before an attempt to return to QUIC; it doubles up to 15 min; default 30 s
+	Probe time.Duration // the first wait, roughly, before an attempt to return to QUIC, or to reach a party that is there already; it doubles up to 15 min; default 30 s
 }
 
 func (b Backoff) withDefaults() Backoff {

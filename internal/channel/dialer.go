@@ -29,6 +29,12 @@ type Dialer struct {
 	// a change of the certificate authority, and may be given a new leaf.
 	Enroll func() bool
 
+	// Elsewhere returns a live connection with a party that Run did not make;
+	// nil: there is none. Run then does not replace that one by one of its own,
+	// which the other side would replace in turn, but for an attempt now and
+	// then: the address may lead to another party by now. nil: never.
+	Elsewhere func(wire.ID) *Conn
+
 	Carrier string // CarrierAuto (also ""), CarrierH2, CarrierH3
 	Class   string // ClassAdmin (also ""), ClassSession, ClassBulk
 	Backoff Backoff
@@ -53,6 +59,7 @@ type Dialer struct {
 type State struct {
 	Addr     string
 	Conn     *Conn     // nil while not connected
+	Instead  *Conn     // by which the party is there meanwhile: see Dialer.Elsewhere
 	Err      error     // of the last attempt or connection; nil while all is well
 	Failures int       // in a row
 	Next     time.Time // of the next attempt; zero if none is planned

@@ -49,6 +49,8 @@ type keeper struct {
 	failures int
 	current  *Conn
 	since    time.Time
+	met      wire.ID // who answered last
+	tries    int     // to reach a party that was there already, in a row
 }
 
 func (k *keeper) run(ctx context.Context) error {
@@ -57,6 +59,11 @@ func (k *keeper) run(ctx context.Context) error {
 	}
 	var found *Conn // made by a probe
 	for {
+		if found == nil {
+			if err := k.elsewhere(ctx); err != nil {
+				return err
+			}
+		}
 		changed := identityState(k.d.Identity)
 		c, err := found, error(nil)
 		if found = nil; c == nil {
@@ -81,7 +88,7 @@ func (k *keeper) run(ctx context.Context) error {
 			continue
 		}
 		old := k.current
-		k.current, k.since = c, time.Now()
+		k.current, k.since, k.met = c, time.Now(), c.Peer().Party.ID
 		k.start(ctx, c)
 		if old != nil { // and with it what More opened under the same leaf
 			for _, o := range k.conns.all() {
@@ -93,6 +100,46 @@ func (k *keeper) run(ctx context.Context) error {
 		k.report(nil, time.Time{})
 		if found, err = k.hold(ctx, c, changed); err != nil {
 			return err
+		}
+	}
+}
+
+// elsewhere waits while the party that answered here last is there by another
+// connection, and none of ours is: its other address, or it dials us. The wait
+// doubles with each attempt that was replaced.
+func (k *keeper) elsewhere(ctx context.Context) error {
+	if k.d.Elsewhere == nil || k.met == "" || k.current != nil && k.current.Err() == nil && !k.current.Draining() {
+		return nil
+	}
+	other := k.d.Elsewhere(k.met)
+	if other == nil {
+		k.tries = 0
+		return nil
+	}
+	wait := min(k.backoff.Probe<<min(k.tries, 20), probeMax)
+	wait = wait/2 + rand.N(wait)
+	k.tries++
+	k.failures, k.since = 0, time.Now()
+	k.d.Log.Info("the party is there by another channel", "address", k.d.Addr, "peer", other.Peer().String(), "by", other.RemoteAddr(), "dialled", other.Dialled(), "retry_in", wait.Round(time.Second))
+	k.tell(State{Addr: k.d.Addr, Instead: other, Next: k.since.Add(wait), Since: k.since})
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	changed := k.d.Identity.Changed()
+	was := identityState(k.d.Identity)
+	for {
+		select {
+		case <-t.C:
+			return nil
+		case <-changed:
+			if changed = k.d.Identity.Changed(); identityState(k.d.Identity) != was {
+				return nil
+			}
+		case <-other.Done():
+			return k.pause(ctx, k.backoff.first())
+		case <-other.DrainRequested():
+			return k.pause(ctx, k.backoff.first())
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 	}
 }
@@ -233,16 +280,19 @@ func (k *keeper) pause(ctx context.Context, d time.Duration) error {
 }
 
 func (k *keeper) report(err error, next time.Time) {
-	if k.d.OnState == nil {
-		return
-	}
 	if k.current != nil && k.current.Err() != nil {
 		k.current = nil
 	}
 	if errors.Is(err, ErrReplaced) {
 		err = nil
 	}
-	k.d.OnState(State{Addr: k.d.Addr, Conn: k.current, Err: err, Failures: k.failures, Next: next, Since: k.since})
+	k.tell(State{Addr: k.d.Addr, Conn: k.current, Err: err, Failures: k.failures, Next: next, Since: k.since})
+}
+
+func (k *keeper) tell(s State) {
+	if k.d.OnState != nil {
+		k.d.OnState(s)
+	}
 }
 
 // identityKey changes when another certificate is to be shown.

@@ -322,6 +322,80 @@ func TestPeerThatDrainsWhateverComes(t *testing.T) {
 	}
 }
 
+// TestTwoAddressesOfOneParty: an upstream keeps the newest channel of a party and
+// drains the others. Two diallers that reach the same one do not replace each
+// other's channels for ever, and the second is there when the first has lost its.
+func TestTwoAddressesOfOneParty(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		node := ca.Party(t, wire.RoleNode)
+		network := channeltest.NewNetwork()
+		l, err := channel.Listen(channel.ListenConfig{Identity: ca.Party(t, wire.RoleRCP), Listener: network, Log: channeltest.Log(t), AllowDownstream: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var came atomic.Int64
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_ = l.Run(ctx, func(ctx context.Context, c *channel.Conn) {
+				came.Add(1)
+				for _, old := range l.Conns() {
+					if old != c {
+						go func() { _ = old.Drain(ctx, wire.Drain{Deadline: 30 * time.Second}) }()
+					}
+				}
+				<-c.Done()
+			})
+		}()
+		defer func() {
+			cancel()
+			<-ended
+		}()
+		var mu sync.Mutex
+		live := map[*channel.Conn]int{}
+		s := make([]*states, 2)
+		for i := range s {
+			s[i], _ = run(t, &channel.Dialer{Addr: "memory:443", Peer: channel.PeerUpstream, Identity: node, DialContext: network.DialContext, Log: channeltest.Log(t),
+				Elsewhere: func(id wire.ID) *channel.Conn {
+					mu.Lock()
+					defer mu.Unlock()
+					for c, by := range live {
+						if by != i && c.Peer().Party.ID == id && c.Err() == nil && !c.Draining() {
+							return c
+						}
+					}
+					return nil
+				}}, func(ctx context.Context, c *channel.Conn) {
+				mu.Lock()
+				live[c] = i
+				mu.Unlock()
+				serveOrWait(ctx, c)
+				mu.Lock()
+				delete(live, c)
+				mu.Unlock()
+			})
+		}
+		time.Sleep(time.Hour)
+		if n := came.Load(); n < 3 || n > 30 {
+			t.Errorf("%d channels in an hour", n)
+		}
+		before := came.Load()
+		last := l.Conns()[0]
+		for _, c := range l.Conns() {
+			if c.Since().After(last.Since()) {
+				last = c
+			}
+		}
+		last.Close(nil)
+		time.Sleep(5 * time.Second)
+		if came.Load() == before || len(l.Conns()) == 0 {
+			t.Error("nobody came in the place of the channel that ended")
+		}
+	})
+}
+
 func TestFallbackAndReturn(t *testing.T) {
 	for name, ordinary := range map[string]bool{"ordinary": true, "reversed": false} {
 		t.Run(name, func(t *testing.T) {
