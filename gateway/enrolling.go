@@ -34,6 +34,9 @@ func (s *Server) wireEnrolment() {
 		talk: func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
 			return s.sessions.Do(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},
+		lastWord: func(ctx context.Context, p wire.Party, f func(context.Context, caller) error) error {
+			return s.sessions.lastWord(ctx, p, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
+		},
 		reach: func(ctx context.Context, node wire.ID, boot string, f func(context.Context, caller) error) error {
 			return s.clones.reach(ctx, node, boot, func(ctx context.Context, c *conversation) error { return f(ctx, c.call) })
 		},

@@ -20,6 +20,10 @@ const (
 	// one that knows it can ask its operator for a new code.
 	// Nobody else waits longer for its sake.
 	farewell = 500 * time.Millisecond
+	// lateFarewell is farewell where nobody has just asked for a revocation, and
+	// maxLate how many parties are told at once that were revoked before.
+	lateFarewell = 3 * time.Second
+	maxLate      = 256
 	// spreadTime bounds the delivery of a revocation set to one RCP; one that
 	// is slower gets it with the next visit.
 	spreadTime = 5 * time.Second
@@ -122,7 +126,7 @@ func (e *enrolment) revocation(ctx context.Context, party wire.Party, name strin
 // publish signs the set of all revoked keys, if it holds one that was not in
 // the last, tells the parties that are ended, and spreads it.
 func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
-	env, roles, err := e.signWithOthers(ctx)
+	env, news, err := e.signWithOthers(ctx)
 	if err != nil {
 		return fmt.Errorf("publish revocations: %w", err)
 	}
@@ -134,7 +138,7 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 		env = &held
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was signed is spread
-	e.bid(ctx, ended, *env)
+	e.bid(ctx, ended, news, *env)
 	_, err = e.id.ApplyRevocations(*env)
 	if errors.Is(err, identity.ErrOlder) { // who revoked at the same time came first, with a set that names these keys too
 		_, env = e.id.Revocations()
@@ -151,25 +155,45 @@ func (e *enrolment) publish(ctx context.Context, ended []wire.Party) error {
 		e.changed(ctx, p.Role, p.ID)
 	}
 	e.spread(ctx, *env)
-	if slices.Contains(roles, wire.RoleRCP) || slices.Contains(roles, wire.RoleGateway) || slices.Contains(roles, rolePKI) {
+	if slices.ContainsFunc(news, func(p wire.Party) bool { return p.Role != wire.RoleNode }) {
 		e.push() // nodes trust no other roles; news of nodes reach them with the next visit
 	}
 	return err
 }
 
 // bid tells parties that are there that it is over for them. They need not
-// listen; the RCPs will not let them in.
-func (e *enrolment) bid(ctx context.Context, ended []wire.Party, env wire.Envelope) {
-	ctx, cancel := context.WithTimeout(ctx, farewell)
+// listen; the RCPs will not let them in. Of those whose keys are new in the set,
+// some were revoked before, when it could not be signed: this gateway speaks with
+// them no more, but for this.
+func (e *enrolment) bid(ctx context.Context, ended, news []wire.Party, env wire.Envelope) {
+	limit := farewell
+	if len(ended) == 0 {
+		limit = lateFarewell
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var wg sync.WaitGroup
-	for _, p := range ended {
+	tell := func(p wire.Party, talk func(context.Context, wire.Party, func(context.Context, caller) error) error) {
 		p.TrustDomain = e.id.TrustDomain()
 		wg.Go(func() {
-			if err := e.putRevocations(ctx, p, env); err != nil {
+			err := talk(ctx, p, func(ctx context.Context, call caller) error {
+				return call(ctx, http.MethodPut, wire.PathRevocations, env, nil, 0)
+			})
+			if err != nil {
 				e.log.Debug("a revoked party was not told", "party", p.String(), "error", err)
 			}
 		})
+	}
+	told := map[wire.ID]bool{}
+	for _, p := range ended {
+		told[p.ID] = true
+		tell(p, e.talk)
+	}
+	for _, p := range news {
+		if e.lastWord != nil && p.Role == wire.RoleNode && !told[p.ID] && len(told) < maxLate {
+			told[p.ID] = true
+			tell(p, e.lastWord)
+		}
 	}
 	wg.Wait()
 }

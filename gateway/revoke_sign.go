@@ -20,16 +20,16 @@ const maxSigning = 10
 
 // signWithOthers is sign where an authority works for other gateways too: what
 // they have revoked stays revoked in our set.
-func (e *enrolment) signWithOthers(ctx context.Context) (env *wire.Envelope, roles []wire.Role, err error) {
+func (e *enrolment) signWithOthers(ctx context.Context) (env *wire.Envelope, news []wire.Party, err error) {
 	for range maxSigning {
 		if err := e.mergeOthers(ctx); err != nil {
 			return nil, nil, err
 		}
-		if env, roles, err = e.sign(ctx); !errors.Is(err, identity.ErrOlder) {
+		if env, news, err = e.sign(ctx); !errors.Is(err, identity.ErrOlder) {
 			break
 		}
 	}
-	return env, roles, err
+	return env, news, err
 }
 
 // mergeOthers merges the last set that the authority signed, if it is none of
@@ -55,9 +55,9 @@ func (e *enrolment) mergeOthers(ctx context.Context) error {
 	return nil
 }
 
-// sign makes the next set; nil if the last one says it all. roles are those of
-// the keys that are new in it.
-func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, error) {
+// sign makes the next set; nil if the last one says it all. news are those whose
+// keys are new in it.
+func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Party, error) {
 	e.signing.Lock()
 	defer e.signing.Unlock()
 	keys, err := e.store.RevokedKeys(ctx)
@@ -77,10 +77,10 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 		known[r.Key] = true
 	}
 	set := wire.Revocations{}
-	var roles []wire.Role
+	var news []wire.Party
 	for _, k := range keys {
 		if !known[k.KeyHash] {
-			roles = append(roles, k.Role)
+			news = append(news, wire.Party{Role: k.Role, ID: k.PartyID, TrustDomain: e.id.TrustDomain()})
 		} else if time.Since(k.NotAfter) > max(e.grace, minRevoked) {
 			continue // nobody would take it any more
 		}
@@ -89,7 +89,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 	// A set that came from elsewhere, and is above ours or as high, may lack what
 	// ours names.
 	mine, _ := e.id.Revocations()
-	if len(roles) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) {
+	if len(news) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) {
 		return nil, nil, nil
 	}
 	if problem := e.issuerProblem(); problem != "" { // what it seals nobody takes either
@@ -107,7 +107,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Role, erro
 	if err != nil {
 		err = fmt.Errorf("%w: %w", errAuthority, err)
 	}
-	return &env, roles, err
+	return &env, news, err
 }
 
 // errAuthority says that it is the certificate authority that did not sign.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -616,5 +617,72 @@ func TestNodeLostInAWarmSession(t *testing.T) {
 	}
 	if err := d.renewNow(t.Context(), party.ID, false); !errors.Is(err, ErrNotConnected) {
 		t.Errorf("told as the gateway's own failure: %v", err)
+	}
+}
+
+// awayIssuer signs no set of revocations while it is away.
+type awayIssuer struct {
+	Issuer
+
+	away atomic.Bool
+}
+
+func (i *awayIssuer) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
+	if i.away.Load() {
+		return wire.Envelope{}, errors.New("the authority is away")
+	}
+	return i.Issuer.SignRevocations(ctx, set, after)
+}
+
+// TestNodeRevokedLateIsTold: its revocation could not be signed when it was
+// revoked. Nothing else is said to it meanwhile; when the set is there it hears of
+// it, before the RCPs cut it.
+func TestNodeRevokedLateIsTold(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	ca := &awayIssuer{}
+	ca.away.Store(true)
+	w.before = func(s *Server) {
+		ca.Issuer = s.ca
+		s.enrolment.ca = ca
+	}
+	r, n := w.rcp("dmz"), w.enrolled(w.node("web"))
+	told := make(chan bool, 1)
+	n.mux.HandleFunc("PUT "+wire.PathRevocations, func(rw http.ResponseWriter, req *http.Request) {
+		var env wire.Envelope
+		err := wire.DecodeJSON(req.Body, wire.MaxRevocations, &env)
+		if err == nil {
+			_, err = n.id.ApplyRevocations(env)
+		}
+		if err != nil {
+			t.Errorf("told %v", err)
+		}
+		told <- r.id.Revoked(n.id.KeyHash())
+	})
+	r.hold(n)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	row, err := w.s.store.Node(t.Context(), n.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.s.revokeNode(t.Context(), row, false); !api.Is(err, api.CodeUnavailable) {
+		t.Fatalf("revoked while the authority is away: %v", err)
+	}
+	w.state(n.id.ID(), wire.StateRevoked)
+	if _, err := w.s.fleet.routes(n.id.ID()); err == nil {
+		t.Error("there are sessions with a revoked node")
+	}
+	ca.away.Store(false)
+	if err := w.s.enrolment.publish(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case after := <-told:
+		if after || !n.id.Revoked(n.id.KeyHash()) {
+			t.Errorf("the RCP heard first: %t", after)
+		}
+	default:
+		t.Error("the node was not told")
 	}
 }

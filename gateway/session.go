@@ -369,6 +369,22 @@ func (s *sessions) fresh(ctx context.Context, party wire.Party, fn func(ctx cont
 	return nil
 }
 
+// lastWord runs fn in a session of its own with a node that is revoked, which
+// gets no other.
+func (s *sessions) lastWord(ctx context.Context, party wire.Party, fn func(ctx context.Context, c *conversation) error) error {
+	routes, err := s.fleet.lastRoutes(party.ID)
+	if err != nil {
+		return fmt.Errorf("open session with %s: %w", s.fleet.label(party.ID), err)
+	}
+	c, err := s.openBest(ctx, party, byFirstHop(routes, ""))
+	if err != nil {
+		return err
+	}
+	err = fn(ctx, c)
+	_ = c.rt.Close() // it is over either way
+	return err
+}
+
 // put gives a session back.
 func (s *sessions) put(c *conversation) {
 	s.mu.Lock()
@@ -488,7 +504,11 @@ func (s *sessions) open(ctx context.Context, party wire.Party, avoid wire.ID) (*
 	if err != nil {
 		return nil, fmt.Errorf("open session with %s: %w", s.fleet.label(party.ID), err)
 	}
-	routes = byFirstHop(routes, avoid)
+	return s.openBest(ctx, party, byFirstHop(routes, avoid))
+}
+
+// openBest opens a session by the first of the ways that works.
+func (s *sessions) openBest(ctx context.Context, party wire.Party, routes []route) (*conversation, error) {
 	ctx, cancel := context.WithTimeout(ctx, openAll)
 	defer cancel()
 	began := time.Now()

@@ -175,6 +175,22 @@ func (f *fleet) routes(id wire.ID) ([]route, error) {
 	if m.revoked != "" {
 		return nil, fmt.Errorf("%w: it is revoked", ErrNotConnected)
 	}
+	return f.routesOf(m)
+}
+
+// lastRoutes returns the live ways to a party that is revoked: an RCP may hold
+// its channel until it has the signed set.
+func (f *fleet) lastRoutes(id wire.ID) ([]route, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m := f.members[id]
+	if m == nil || m.revoked == "" {
+		return nil, ErrUnknownNode
+	}
+	return f.routesOf(m)
+}
+
+func (f *fleet) routesOf(m *member) ([]route, error) {
 	live := f.liveWays(m)
 	if len(live) == 0 {
 		return nil, ErrNotConnected
