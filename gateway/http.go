@@ -67,7 +67,7 @@ func newREST(s *Server) *rest {
 		OpenAPIPath: "/api/openapi", Formats: huma.DefaultFormats, DefaultFormat: "application/json",
 	}
 	r.api = humago.New(r.mux, cfg)
-	r.api.UseMiddleware(r.authorise, knownQuery)
+	r.api.UseMiddleware(r.authorise, knownParameters)
 	r.adminRoutes()
 	r.nodeRoutes()
 	r.rcpRoutes()
@@ -216,22 +216,36 @@ func (r *rest) noOperation(w http.ResponseWriter, req *http.Request) {
 	writeProblem(w, api.NewProblem(api.CodeMethod, fmt.Sprintf("%s is not for the method %s, but for %s", path, wire.Quotable(req.Method), methods)))
 }
 
-// knownQuery refuses parameters that an operation does not have: a misspelled
-// filter would select everything, and a misspelled option do something else.
-func knownQuery(ctx huma.Context, next func(huma.Context)) {
+// knownParameters refuses parameters that an operation does not have: a misspelled
+// filter would select everything, a misspelled option do something else, and who
+// sends a condition that nobody looks at relies on it.
+func knownParameters(ctx huma.Context, next func(huma.Context)) {
 	req, w := unwrap(ctx)
+	refuse := func(p *api.Problem) {
+		if refused, ok := ctx.Context().Value(refusedKey{}).(func(*api.Problem)); ok {
+			refused(p)
+		}
+		writeProblem(w, p)
+	}
 	given, err := url.ParseQuery(req.URL.RawQuery)
 	if err != nil {
-		writeProblem(w, api.NewProblem(api.CodeMalformed, "the query is malformed: "+wire.Quotable(err.Error())))
+		refuse(api.NewProblem(api.CodeMalformed, "the query is malformed: "+wire.Quotable(err.Error())))
 		return
 	}
 	var known []string
+	conditional := req.Method == http.MethodGet
 	for _, p := range ctx.Operation().Parameters {
-		if p.In == "query" {
+		switch p.In {
+		case "query":
 			known = append(known, p.Name)
+		case "header":
+			conditional = conditional || p.Name == headerIfMatch
 		}
 	}
 	var faults []api.ProblemError
+	if !conditional && len(req.Header.Values(headerIfMatch)) > 0 {
+		faults = append(faults, api.ProblemError{Location: "header." + headerIfMatch, Message: "this call changes nothing that has an ETag: leave the condition out"})
+	}
 	for _, name := range slices.Sorted(maps.Keys(given)) {
 		why := ""
 		switch {
@@ -247,11 +261,13 @@ func knownQuery(ctx huma.Context, next func(huma.Context)) {
 		}
 	}
 	if faults != nil {
-		writeProblem(w, api.NewProblem(api.CodeInvalid, "nothing was done", faults...))
+		refuse(api.NewProblem(api.CodeInvalid, "nothing was done", faults...))
 		return
 	}
 	next(ctx)
 }
+
+const headerIfMatch = "If-Match"
 
 // listenSocket opens the unix socket for its owner and the group sallyport, if
 // there is one. A socket that a dead process left is taken over.

@@ -67,14 +67,16 @@ func withAsker(req *http.Request, c asker) *http.Request {
 func (r *rest) authorise(ctx huma.Context, next func(huma.Context)) {
 	need, ok := ctx.Operation().Metadata["permission"].(permission)
 	c := askerFrom(ctx.Context())
+	refused := func(*api.Problem) {}
+	if ctx.Operation().Method != http.MethodGet {
+		refused = func(p *api.Problem) { r.auditFailure(ctx.Context(), ctx.Operation().OperationID, p) }
+	}
 	if ok && permissions[c.role][need] {
-		next(ctx)
+		next(huma.WithValue(ctx, refusedKey{}, refused))
 		return
 	}
 	p := api.NewProblem(api.CodeForbidden, fmt.Sprintf("%s has the role %s, which does not allow to %s", c.actor.Who, c.role, need))
-	if ctx.Operation().Method != http.MethodGet {
-		r.auditFailure(ctx.Context(), ctx.Operation().OperationID, p)
-	}
+	refused(p)
 	_, w := unwrap(ctx)
 	writeProblem(w, p)
 }

@@ -33,7 +33,22 @@ func init() {
 		}
 		return p
 	}
+	huma.NewErrorWithContext = func(ctx huma.Context, status int, message string, errs ...error) huma.StatusError {
+		err := huma.NewError(status, message, errs...)
+		var p *api.Problem
+		if refused, ok := ctx.Context().Value(refusedKey{}).(func(*api.Problem)); ok && errors.As(err, &p) {
+			switch status { // what huma says before an operation is reached
+			case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
+				refused(p)
+			}
+		}
+		return err
+	}
 }
+
+// refusedKey is of a function that hears why a changing call does not reach its
+// operation.
+type refusedKey struct{}
 
 func codeOf(status int) api.Code {
 	for _, c := range []api.Code{

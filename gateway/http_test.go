@@ -398,6 +398,50 @@ func TestBadRequests(t *testing.T) {
 	}
 }
 
+// A changing call that comes to nothing is in the audit log once, wherever it was
+// refused; one that reads is not.
+func TestRefusedCallsAreAudited(t *testing.T) {
+	t.Parallel()
+	w, c := serving(t, false)
+	for what, x := range map[string]struct{ method, path, body string }{
+		"action.run":    {http.MethodPost, "/api/v1/actions", `{"comand":["true"],"selector":"*"}`},         // by its schema
+		"join.create":   {http.MethodPost, "/api/v1/joins", `{`},                                            // not even JSON
+		"node.drain":    {http.MethodPost, "/api/v1/nodes/x/drain?now=true", "{}"},                          // by its parameters
+		"node.tag":      {http.MethodPost, "/api/v1/nodes/x/tags", `{"set":{"a":"b"}}`},                     // by the operation
+		"node.list":     {http.MethodGet, "/api/v1/nodes?stat=down", ""},                                    // changes nothing
+		"policy.delete": {http.MethodDelete, "/api/v1/policies/" + strings.Repeat("x", 300), ""},            // by the operation, or before it
+		"rule.apply":    {http.MethodPost, "/api/v1/rules", `{"manifests":"` + strings.Repeat("x", 20<<20)}, // too large
+	} {
+		res := w.http(t, x.method, x.path, x.body)
+		_ = res.Body.Close()
+		log, err := c.Audit(t.Context(), api.AuditQuery{What: what})
+		want := 1
+		if x.method == http.MethodGet {
+			want = 0
+		}
+		if err != nil || res.StatusCode < 400 || len(log) != want {
+			t.Errorf("%s: %s, %d rows, %v", what, res.Status, len(log), err)
+		}
+		for _, e := range log {
+			if e.Result != "refused" || e.Who == "" || e.Object == "" || e.Detail == "" {
+				t.Errorf("%s: %+v", what, e)
+			}
+		}
+	}
+}
+
+// A condition that nobody looks at is refused: its sender relies on it.
+func TestConditionWhereThereIsNone(t *testing.T) {
+	t.Parallel()
+	_, c := serving(t, false)
+	if _, err := c.IfMatch(`"1"`).CreateJoin(t.Context(), api.CreateJoin{Name: "web"}); codeOfError(err) != api.CodeInvalid || !strings.Contains(err.Error(), "If-Match") {
+		t.Errorf("a code was made under a condition: %v", err)
+	}
+	if joins, err := c.Joins(t.Context()); err != nil || len(joins) != 0 {
+		t.Errorf("%d codes, %v", len(joins), err)
+	}
+}
+
 // Whoever takes the wrong method is told so, and which ones there are.
 func TestWrongMethod(t *testing.T) {
 	t.Parallel()
