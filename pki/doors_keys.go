@@ -126,8 +126,11 @@ func (a *Authority) openDoorKeys(ctx context.Context) (*doorKeys, error) {
 	if err := k.follow(ctx); err != nil {
 		return nil, fmt.Errorf("doors in %s: %w", a.dir, err)
 	}
-	if left := time.Until(k.set.Load().all[0].chain[0].NotAfter); left < 365*24*time.Hour {
-		a.log.WarnContext(ctx, "the intermediate for other programs ends soon", "not_after", k.set.Load().all[0].chain[0].NotAfter)
+	inter := k.set.Load().all[0].chain[0]
+	if err := doorsOver(inter); err != nil {
+		a.log.ErrorContext(ctx, "the doors are open, and issue nothing", "error", err)
+	} else if time.Until(inter.NotAfter) < 365*24*time.Hour {
+		a.log.WarnContext(ctx, "the intermediate for other programs ends soon", "not_after", inter.NotAfter)
 	}
 	a.doors.Store(k)
 	return k, nil
@@ -487,10 +490,18 @@ func checkDoors(chain []*x509.Certificate, trustDomain string) error {
 		return errors.New("it is a SPIFFE intermediate, which must not certify other programs")
 	case !inter.IsCA || !excluded:
 		return fmt.Errorf("the intermediate must be a CA whose name constraints exclude the DNS names of %s", trustDomain)
-	case time.Now().After(inter.NotAfter):
-		return fmt.Errorf("the intermediate for other programs expired on %s (is the clock of this host right? `sallyport ca csr --doors` begins a new one)", inter.NotAfter.UTC().Format(time.RFC3339))
 	}
 	return nil
+}
+
+// doorsOver says so when an intermediate for other programs has ended. The doors
+// open all the same: they hand out what clients have to trust and who is revoked,
+// and nobody else has to do without the gateway.
+func doorsOver(inter *x509.Certificate) error {
+	if time.Now().Before(inter.NotAfter) {
+		return nil
+	}
+	return fmt.Errorf("the intermediate for other programs expired on %s, and certifies nothing any more (is the clock of this host right? `sallyport ca csr --doors` begins a new one)", inter.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // describe says what clients have to know of a set.

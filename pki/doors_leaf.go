@@ -39,6 +39,9 @@ func doorLeaf(trustDomain string, inter *x509.Certificate, pub any, r doorReques
 			return nil, fmt.Errorf("%w: %q is a name of the trust domain", doors.ErrRefused, name)
 		}
 	}
+	if err := doorsOver(inter); err != nil { // its leaves would have ended with it
+		return nil, err
+	}
 	now := time.Now()
 	end := now.Add(doors.Life)
 	if !r.NotAfter.IsZero() && r.NotAfter.After(now) && r.NotAfter.Before(end) {

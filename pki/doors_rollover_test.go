@@ -305,6 +305,65 @@ func TestImportDoors(t *testing.T) {
 	}
 }
 
+// TestImportedDoorsEnd: nobody replaces an imported intermediate but who imported
+// it. When it has ended nothing is certified, least of all leaves that have ended
+// with it; the doors still open, because the gateway starts with them.
+func TestImportedDoorsEnd(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		corp, key := newOutside(t), ecKey(t)
+		bring := func(life time.Duration) *x509.Certificate {
+			csr, _, err := pki.RequestDoors(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			inter := corp.sign(csr, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(life) })
+			if err := pki.ImportDoors(t.Context(), dir, []*x509.Certificate{inter, corp.root}, quiet); err != nil {
+				t.Fatal(err)
+			}
+			return inter
+		}
+		closeIt(t, open(t, dir))
+		inter := bring(100 * 24 * time.Hour)
+		a := open(t, dir)
+		d, err := a.Doors(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		issue := func() ([]*x509.Certificate, error) {
+			return d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, key), Names: []string{"a.example"}})
+		}
+		if _, err := issue(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(inter.NotAfter) + time.Hour)
+		for _, what := range []string{"running on", "started again"} {
+			leaf, err := issue()
+			switch {
+			case err == nil:
+				t.Errorf("%s, it issues a leaf that ended at %s", what, leaf[0].NotAfter)
+			case errors.Is(err, doors.ErrRefused) || !strings.Contains(err.Error(), "expired on") || !strings.Contains(err.Error(), "csr --doors"):
+				t.Errorf("%s: %v", what, err)
+			}
+			closeIt(t, a)
+			a = open(t, dir)
+			if d, err = a.Doors(t.Context(), ""); err != nil {
+				t.Fatalf("the doors do not open: %v", err)
+			}
+		}
+		closeIt(t, a)
+		next := bring(200 * 24 * time.Hour)
+		a = open(t, dir)
+		defer func() { closeIt(t, a) }()
+		if d, err = a.Doors(t.Context(), ""); err != nil {
+			t.Fatal(err)
+		}
+		if chain, err := issue(); err != nil || !d.Chain()[0].Equal(next) || !chain[0].NotAfter.After(time.Now()) || len(d.Doors()) != 1 {
+			t.Errorf("with the next one: %v, %d intermediates", err, len(d.Doors()))
+		}
+	})
+}
+
 // The keys of the doors may be in a signer, as all others.
 func TestDoorsWithSigner(t *testing.T) {
 	socket, _ := signer(t, shortDir(t))
