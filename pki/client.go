@@ -360,8 +360,8 @@ func (c *Client) Run(ctx context.Context) error {
 		case <-tick.C:
 		}
 		err := c.refresh(ctx)
-		if err == nil {
-			err = c.refreshDoors(ctx)
+		if d := c.doors.Load(); err == nil && d != nil {
+			d.look(ctx)
 		}
 		if ctx.Err() != nil {
 			return nil

@@ -25,8 +25,9 @@ const fileDoorsState = "pki-doors.json"
 // remoteDoors are the doors of an authority in another process: their keys are
 // there.
 type remoteDoors struct {
-	c   *Client
-	now atomic.Pointer[doorIssuers]
+	c    *Client
+	now  atomic.Pointer[doorIssuers]
+	lost bool // the last look failed; used by [Client.Run] only
 }
 
 // Doors are those of the authority in the other process, which keeps their keys
@@ -41,13 +42,12 @@ func (c *Client) Doors(ctx context.Context, baseURL string) (*Doors, error) {
 		if err == nil {
 			break
 		}
-		away := (*net.OpError)(nil)
-		if !errors.As(err, &away) {
-			return nil, fmt.Errorf("doors: certificate authority at %s: %w", c.cfg.Addr, err)
-		}
-		if r.now.Load() != nil {
-			c.cfg.Log.WarnContext(ctx, "the certificate authority does not answer; the doors work with what is known of it, and issue nothing", "error", err)
+		if r.now.Load() != nil && ctx.Err() == nil { // as [Connect]: whatever it is, the gateway starts
+			c.cfg.Log.WarnContext(ctx, "the certificate authority does not say what the doors issue from; they work with what is known of it, and issue nothing", "error", err)
 			break
+		}
+		if away := (*net.OpError)(nil); !errors.As(err, &away) {
+			return nil, fmt.Errorf("doors: certificate authority at %s: %w", c.cfg.Addr, err)
 		}
 		c.cfg.Log.WarnContext(ctx, "the certificate authority does not answer; the doors cannot be opened without what it says", "error", err, "again_in", connectTick)
 		select {
@@ -106,6 +106,21 @@ func (r *remoteDoors) refresh(ctx context.Context) error {
 	}
 	r.now.Store(i)
 	return nil
+}
+
+// look is refresh, and says in the log when that begins to fail, and when it is
+// over. It does not make the authority one that is away: it issues to parties,
+// and may lack an intermediate for other programs only.
+func (r *remoteDoors) look(ctx context.Context) {
+	err := r.refresh(ctx)
+	switch {
+	case ctx.Err() != nil:
+	case err != nil && !r.lost:
+		r.c.cfg.Log.ErrorContext(ctx, "the doors issue nothing: the certificate authority does not say from what", "error", err)
+	case err == nil && r.lost:
+		r.c.cfg.Log.InfoContext(ctx, "the doors issue again")
+	}
+	r.lost = err != nil
 }
 
 func (r *remoteDoors) trustDomain() string   { return r.c.td }

@@ -5,6 +5,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"math/big"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -121,5 +123,51 @@ func TestRemoteDoorsAway(t *testing.T) {
 	}
 	if _, err := away.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"a.example"}}); err == nil {
 		t.Error("issued by nobody")
+	}
+}
+
+// TestRemoteDoorsLost: an authority that answers, and cannot say what the doors
+// issue from, or refuses this gateway, keeps no gateway from starting that knows
+// it. That it is away would be wrong too: parties get their certificates.
+func TestRemoteDoorsLost(t *testing.T) {
+	dir := t.TempDir()
+	g := newGateway(t, "")
+	t.Run("as it was", func(t *testing.T) {
+		r := serve(t, dir, "127.0.0.1:0")
+		code, _ := r.code(time.Hour)
+		g.addr = r.addr
+		c := g.enrolled(t, code)
+		if _, err := c.Doors(t.Context(), ""); err != nil {
+			t.Fatal(err)
+		}
+	})
+	chain, registered := filepath.Join(dir, "doors.pem"), filepath.Join(dir, "gateways")
+	for _, c := range []struct {
+		what string
+		harm func() error
+	}{
+		{"damaged", func() error { return os.WriteFile(chain, []byte("garbage"), 0o600) }},
+		{"unregistered", func() error { return os.RemoveAll(registered) }},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			if err := c.harm(); err != nil {
+				t.Fatal(err)
+			}
+			g.addr = serve(t, dir, "127.0.0.1:0").addr
+			c, err := g.connect(t, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := c.Doors(t.Context(), "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(d.Chain()) == 0 {
+				t.Error("nothing is known of the doors")
+			}
+			if _, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"a.example"}}); err == nil {
+				t.Error("issued by nobody")
+			}
+		})
 	}
 }
