@@ -169,11 +169,16 @@ func sign(tmpl, parent *x509.Certificate, pub crypto.PublicKey, key crypto.Signe
 }
 
 func load(dir string, keys keyring) (*material, error) {
-	var m material
-	var err error
-	if m.ledger, err = loadLedger(dir); err != nil {
+	l, err := loadLedger(dir)
+	if err != nil {
 		return nil, err
 	}
+	return loadAs(dir, l, keys)
+}
+
+// loadAs reads what a ledger asks for, which may be one that is not written yet.
+func loadAs(dir string, l *ledger, keys keyring) (*material, error) {
+	m := material{ledger: l}
 	if err := m.loadIssuers(dir, keys); err != nil {
 		return nil, err
 	}

@@ -162,6 +162,10 @@ func loadLedger(dir string) (*ledger, error) {
 	if err != nil {
 		return nil, err
 	}
+	return parseLedger(b)
+}
+
+func parseLedger(b []byte) (*ledger, error) {
 	l := new(ledger)
 	if err := json.Unmarshal(b, l); err != nil {
 		return nil, damaged(fileIssuers, err.Error())
@@ -183,13 +187,18 @@ func abandoned(dir string) bool {
 	return err == nil
 }
 
+func (l *ledger) encode() ([]byte, error) {
+	b, err := json.MarshalIndent(l, "", "  ")
+	return append(b, '\n'), err
+}
+
 // saveLedger makes a change happen.
 func saveLedger(dir string, l *ledger) error {
-	b, err := json.MarshalIndent(l, "", "  ")
+	b, err := l.encode()
 	if err != nil {
 		return err
 	}
-	return writeFile(dir, fileIssuers, append(b, '\n'), 0o600)
+	return writeFile(dir, fileIssuers, b, 0o600)
 }
 
 // loadCertificates reads the certificates that the ledger names.

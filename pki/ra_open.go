@@ -168,12 +168,17 @@ var errPair = errors.New("do not belong together")
 
 // loadRegistered reads the files of a registration authority.
 func (a *Authority) loadRegistered() (*material, error) {
-	m := new(material)
-	var err error
-	if m.ledger, err = loadLedger(a.dir); err != nil {
+	l, err := loadLedger(a.dir)
+	if err != nil {
 		return nil, err
 	}
-	if err := m.loadCertificates(a.dir); err != nil {
+	return a.loadRegisteredAs(l)
+}
+
+func (a *Authority) loadRegisteredAs(l *ledger) (*material, error) {
+	m := &material{ledger: l}
+	err := m.loadCertificates(a.dir)
+	if err != nil {
 		return nil, err
 	}
 	if m.document, err = readCert(a.dir, fileDocument); err != nil {

@@ -243,7 +243,9 @@ func (a *Authority) deleteKeys(ctx context.Context) {
 }
 
 // turn changes the ledger: everything that the change needs is on disk before
-// it, and what was, issues until it is done.
+// it, and what was, issues until it is done. What cannot be used, above all because
+// the signer that has its key is away, changes nothing: a step that was refused
+// must not be found taken at the next start.
 func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64, done func(wire.CAState)) (wire.CAState, error) {
 	a.turning.Lock()
 	defer a.turning.Unlock()
@@ -252,11 +254,18 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 		return wire.CAState{}, err
 	}
 	l.TrustAbove = max(l.TrustAbove, atLeast)
-	if err := saveLedger(a.dir, l); err != nil {
+	b, err := l.encode()
+	if err != nil {
 		return wire.CAState{}, err
 	}
-	m, err := a.reload()
+	if l, err = parseLedger(b); err != nil { // as the next start reads it
+		return wire.CAState{}, err
+	}
+	m, err := a.loadAs(l)
 	if err != nil {
+		return wire.CAState{}, err
+	}
+	if err := writeFile(a.dir, fileIssuers, b, 0o600); err != nil {
 		return wire.CAState{}, err
 	}
 	if err := a.use(m); err != nil {
@@ -275,11 +284,11 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	return s, nil
 }
 
-func (a *Authority) reload() (*material, error) {
+func (a *Authority) loadAs(l *ledger) (*material, error) {
 	if a.ra != nil {
-		return a.loadRegistered()
+		return a.loadRegisteredAs(l)
 	}
-	return load(a.dir, a.keys)
+	return loadAs(a.dir, l, a.keys)
 }
 
 // signTrust signs a trust document if the one held says another thing, or if

@@ -221,6 +221,32 @@ func TestKeysAreMadeWhereTheOthersAre(t *testing.T) {
 	}
 }
 
+// TestRolloverWithoutSigner: a step that is refused because the signer is away is
+// not found taken at the next start, and an abort that is repeated is one abort.
+func TestRolloverWithoutSigner(t *testing.T) {
+	keys, dir := shortDir(t), t.TempDir()
+	socket, stop := signer(t, keys)
+	a := open(t, dir, pki.WithSigner(socket))
+	was := rotate(t, a, wire.RolloverIntermediate)
+	stop()
+	for what, step := range map[string]func() (wire.CAState, error){
+		"abort":  func() (wire.CAState, error) { return a.Abort(t.Context(), 0) },
+		"finish": func() (wire.CAState, error) { return a.Finish(t.Context(), false, 0) },
+	} {
+		if _, err := step(); !errors.Is(err, pki.ErrSigner) {
+			t.Errorf("%s: %v", what, err)
+		}
+		closeIt(t, a)
+		socket, stop = signer(t, keys)
+		a = open(t, dir, pki.WithSigner(socket))
+		if now := a.State(); now.Rollover == nil || now.Rollover.Aborted || now.Issuing() != was.Issuing() {
+			t.Errorf("%s was refused, and is found taken: %+v", what, now)
+		}
+		stop()
+	}
+	closeIt(t, a)
+}
+
 // A reference to a key that the signer holds under that name, but another one.
 func TestSignerSwapped(t *testing.T) {
 	keys, dir := shortDir(t), t.TempDir()
