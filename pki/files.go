@@ -69,17 +69,12 @@ func damaged(file, cause string) error {
 // The trust domain is written last: a directory in which nothing was ever
 // issued, because a crash interrupted the making, is made anew.
 func loadOrMake(dir string, keys keyring) (*material, bool, error) {
-	have := map[string]bool{}
-	for _, name := range []string{fileInter, fileTrustDomain, fileRevocations, fileIssuers} {
-		_, err := os.Stat(filepath.Join(dir, name))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, false, err
-		}
-		have[name] = err == nil
+	have, err := Exists(dir)
+	if err != nil {
+		return nil, false, err
 	}
-	made := false
-	if !have[fileTrustDomain] && !have[fileInter] && !have[fileRevocations] && !have[fileIssuers] {
-		made = true
+	made := !have
+	if made {
 		if _, err := os.Stat(filepath.Join(dir, fileImport)); !errors.Is(err, fs.ErrNotExist) {
 			return nil, false, fmt.Errorf("an intermediate was asked for with ca csr: import its certificate with `sallyport ca import`, or delete %s to have a CA made here (%w)", fileImport, errors.Join(ErrImport, err))
 		}
@@ -89,6 +84,17 @@ func loadOrMake(dir string, keys keyring) (*material, bool, error) {
 	}
 	m, err := load(dir, keys)
 	return m, made, err
+}
+
+// Exists tells whether there is an authority in a directory, whole or damaged:
+// where there is none, [Open] makes one.
+func Exists(dir string) (bool, error) {
+	for _, name := range []string{fileInter, fileTrustDomain, fileRevocations, fileIssuers} {
+		if _, err := os.Stat(filepath.Join(dir, name)); !errors.Is(err, fs.ErrNotExist) {
+			return err == nil, err
+		}
+	}
+	return false, nil
 }
 
 func create(dir string, keys keyring) error {

@@ -17,6 +17,7 @@ import (
 	"sallyport/gateway/store"
 	"sallyport/internal/cli"
 	"sallyport/internal/sealed"
+	"sallyport/pki"
 )
 
 const passphraseVariable = "SALLYPORT_BACKUP_PASSPHRASE_FILE"
@@ -71,6 +72,8 @@ func (a *app) backupCommand() *cobra.Command {
 			a.out.Note("%s holds installation %s, generation %d, encrypted under the passphrase.", args[0], m.Installation, m.Generation)
 			if !m.Authority {
 				a.out.Note("It holds no certificate authority: there is none in %s. Back it up where it is.", c.Dir("pki"))
+			} else if p, err := config.LoadPKI(a.streams.Env); err == nil && p.Signer != "" {
+				a.out.Note("It holds no keys that the signer at %s keeps: copy the signer's directory too.", p.Signer)
 			}
 			return nil
 		},
@@ -119,7 +122,7 @@ func (a *app) sayRestored(c config.Gateway, r backup.Restored) error {
 	}
 	a.out.Say("%s is restored: installation %s, generation %d. Start the gateway now.", r.Database, r.Installation, r.Generation)
 	if !r.Authority {
-		a.out.Say("The backup holds no certificate authority: the one in %s is used as it is.", c.Dir("pki"))
+		a.sayAuthority(c)
 	}
 	if r.Previous != "" {
 		a.out.Say("The database before is kept as %s.", r.Previous)
@@ -128,4 +131,19 @@ func (a *app) sayRestored(c config.Gateway, r backup.Restored) error {
 		}
 	}
 	return nil
+}
+
+// sayAuthority says which certificate authority a gateway goes on with whose backup
+// holds none.
+func (a *app) sayAuthority(c config.Gateway) {
+	const none = "The backup holds no certificate authority"
+	here, err := pki.Exists(c.Dir("pki"))
+	switch {
+	case c.PKI != "":
+		a.out.Say(none+": the one at %s is used as it is.", c.PKI)
+	case here || err != nil: // that of another user
+		a.out.Say(none+": the one in %s is used as it is.", c.Dir("pki"))
+	default:
+		a.out.Say(none+", and there is none in %s: set SALLYPORT_GATEWAY_PKI as it was before, or put that directory back first.", c.Dir("pki"))
+	}
 }

@@ -112,6 +112,9 @@ type certifier interface {
 // names; keep runs as long as the gateway does.
 func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Identity) (ca certifier, keep func(context.Context) error, done func() error, err error) {
 	if h.cfg.PKI == "" {
+		if err := h.elsewhere(id); err != nil {
+			return nil, nil, nil, err
+		}
 		a, err := openAuthority(ctx, h.pki, h.log)
 		if err != nil {
 			return nil, nil, nil, err
@@ -123,6 +126,23 @@ func (h *gatewayHost) authority(ctx context.Context, dir string, id *identity.Id
 		return nil, nil, nil, err
 	}
 	return c, c.Run, func() error { c.Close(); return nil }, nil
+}
+
+// elsewhere refuses to have a new authority made for a gateway that belongs to
+// one: no party trusts it, and the next backup would hold it. An external CA is
+// found again by its root.
+func (h *gatewayHost) elsewhere(id *identity.Identity) error {
+	td, dir := id.TrustDomain(), h.pki.Dir("pki")
+	if td == "" || h.pki.CA != "" {
+		return nil
+	}
+	here, err := pki.Exists(dir)
+	if here || err != nil {
+		return err
+	}
+	return fmt.Errorf("this gateway and its parties are of %s, and its certificate authority is not in %s: "+
+		"where it is a process of its own (run pki), set SALLYPORT_GATEWAY_PKI as it was; else put that directory back, or restore both from one backup (`sallyport restore FILE`); "+
+		"without either move %s away, and every party has to enrol again", td, dir, id.Dir())
 }
 
 // serve opens the doors on this host and runs the gateway behind them.
