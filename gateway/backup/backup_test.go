@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"database/sql"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -19,6 +20,7 @@ import (
 
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
@@ -217,6 +219,40 @@ func TestAnAuthorityThatIsAnotherKeepsNoRevocations(t *testing.T) {
 	}
 	if b, err := os.ReadFile(filepath.Join(p.PKI, "revocations.json")); err != nil || string(b) != revocations(3) {
 		t.Errorf("%s, %v", b, err)
+	}
+}
+
+// TestRevocationsOfAnIssuerThatChanged: a change of the root, and an external CA
+// that issues from another intermediate, leave another file of the issuer; what
+// was revoked since the backup stays revoked.
+func TestRevocationsOfAnIssuerThatChanged(t *testing.T) {
+	ca, p := identitytest.NewCA(t), live(t)
+	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Root.Raw})
+	put(t, filepath.Join(p.PKI, "root.pem"), string(root), 0o600)
+	sealed := func(ca *identitytest.CA, n int64) string {
+		b, err := json.Marshal(ca.Revoke(t, n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	put(t, filepath.Join(p.PKI, "revocations.json"), sealed(ca, 3), 0o600)
+	file, _ := backedUp(t, p)
+	for _, c := range []struct {
+		set  string
+		kept bool
+	}{
+		{sealed(identitytest.NewCA(t), 9), false}, // which is no set of that authority, and would keep it from opening
+		{sealed(ca, 9), true},
+	} {
+		put(t, filepath.Join(p.PKI, "intermediate.pem"), "the issuer's next certificate", 0o600)
+		put(t, filepath.Join(p.PKI, "revocations.json"), c.set, 0o600)
+		if _, err := Restore(t.Context(), p, file, ask); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := os.ReadFile(filepath.Join(p.PKI, "revocations.json")); err != nil || (string(b) == c.set) != c.kept {
+			t.Errorf("kept %t, want %t: %s, %v", !c.kept, c.kept, b, err)
+		}
 	}
 }
 

@@ -3,7 +3,9 @@ package backup
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -13,10 +15,13 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
+	"sallyport/internal/identity"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
+	"sallyport/internal/wire"
 )
 
 // maxManifest bounds the manifest, in bytes.
@@ -173,8 +178,12 @@ func (s *stage) keepRevocations() error {
 	}
 	ours, newest := string(read(s.tree(treePKI), issuer)), read(s.tree(treePKI), set)
 	held := numberOf(newest)
+	roots, err := s.roots()
+	if err != nil {
+		return err
+	}
 	for _, dir := range dirs {
-		if b := read(dir, set); ours != "" && of(dir) == ours && numberOf(b) > numberOf(newest) {
+		if b := read(dir, set); ours != "" && numberOf(b) > numberOf(newest) && (of(dir) == ours || sealedBelow(b, roots)) {
 			newest = b
 		}
 	}
@@ -186,6 +195,44 @@ func (s *stage) keepRevocations() error {
 		return err
 	}
 	return writeNew(target, 0o600, bytes.NewReader(newest))
+}
+
+// roots are those of the authority that is restored. The file of its issuer is
+// another one after a change of the root, and after an external CA has moved on;
+// what these roots vouch for is its own set all the same.
+func (s *stage) roots() (roots []*x509.Certificate, err error) {
+	files, err := filepath.Glob(filepath.Join(s.tree(treePKI), "root*.pem"))
+	if err != nil {
+		return nil, err
+	}
+	for _, file := range files {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		block, _ := pem.Decode(b)
+		if block == nil {
+			continue // whoever opens the authority says so
+		}
+		if c, err := x509.ParseCertificate(block.Bytes); err == nil {
+			roots = append(roots, c)
+		}
+	}
+	return roots, nil
+}
+
+// sealedBelow tells whether a revocation set is one of these roots.
+func sealedBelow(b []byte, roots []*x509.Certificate) bool {
+	var env wire.Envelope
+	var set struct {
+		TrustDomain string    `json:"trust_domain"`
+		Issued      time.Time `json:"issued"`
+	}
+	if json.Unmarshal(b, &env) != nil || json.Unmarshal(env.Payload, &set) != nil {
+		return false
+	}
+	_, err := identity.VerifyRevocations(env, roots, set.TrustDomain, set.Issued)
+	return err == nil
 }
 
 // numberOf reads the number of a revocation set, without any check: whoever
