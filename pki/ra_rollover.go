@@ -150,19 +150,22 @@ func (r *registrar) why() string {
 	return "it is taken over within a minute"
 }
 
-// look asks, while the root is replaced, whether the external CA issues from
-// another intermediate now. Without a rollover it is noticed with the next leaf.
+// look asks whether the external CA issues from another intermediate now: the CRL
+// that it makes is that one's, and whoever asks for the next leaf would be refused.
 func (a *Authority) look(ctx context.Context) {
 	m := a.mat()
-	if m.ledger.Rollover == nil {
-		return
-	}
+	turning := m.ledger.Rollover != nil
 	chain, err := a.ra.intermediates(ctx)
-	if err != nil {
+	switch {
+	case err != nil && turning:
 		a.log.WarnContext(ctx, "the external CA, whose root is being replaced, does not say from which intermediate it issues", "error", err)
-		return
-	}
-	if !chain[0].Equal(m.inter) {
+	case err != nil: // it is noticed with the next leaf
+	case turning:
+		if !chain[0].Equal(m.inter) {
+			a.ra.moved.Store(true)
+		}
+	case isSPIFFEInter(chain[0]) && !slices.ContainsFunc(chain, m.inter.Equal) && !chain[0].Equal(a.ra.named):
+		a.ra.named = chain[0]
 		a.ra.moved.Store(true)
 	}
 }

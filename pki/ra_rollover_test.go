@@ -145,6 +145,44 @@ func TestExternalRootIsFollowed(t *testing.T) {
 	}
 }
 
+// TestExternalIntermediateIsFollowed: another intermediate of the same root is
+// taken over before anybody asks for a leaf, once for each time that it changes,
+// and so is the way back.
+func TestExternalIntermediateIsFollowed(t *testing.T) {
+	s := newStranger(t)
+	a := open(t, t.TempDir(), s.option())
+	defer closeIt(t, a)
+	first := s.issuer()
+	s.newIntermediate()
+	second := s.issuer()
+	for n, now := range []issuer{second, first, second} {
+		s.use(now)
+		if err := a.KeepNow(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := a.State().Issuing().Key; got != wire.KeyOf(now.inter) {
+			t.Fatalf("change %d: it issues from %s", n, got.Fingerprint())
+		}
+		if _, err := a.Issue(t.Context(), request(t, a, fresh(t, a, wire.RoleNode), "web-1")); err != nil {
+			t.Errorf("change %d: the next leaf: %v", n, err)
+		}
+	}
+	// It says that it issues from another one, and does not: the leaf that seals
+	// documents is not renewed each minute because of that.
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
+		t.Fatal(err)
+	}
+	s.says = s.intermediate(s.root, s.rootKey, newKey(t))
+	for range 3 {
+		if err := a.KeepNow(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if env, _ := a.Revocations(); number(t, env) > 2 {
+		t.Errorf("the set was sealed again and again: number %d", number(t, env))
+	}
+}
+
 func isUntrusted(err error) bool {
 	unknown := x509.UnknownAuthorityError{}
 	return errors.As(err, &unknown) || errors.Is(err, identity.ErrUntrusted)

@@ -1,6 +1,7 @@
 package pki_test
 
 import (
+	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -51,7 +52,8 @@ type stranger struct {
 	crl      []byte     // nil: it has none
 	number   int64
 	noDB     bool
-	broken   atomic.Int64 // status of what it answers to a request to sign; 0: it signs
+	says     *x509.Certificate // nil: that it issues from inter
+	broken   atomic.Int64      // status of what it answers to a request to sign; 0: it signs
 	twist    atomic.Pointer[func(*x509.Certificate)]
 	lies     atomic.Pointer[x509.Certificate] // the root that it says it has
 }
@@ -96,7 +98,7 @@ func newStranger(t *testing.T) *stranger {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /intermediates.pem", func(w http.ResponseWriter, _ *http.Request) {
-		for _, c := range append([]*x509.Certificate{s.inter}, s.crosses...) {
+		for _, c := range append([]*x509.Certificate{cmp.Or(s.says, s.inter)}, s.crosses...) {
 			_ = pem.Encode(w, &pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
 		}
 	})
