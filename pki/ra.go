@@ -171,7 +171,7 @@ func (r *registrar) sign(ctx context.Context, tmpl *x509.Certificate, csr *x509.
 
 // answer sends one request to sign; status is 0 without an answer.
 func (r *registrar) answer(req *http.Request) (a stepAnswer, status int, err error) {
-	resp, err := r.trust.Load().http.Do(req)
+	resp, err := r.do(req)
 	if err != nil {
 		return a, 0, fmt.Errorf("%w: %w", ErrExternal, err)
 	}

@@ -94,7 +94,7 @@ func (r *registrar) intermediates(ctx context.Context) ([]*x509.Certificate, err
 	if err != nil {
 		return nil, err
 	}
-	resp, err := r.trust.Load().http.Do(req)
+	resp, err := r.do(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrExternal, err)
 	}

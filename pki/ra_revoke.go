@@ -141,7 +141,7 @@ func (r *registrar) revoke(ctx context.Context, e doors.Revoked) error {
 		return err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := r.trust.Load().http.Do(req)
+	resp, err := r.do(req)
 	if err != nil {
 		return fmt.Errorf("%w: revoke: %w", ErrExternal, err)
 	}
@@ -183,7 +183,7 @@ func (r *registrar) crl(ctx context.Context, inter *x509.Certificate, seen *crlT
 	if err != nil {
 		return nil, err
 	}
-	resp, err := r.trust.Load().http.Do(req)
+	resp, err := r.do(req)
 	if err != nil {
 		return nil, fmt.Errorf("%w: CRL: %w", ErrExternal, err)
 	}

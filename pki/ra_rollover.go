@@ -56,6 +56,23 @@ func (t *raTrust) above(inter *x509.Certificate) *rootCA {
 	return nil
 }
 
+// do sends a request, and says what it means that no trusted root vouches for the
+// server: the CA was given another root than the one that parties know.
+func (r *registrar) do(req *http.Request) (*http.Response, error) {
+	t := r.trust.Load()
+	resp, err := t.http.Do(req)
+	var shown *tls.CertificateVerificationError
+	if !errors.As(err, &shown) || !errors.As(err, new(x509.UnknownAuthorityError)) {
+		return resp, err
+	}
+	for _, root := range t.roots {
+		if !root.Retired.IsZero() && slices.ContainsFunc(shown.UnverifiedCertificates, func(c *x509.Certificate) bool { return c.CheckSignatureFrom(root.cert) == nil }) {
+			return resp, fmt.Errorf("%w (it is below root %d, which was given up at %s: have it issue below the one in use)", err, root.N, root.Retired.Format(time.RFC3339))
+		}
+	}
+	return resp, fmt.Errorf("%w (is it the CA? its new root is named with `sallyport ca rotate root --fingerprint`, while it is still below the old one)", err)
+}
+
 // isSPIFFEInter tells whether the one name of a certificate is that of a trust
 // domain.
 func isSPIFFEInter(c *x509.Certificate) bool {
@@ -192,9 +209,9 @@ func (a *Authority) Follow(ctx context.Context, sum []byte, alone bool, atLeast 
 		if alone {
 			return nil, fmt.Errorf("%w: name the root first, and let every party have the new list of roots; --without-cross is for then", ErrRollover)
 		}
-		root, err := a.ra.askRoot(ctx, a.ra.trust.Load().http, sum)
-		if err != nil {
-			return nil, fmt.Errorf("%w at %s: its new root: %w (step-ca hands out the roots in `root` and `federatedRoots` of ca.json; it must still be below the old root)", ErrExternal, a.ra.URL, err)
+		root, err := a.ra.askRoot(ctx, a.ra.do, sum)
+		if err != nil { // as text: it is not we who gave no answer
+			return nil, fmt.Errorf("%w at %s: its new root: %v (step-ca hands out the roots in `root` and `federatedRoots` of ca.json; it must still be below the old root)", ErrExternal, a.ra.URL, err) //nolint:errorlint // see above
 		}
 		n, err := a.trustNew(l, m, root)
 		if err != nil {

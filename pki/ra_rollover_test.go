@@ -183,6 +183,43 @@ func TestExternalIntermediateIsFollowed(t *testing.T) {
 	}
 }
 
+// TestExternalBelowAnotherRoot: a CA whose own server is below a root that nobody
+// named, or that was given up, is told from one that is away.
+func TestExternalBelowAnotherRoot(t *testing.T) {
+	s := newStranger(t)
+	a := open(t, t.TempDir(), s.option())
+	defer closeIt(t, a)
+	first, second := s.issuer(), s.next()
+	_, err := s.follow(a, second.root, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.use(second)
+	if err := a.KeepNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Finish(t.Context(), false, 0); err != nil {
+		t.Fatal(err)
+	}
+	third := s.next()
+	for what, c := range map[string]struct {
+		now  issuer
+		want string
+	}{
+		"given up": {first, "root 1, which was given up at"},
+		"unnamed":  {third, "ca rotate root --fingerprint"},
+	} {
+		s.use(c.now)
+		if _, err := a.Issue(t.Context(), request(t, a, fresh(t, a, wire.RoleNode), "web-1")); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v", what, err)
+		}
+		_, err := s.follow(a, third.root, false)
+		if !errors.Is(err, pki.ErrExternal) || !strings.Contains(err.Error(), c.want) || errors.As(err, new(*url.Error)) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
 func isUntrusted(err error) bool {
 	unknown := x509.UnknownAuthorityError{}
 	return errors.As(err, &unknown) || errors.Is(err, identity.ErrUntrusted)

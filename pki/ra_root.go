@@ -64,17 +64,17 @@ func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
-	return r.askRoot(ctx, client, r.Fingerprint)
+	return r.askRoot(ctx, client.Do, r.Fingerprint)
 }
 
 // askRoot asks for the certificate with a fingerprint, as `step ca root` does.
 // Whoever answers cannot choose it: it is the SHA-256 of the answer.
-func (r *registrar) askRoot(ctx context.Context, client *http.Client, want []byte) (*x509.Certificate, error) {
+func (r *registrar) askRoot(ctx context.Context, do func(*http.Request) (*http.Response, error), want []byte) (*x509.Certificate, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.URL+"/root/"+hex.EncodeToString(want), http.NoBody)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := client.Do(req)
+	resp, err := do(req)
 	if err != nil {
 		return nil, err
 	}

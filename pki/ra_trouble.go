@@ -70,7 +70,7 @@ func (r *registrar) healthy(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	resp, err := r.trust.Load().http.Do(req)
+	resp, err := r.do(req)
 	if err != nil {
 		return fmt.Errorf("%w: %w", ErrExternal, err)
 	}
