@@ -76,7 +76,7 @@ func (s *Server) concerns(now time.Time, patience time.Duration) []concern {
 			given.severity, given.text, given.fix = wire.SeverityCritical, problem+" "+way, way
 		}
 		out = append(out, given)
-		if state.External != "" {
+		if state.External != "" || state.Signer != "" {
 			out = append(out, outside(now, state, patience))
 		}
 		out = append(out, ending(now, "intermediate", inter, state.External), ending(now, "root", state.RootOf(inter.Key), state.External))
@@ -87,15 +87,25 @@ func (s *Server) concerns(now time.Time, patience time.Duration) []concern {
 	return out
 }
 
-// outside is a concern when the external CA has issued nothing for some time.
+// outside is a concern when the external CA, or the signer that has the issuing
+// key, has signed nothing for some time.
 func outside(now time.Time, state wire.CAState, wait time.Duration) concern {
-	c := concern{keyCA + "external", wire.SeverityNormal, "the external CA at " + state.External + " answers", ""}
+	who, key := "the external CA at "+state.External, "external"
+	if state.External == "" {
+		who, key = "the signer at "+state.Signer, "signer"
+	}
+	c := concern{keyCA + key, wire.SeverityNormal, who + " answers", ""}
 	if state.Problem == "" || now.Sub(state.Since) < wait {
 		return c
 	}
 	c.severity = wire.SeverityMajor
-	c.text = fmt.Sprintf("the external CA at %s has issued nothing since %s: nothing is enrolled or renewed (%s)", state.External, state.Since.UTC().Format(time.RFC3339), state.Problem)
-	c.fix = "see whether it runs, and what its log says; where it refuses, whether it still has the provisioner that SALLYPORT_PKI_CA_PROVISIONER names, with the key in SALLYPORT_PKI_CA_KEY_FILE"
+	if since := state.Since.UTC().Format(time.RFC3339); state.External == "" {
+		c.text = fmt.Sprintf("%s has signed nothing since %s: nothing is enrolled, renewed or revoked (%s)", who, since, state.Problem)
+		c.fix = "see whether `sallyport run signer` runs there, what its log says, and whether SALLYPORT_SIGNER_USERS names the user of the certificate authority"
+	} else {
+		c.text = fmt.Sprintf("%s has issued nothing since %s: nothing is enrolled or renewed (%s)", who, since, state.Problem)
+		c.fix = "see whether it runs, and what its log says; where it refuses, whether it still has the provisioner that SALLYPORT_PKI_CA_PROVISIONER names, with the key in SALLYPORT_PKI_CA_KEY_FILE"
+	}
 	return c
 }
 
@@ -234,7 +244,7 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 var (
 	descOwnEnd = prometheus.NewDesc("sallyport_gateway_certificate_not_after_seconds", "End of this gateway's own certificate, in Unix time.", nil, nil)
 	descCAEnd  = prometheus.NewDesc("sallyport_gateway_ca_not_after_seconds", "End of the certificates of the authority that are trusted, in Unix time.", []string{"kind", "n", "state"}, nil)
-	descCAAway = prometheus.NewDesc("sallyport_gateway_ca_away", "1 while a certificate authority in another process does not answer, or an external CA issues nothing.", nil, nil)
+	descCAAway = prometheus.NewDesc("sallyport_gateway_ca_away", "1 while a certificate authority in another process does not answer, or an external CA or a signer signs nothing.", nil, nil)
 )
 
 // ends are the metrics of what can end.
@@ -256,7 +266,7 @@ func (e ends) Collect(ch chan<- prometheus.Metric) {
 	if ca, ok := e.s.enrolment.issuers(); ok {
 		state = ca.State()
 	}
-	if remote, ok := e.s.ca.(remoteCA); ok || state.External != "" {
+	if remote, ok := e.s.ca.(remoteCA); ok || state.External != "" || state.Signer != "" {
 		away := 0.0
 		if ok && !remote.Away().IsZero() || state.Problem != "" {
 			away = 1

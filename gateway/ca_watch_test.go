@@ -171,6 +171,12 @@ func TestConcernsAboutTheCA(t *testing.T) {
 	expect("it refuses", keyCA+"external", wire.SeverityMajor, 1, "not today")
 	ca.state.Problem, ca.state.Since = "", time.Time{}
 	expect("it issues again", keyCA+"external", "", 0, "ca.example:9000 answers")
+	ca.state.External, ca.state.Signer = "", "/run/signer.sock"
+	expect("a signer", keyCA+"signer", "", 0, "signer.sock answers")
+	ca.state.Problem, ca.state.Since = "nobody is there", time.Now().Add(-time.Hour)
+	expect("it is away", keyCA+"signer", wire.SeverityMajor, 1, "nobody is there")
+	ca.state.Problem, ca.state.Since = "", time.Time{}
+	expect("it is back", keyCA+"signer", "", 0, "signer.sock answers")
 }
 
 // endingDoors are doors of which only the chain is asked for.

@@ -140,24 +140,34 @@ func (a *Authority) openDoorKeys(ctx context.Context) (*doorKeys, error) {
 // programs has to be replaced.
 const doorsTick = 24 * time.Hour
 
-// keepDoors replaces the intermediate for other programs in time, until ctx
-// ends.
-func (a *Authority) keepDoors(ctx context.Context) error {
-	tick := time.NewTicker(doorsTick)
+// keepOwn looks after what an authority of our own needs, until ctx ends: the
+// intermediate for other programs is replaced in time, and a signer that goes away
+// is noticed.
+func (a *Authority) keepOwn(ctx context.Context) error {
+	tick := time.NewTicker(keepTick)
 	defer tick.Stop()
-	for {
+	trouble := false
+	for last := time.Now(); ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		a.turning.Lock()
-		if k := a.doors.Load(); k != nil {
-			if err := k.follow(ctx); err != nil {
-				a.log.ErrorContext(ctx, "the intermediate for other programs is not looked after; it is tried again tomorrow", "error", err)
-			}
+		trouble = a.watchSigner(ctx, trouble)
+		if time.Since(last) >= doorsTick {
+			last = time.Now()
+			a.keepDoors(ctx)
 		}
-		a.turning.Unlock()
+	}
+}
+
+func (a *Authority) keepDoors(ctx context.Context) {
+	a.turning.Lock()
+	defer a.turning.Unlock()
+	if k := a.doors.Load(); k != nil {
+		if err := k.follow(ctx); err != nil {
+			a.log.ErrorContext(ctx, "the intermediate for other programs is not looked after; it is tried again tomorrow", "error", err)
+		}
 	}
 }
 

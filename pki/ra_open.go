@@ -222,7 +222,7 @@ const (
 // intermediate.
 func (a *Authority) Keep(ctx context.Context) error {
 	if a.ra == nil {
-		return a.keepDoors(ctx)
+		return a.keepOwn(ctx)
 	}
 	tick := time.NewTicker(keepTurn)
 	defer tick.Stop()

@@ -81,10 +81,13 @@ func (r *registrar) healthy(ctx context.Context) error {
 	return nil
 }
 
-// Reach asks an external CA whether it issues, and returns why not; without one
-// there is nobody to ask.
+// Reach asks an external CA whether it issues, or the signer that has the issuing
+// key whether it has it, and returns why not; without them there is nobody to ask.
 func (a *Authority) Reach(ctx context.Context) error {
 	if a.ra == nil {
+		if key, ok := a.signerOf(); ok {
+			return key.try()
+		}
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, raTime)

@@ -29,6 +29,10 @@ func (a *Authority) State() wire.CAState {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := m.state(a.trustNo)
+	if key, ok := a.signerOf(); ok {
+		s.Signer = key.client.socket
+		s.Problem, s.Since = key.client.problem()
+	}
 	if a.ra != nil {
 		s.External = a.ra.URL
 		s.Problem, s.Since = a.ra.problem()

@@ -6,6 +6,7 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
@@ -17,6 +18,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"sallyport/internal/wire"
@@ -35,6 +37,7 @@ import (
 // {"message": TEXT}.
 const (
 	pathKeys   = "/v1/keys"
+	pathSign   = "/sign"          // behind the name of a key
 	signTime   = 30 * time.Second // a new key is encrypted with much work, on a host that may be busy
 	maxSigning = 16 << 10
 
@@ -69,6 +72,35 @@ var digests = map[string]crypto.Hash{"SHA-256": crypto.SHA256, "SHA-384": crypto
 type signerClient struct {
 	socket string
 	http   *http.Client
+
+	mu      sync.Mutex
+	why     string // it does not do what it is asked for; empty: it does
+	since   time.Time
+	refuses bool // to sign: that it has the key is no news then
+}
+
+// problem is why the signer signs nothing, and since when; empty: it does.
+func (c *signerClient) problem() (why string, since time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.why, c.since
+}
+
+// note keeps the first failure until there is none; signing says that it was asked
+// for a signature.
+func (c *signerClient) note(err error, signing bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil && (signing || !c.refuses):
+		c.why, c.since, c.refuses = "", time.Time{}, false
+	case err == nil:
+	case c.why == "":
+		c.why, c.since = err.Error(), time.Now().UTC().Truncate(time.Second)
+		fallthrough
+	default:
+		c.refuses = c.refuses || signing
+	}
 }
 
 // WithSigner has keys that are made from now on made and kept by the signer
@@ -103,6 +135,7 @@ func (c *signerClient) ask(method, path string, in, out any) (err error) {
 			// be taken for that of a key, which would be made anew.
 			err = fmt.Errorf("%w at %s: %v (does it run there, and may this user ask it: SALLYPORT_SIGNER_USERS?)", ErrSigner, c.socket, err) //nolint:errorlint // see above
 		}
+		c.note(err, strings.HasSuffix(path, pathSign))
 	}()
 	var body io.Reader
 	if in != nil {
@@ -175,7 +208,7 @@ func (k *signerKey) Public() crypto.PublicKey { return k.public }
 // mad would otherwise be noticed by the parties.
 func (k *signerKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	var a signAnswer
-	if err := k.client.ask(http.MethodPost, pathKeys+"/"+k.name+"/sign", signRequest{Digest: digest, Hash: opts.HashFunc().String()}, &a); err != nil {
+	if err := k.client.ask(http.MethodPost, pathKeys+"/"+k.name+pathSign, signRequest{Digest: digest, Hash: opts.HashFunc().String()}, &a); err != nil {
 		return nil, fmt.Errorf("sign with key %s: %w", k.name, err)
 	}
 	if !ecdsa.VerifyASN1(k.public, digest, a.Signature) {
@@ -199,14 +232,57 @@ func (k keyring) open(file string, block *pem.Block) (crypto.Signer, error) {
 	if !validKeyName(s.name) {
 		return nil, damaged(file, "names no key of a signer")
 	}
-	var a publicAnswer
-	if err := k.signer.ask(http.MethodGet, pathKeys+"/"+s.name, nil, &a); err != nil {
+	a, err := s.ask()
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	if !bytes.Equal(a.Public, block.Bytes) {
 		return nil, fmt.Errorf("%s: %w at %s holds another key by the name %s: is it the right signer?", filepath.Join(k.dir, file), ErrSigner, k.signer.socket, s.name)
 	}
 	return s, s.setPublic(a.Public)
+}
+
+// ask asks the signer for the key's public half.
+func (k *signerKey) ask() (a publicAnswer, err error) {
+	return a, k.client.ask(http.MethodGet, pathKeys+"/"+k.name, nil, &a)
+}
+
+// try asks the signer for the key, and for a signature of nothing if that is what
+// it last refused.
+func (k *signerKey) try() error {
+	k.client.mu.Lock()
+	refuses := k.client.refuses
+	k.client.mu.Unlock()
+	if !refuses {
+		_, err := k.ask()
+		return err
+	}
+	digest := sha256.Sum256([]byte("sallyport: does the signer sign?"))
+	_, err := k.Sign(nil, digest[:], crypto.SHA256)
+	return err
+}
+
+// signerOf is the signer's key that issues; false where it is in a file.
+func (a *Authority) signerOf() (*signerKey, bool) {
+	if a.ra != nil {
+		return nil, false
+	}
+	key, ok := a.mat().interKey.(*signerKey)
+	return key, ok
+}
+
+// watchSigner asks the signer how it is, logs a change, and returns whether it
+// fails; was is what it returned before. A running authority would notice with the
+// next signature only, and its operators when certificates end.
+func (a *Authority) watchSigner(ctx context.Context, was bool) bool {
+	err := a.Reach(ctx)
+	switch {
+	case err != nil && !was:
+		a.log.ErrorContext(ctx, "the signer signs nothing; what is enrolled works on", "error", err)
+	case err == nil && was:
+		a.log.InfoContext(ctx, "the signer signs again")
+	}
+	return err != nil
 }
 
 func validKeyName(s string) bool {

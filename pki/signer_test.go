@@ -247,6 +247,32 @@ func TestRolloverWithoutSigner(t *testing.T) {
 	closeIt(t, a)
 }
 
+// TestSignerAway: an authority says that its signer is away before a certificate
+// cannot be had, and that it is back.
+func TestSignerAway(t *testing.T) {
+	keys, dir := shortDir(t), t.TempDir()
+	socket, stop := signer(t, keys)
+	a := open(t, dir, pki.WithSigner(socket))
+	defer func() { closeIt(t, a) }()
+	look := func(when string, well bool) {
+		t.Helper()
+		err := a.Reach(t.Context())
+		if s := a.State(); (err == nil) != well || s.Signer != socket || (s.Problem == "") != well || s.Since.IsZero() != well || s.External != "" {
+			t.Errorf("%s: %v, %+v", when, err, s)
+		}
+	}
+	look("it is there", true)
+	stop()
+	look("it is away", false)
+	if _, err := a.Issue(t.Context(), request(t, a, fresh(t, a, wire.RoleNode), "web-1")); err == nil {
+		t.Error("a certificate was issued without a signer")
+	}
+	look("it did not sign", false)
+	_, stop = signer(t, keys)
+	look("it is back", true)
+	stop()
+}
+
 // A reference to a key that the signer holds under that name, but another one.
 func TestSignerSwapped(t *testing.T) {
 	keys, dir := shortDir(t), t.TempDir()

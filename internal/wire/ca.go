@@ -58,7 +58,8 @@ type CAState struct {
 	TrustDomain   string      `json:"trust_domain"`
 	Number        int64       `json:"number"`             // of the trust document; 0 before the first rollover
 	External      string      `json:"external,omitempty"` // URL of the CA that issues, of a registration authority
-	Problem       string      `json:"problem,omitempty"`  // why that issues nothing
+	Signer        string      `json:"signer,omitempty"`   // socket of the signer that has the issuing key
+	Problem       string      `json:"problem,omitempty"`  // why that CA, or that signer, signs nothing
 	Since         time.Time   `json:"since,omitzero"`     // of Problem
 	Roots         []CAIssuer  `json:"roots"`
 	Intermediates []CAIssuer  `json:"intermediates"`
