@@ -154,6 +154,9 @@ func (d *Dialer) dialH2(ctx context.Context, enroll bool) (*Conn, error) {
 	c, err := d.handshake(ctx, raw, p, conf)
 	if err != nil {
 		_ = raw.Close()
+		if !direct { // what answered may be the proxy itself: a page of its own, or a certificate of its own
+			err = fmt.Errorf("through the HTTP proxy: %w", err)
+		}
 		return nil, err
 	}
 	c.dialler = d

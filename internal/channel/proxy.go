@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 
 	"golang.org/x/net/http/httpproxy"
@@ -23,9 +24,35 @@ const maxProxyAnswer = 32 << 10
 // ErrProxy says that the HTTP proxy, not the party behind it, is the trouble.
 var ErrProxy = errors.New("HTTP proxy")
 
-// proxyFromEnvironment reads HTTPS_PROXY and NO_PROXY.
+var errProxyURL = errors.New("it is not of the form http://user:password@host:port; in user and password, write characters such as % / ? # \\ as %25 %2F %3F %23 %5C")
+
+// proxyFromEnvironment reads HTTPS_PROXY and NO_PROXY. Where the former is no
+// URL, because of a password with a slash for one, httpproxy would pass by the
+// proxy, or take the password for a part of an address, which logs show.
 func proxyFromEnvironment(target *url.URL) (*url.URL, error) {
-	return httpproxy.FromEnvironment().ProxyFunc()(target)
+	conf := httpproxy.FromEnvironment()
+	if conf.HTTPSProxy == "" {
+		return nil, nil
+	}
+	proxy, bad := parseProxy(conf.HTTPSProxy)
+	conf.HTTPSProxy = "http://proxy.invalid" // whether there is one for target is all that is asked
+	if found, err := conf.ProxyFunc()(target); found == nil || err != nil {
+		return nil, err
+	}
+	return proxy, bad
+}
+
+// parseProxy reads the URL of a proxy, which may lack its scheme. Its errors
+// show nothing of it.
+func parseProxy(s string) (*url.URL, error) {
+	if !strings.Contains(s, "://") {
+		s = "http://" + s
+	}
+	u, err := url.Parse(s)
+	if err != nil || u.Hostname() == "" || strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, errProxyURL
+	}
+	return u, nil
 }
 
 type dialFunc func(ctx context.Context, network, addr string) (net.Conn, error)
@@ -98,7 +125,7 @@ func dialProxy(ctx context.Context, dial dialFunc, proxy *url.URL, addr string) 
 	if err := askProxy(tunnel, proxy, addr); err != nil {
 		_ = conn.Close()
 		if ctx.Err() != nil {
-			err = context.Cause(ctx)
+			err = noAnswer(context.Cause(ctx))
 		}
 		return nil, err
 	}
@@ -109,6 +136,8 @@ func dialProxy(ctx context.Context, dial dialFunc, proxy *url.URL, addr string) 
 	return tunnel, nil
 }
 
+func noAnswer(err error) error { return fmt.Errorf("no answer to CONNECT: %w", err) }
+
 func askProxy(conn net.Conn, proxy *url.URL, addr string) error {
 	req := &http.Request{Method: http.MethodConnect, URL: &url.URL{Opaque: addr}, Host: addr, Header: http.Header{"User-Agent": {"sallyport"}}}
 	if u := proxy.User; u != nil {
@@ -116,7 +145,7 @@ func askProxy(conn net.Conn, proxy *url.URL, addr string) error {
 		req.Header.Set("Proxy-Authorization", "Basic "+base64.StdEncoding.EncodeToString([]byte(u.Username()+":"+pass)))
 	}
 	if err := req.Write(conn); err != nil {
-		return err
+		return noAnswer(err)
 	}
 	return readProxyAnswer(conn, req)
 }
@@ -131,16 +160,19 @@ func readProxyAnswer(r io.Reader, req *http.Request) error {
 			return fmt.Errorf("its answer is above %d bytes", maxProxyAnswer)
 		}
 		if _, err := io.ReadFull(r, b); err != nil {
-			return err
+			return noAnswer(err)
 		}
 		head = append(head, b[0])
 	}
 	res, err := http.ReadResponse(bufio.NewReader(bytes.NewReader(head)), req)
 	if err != nil {
-		return err
+		return fmt.Errorf("its answer to CONNECT is no HTTP: %w", err)
 	}
 	defer func() { _ = res.Body.Close() }()
+	unknown := res.StatusCode == http.StatusProxyAuthRequired || res.StatusCode == http.StatusUnauthorized // tinyproxy's word for a wrong password
 	switch {
+	case unknown && req.Header.Get("Proxy-Authorization") != "":
+		return fmt.Errorf("it does not take the user and the password in HTTPS_PROXY (%q)", headerText(res.Status))
 	case res.StatusCode == http.StatusProxyAuthRequired:
 		return errors.New("it wants authentication: put user and password into HTTPS_PROXY (http://user:password@host:port)")
 	case res.StatusCode/100 != 2:

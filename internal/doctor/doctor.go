@@ -16,6 +16,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -44,6 +45,11 @@ const (
 	fixService   = "something answers there that takes no channel of ours: see whether it is the right port (an RCP listens on 9090 by default, a gateway's API on 8443), and whether its *_LISTEN admits this side (@upstream, @downstream)"
 	fixProxy     = "the proxy itself is not reached: correct HTTPS_PROXY, or name this address in NO_PROXY if no proxy leads there"
 	fixProxyNo   = "the proxy answers, and does not let us through: see whether it allows CONNECT to that address and port and reaches it; or name the address in NO_PROXY if no proxy leads there"
+	fixProxyOdd  = "what answers there speaks no HTTP, or not with us: see whether HTTPS_PROXY names the port of an HTTP proxy (https:// where that wants TLS), and whether it works"
+	fixProxyURL  = "correct HTTPS_PROXY in the role's environment; until then nothing is dialled that it is for"
+	fixProxyTLS  = "; an HTTP proxy is on the way: if it opens TLS connections to look into them, or lets none through that is not HTTPS, have it leave this address alone"
+	fixFirewall  = "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
+	fixUntrusted = "the other side's certificate is of another CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
 	fixProxyUser = "put the user and the password that the proxy wants into HTTPS_PROXY (http://user:password@host:port)"
 	fixProxyQUIC = "QUIC does not pass HTTP proxies: set the carrier to auto or h2 (SALLYPORT_NODE_CARRIER, SALLYPORT_RCP_CARRIER, SALLYPORT_GATEWAY_CARRIER), or name the address in NO_PROXY if no proxy leads there"
 	fixClock     = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
@@ -361,6 +367,14 @@ func Channel(u wire.UpstreamStatus, waits bool) local.Check {
 // Upstream says what to do about a channel that cannot be opened. The texts
 // are those of the errors themselves.
 func Upstream(text string) string {
+	fix := upstream(text)
+	if strings.Contains(text, "through the HTTP proxy: ") && slices.Contains([]string{fixService, fixAuthority, fixUntrusted, fixFirewall}, fix) {
+		return fix + fixProxyTLS
+	}
+	return fix
+}
+
+func upstream(text string) string {
 	for _, f := range []struct {
 		err error
 		fix string
@@ -370,7 +384,7 @@ func Upstream(text string) string {
 		{identity.ErrWrongRole, "another role answers at that address: correct it"},
 		{identity.ErrWrongParty, "another RCP than the configured UUID answers: correct the address or the UUID"},
 		{identity.ErrExpired, "a certificate is not good now: compare the clocks of both sides; see clock"},
-		{identity.ErrUntrusted, "the other side's certificate is of another CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"},
+		{identity.ErrUntrusted, fixUntrusted},
 	} {
 		if strings.Contains(text, f.err.Error()) {
 			return f.fix
@@ -379,6 +393,10 @@ func Upstream(text string) string {
 	for _, f := range []struct{ says, fix string }{
 		{"h3 is demanded, and an HTTP proxy", fixProxyQUIC}, // these first: what follows "HTTP proxy" is of the proxy
 		{"it wants authentication", fixProxyUser},
+		{"it does not take the user and the password", fixProxyUser},
+		{"no answer to CONNECT: ", fixProxyOdd},
+		{": its answer ", fixProxyOdd},
+		{"HTTP proxy: HTTPS_PROXY: ", fixProxyURL},
 		{": it answered ", fixProxyNo},
 		{": HTTP proxy ", fixProxy},
 		{"no application protocol", fixService},
@@ -400,5 +418,5 @@ func Upstream(text string) string {
 	if strings.Contains(text, "the other side refuses us") {
 		return fixRefusedUs
 	}
-	return "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
+	return fixFirewall
 }
