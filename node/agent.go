@@ -87,7 +87,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if a.join, err = identity.OpenJoin(a.cfg.Join.Reveal(), a.cfg.Stdin); err != nil {
 		return fmt.Errorf("node: %w", err)
 	}
-	a.join.KeepIn(filepath.Join(dir, "join"))
+	a.join.KeepIn(filepath.Join(dir, identity.KeptJoin))
 	if err := a.open(dir); err != nil {
 		return errors.Join(fmt.Errorf("node: %w", err), a.abandon())
 	}
@@ -133,6 +133,10 @@ func (a *Agent) open(dir string) error {
 	if err != nil {
 		a.log.Warn("join code is not used", "error", err)
 	}
+	if a.cfg.Listen != "" && len(domains) != 1 { // before anything is made: a directory that is there counts from then on
+		return fmt.Errorf("SALLYPORT_NODE_LISTEN: a node that listens serves exactly one gateway, this one has %d: give it one join code, and have `sallyport local rejoin --trust-domain NAME` set aside what there is of others (%s)",
+			len(domains), strings.Join(domains, ", "))
+	}
 	for _, td := range domains {
 		if _, err := a.add(td); err != nil {
 			return fmt.Errorf("instance %s: %w", td, err)
@@ -141,7 +145,9 @@ func (a *Agent) open(dir string) error {
 	return nil
 }
 
-// domains lists the trust domains of directories and join codes.
+// domains lists the trust domains of directories and join codes. Where a node
+// that listens serves one already, codes of others are not used: once it had
+// two, its next start would fail.
 func (a *Agent) domains(dir string) ([]string, error) {
 	var out []string
 	entries, err := os.ReadDir(dir)
@@ -153,8 +159,13 @@ func (a *Agent) domains(dir string) ([]string, error) {
 			out = append(out, e.Name())
 		}
 	}
+	served := len(out)
 	joins, err := a.join.Codes()
 	for _, j := range joins {
+		if served == 1 && a.servesOnly(out[0], j.Code.TrustDomain) {
+			err = errors.Join(err, fmt.Errorf("join code from %s: %w", j.Source, errListens(out[0])))
+			continue
+		}
 		if j.Code.Role != wire.RoleNode {
 			err = errors.Join(err, fmt.Errorf("join code from %s is for a %s, this is a node: make one with `sallyport join create`", j.Source, j.Code.Role))
 			continue
@@ -167,6 +178,14 @@ func (a *Agent) domains(dir string) ([]string, error) {
 	}
 	slices.Sort(out)
 	return slices.Compact(out), err
+}
+
+// servesOnly tells that a node that serves one trust domain cannot have another
+// beside it: its port shows one identity.
+func (a *Agent) servesOnly(one, other string) bool { return a.cfg.Listen != "" && one != other }
+
+func errListens(td string) error {
+	return fmt.Errorf("a node that listens (SALLYPORT_NODE_LISTEN) serves exactly one gateway, this one %s", td)
 }
 
 func (a *Agent) add(td string) (*instance, error) {
@@ -290,11 +309,7 @@ func (a *Agent) listen(ctx context.Context, dir string) (ports []port, err error
 // listenChannels opens SALLYPORT_NODE_LISTEN, for RCPs and gateways that dial
 // the node. A port shows one identity, so it serves one gateway's world.
 func (a *Agent) listenChannels() (port, error) {
-	all := a.all()
-	if len(all) != 1 {
-		return port{}, fmt.Errorf("SALLYPORT_NODE_LISTEN: a node that listens serves exactly one gateway, this one has %d: give it one join code", len(all))
-	}
-	in := all[0]
+	in := a.all()[0] // open has seen to it that there is one
 	ln, err := channel.Listen(channel.ListenConfig{
 		Addr: string(a.cfg.Listen), Identity: in.id, AllowUpstream: true, AllowEnroll: true, Admit: admitUpstream,
 		Carriers: carriers(a.cfg.Carrier), Limits: channel.Limits{Streams: maxStreams}, Log: in.log,

@@ -712,6 +712,48 @@ func TestListen(t *testing.T) {
 	}
 }
 
+// TestListenServesOne: a node that listens takes no code of a second gateway,
+// which would keep it from starting the next time.
+func TestListenServesOne(t *testing.T) {
+	p, q := newPlant(t), newPlant(t)
+	data, codes := dataDir(t), t.TempDir()
+	write := func(pl *plant) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(codes, pl.ca.TrustDomain), []byte(pl.code()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(p)
+	write(q)
+	cfg := p.config(data, "SALLYPORT_NODE_LISTEN=127.0.0.1:0", "SALLYPORT_NODE_JOIN="+codes)
+	a, err := New(cfg, slog.New(slog.DiscardHandler), prometheus.NewRegistry())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "this one has 2") || !strings.Contains(err.Error(), p.ca.TrustDomain) {
+		t.Errorf("two codes: %v", err)
+	}
+	if err := os.Remove(filepath.Join(codes, q.ca.TrustDomain)); err != nil {
+		t.Fatal(err)
+	}
+	ag := p.start(cfg) // what was refused left nothing that is in the way
+	if _, _, err := ag.a.Addrs(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	refused := (*local.Error)(nil)
+	if err := ag.a.Join(t.Context(), q.code()); !errors.As(err, &refused) || refused.Code != local.CodeRefused || !strings.Contains(err.Error(), "SALLYPORT_NODE_LISTEN") {
+		t.Errorf("a second gateway's code: %v", err)
+	}
+	if err := ag.a.Join(t.Context(), p.code()); err != nil {
+		t.Errorf("a new code of its own gateway: %v", err)
+	}
+	write(q)
+	found, err := ag.a.domains(cfg.Dir("node"))
+	if len(found) != 1 || err == nil || !strings.Contains(err.Error(), "SALLYPORT_NODE_LISTEN") {
+		t.Errorf("a second code in the directory gave %v, %v", found, err)
+	}
+}
+
 // TestBadStart: what cannot work is said at once.
 func TestBadStart(t *testing.T) {
 	p := newPlant(t)

@@ -149,6 +149,9 @@ func (a *Agent) Join(_ context.Context, code string) error {
 	case !wire.ValidTrustDomain(c.TrustDomain):
 		return &local.Error{Code: local.CodeInvalid, Message: "join code: its trust domain is no name"}
 	}
+	if all := a.all(); len(all) > 0 && a.servesOnly(all[0].td, c.TrustDomain) {
+		return &local.Error{Code: local.CodeRefused, Message: fmt.Sprintf("join code for %s: %v", c.TrustDomain, errListens(all[0].td))}
+	}
 	if err := a.join.Keep(code); err != nil {
 		return err
 	}

@@ -180,7 +180,7 @@ func (r *Relay) open(dir string) error {
 	if r.join, err = identity.OpenJoin(r.cfg.Join.Reveal(), r.cfg.Stdin); err != nil {
 		return err
 	}
-	r.join.KeepIn(filepath.Join(dir, "join"))
+	r.join.KeepIn(filepath.Join(dir, identity.KeptJoin))
 	r.applicant = enroll.New(enroll.Config{
 		Identity: r.id, Join: r.join, Program: r.cfg.Version, Log: r.log,
 	})

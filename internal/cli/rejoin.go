@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
@@ -60,6 +61,10 @@ func (o *offline) rejoin(yes bool) (err error) {
 	if err := move(base, to); err != nil {
 		return fmt.Errorf("set the identity aside: %w", err)
 	}
+	kept, err := moveKept(dir, base, to)
+	if err != nil {
+		return fmt.Errorf("set the code that `sallyport local join` kept aside: %w", err)
+	}
 	t := Table{Columns: []string{"role", "set_aside"}}
 	t.Add(string(role), to)
 	if err := o.out.Print(map[string]any{"role": role, "set_aside": to}, t); err != nil {
@@ -70,6 +75,9 @@ func (o *offline) rejoin(yes bool) (err error) {
 		code = "sallyport rcp join NAME --replace"
 	}
 	o.out.Note("Put a new join code (`%s` on the gateway) where the %s looks for it, and start it.", code, role)
+	if kept {
+		o.out.Note("The old one, the code that `sallyport local join` kept, is set aside too.")
+	}
 	o.out.Note("%s holds the old private key: delete it when the %s is enrolled.", to, role)
 	return nil
 }
@@ -118,6 +126,27 @@ func move(base, to string) error {
 		}
 	}
 	return nil
+}
+
+// moveKept moves the join code that `local join` kept for this identity: the
+// role, started with a new one, would go on asking the old gateway by it, which
+// is not wanted where it moves to another.
+func moveKept(dir, base, to string) (bool, error) {
+	kept := filepath.Join(dir, identity.KeptJoin)
+	b, err := os.ReadFile(kept)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if code, err := wire.ParseJoinCode(string(b)); err == nil && base != dir && code.TrustDomain != filepath.Base(base) {
+		return false, nil // it is for another gateway that this node serves
+	}
+	if err := os.Rename(kept, filepath.Join(to, identity.KeptJoin)); err != nil {
+		return false, err
+	}
+	return true, syncDir(dir)
 }
 
 func syncDir(name string) error {

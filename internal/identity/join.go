@@ -47,6 +47,9 @@ func OpenJoin(value string, stdin io.Reader) (*JoinSource, error) {
 	return s, nil
 }
 
+// KeptJoin is the file of [JoinSource.KeepIn] in a role's directory.
+const KeptJoin = "join"
+
 // KeepIn adds a file beside the configured value: where [JoinSource.Keep] puts
 // a code that an operator hands over while the role runs.
 func (s *JoinSource) KeepIn(path string) { s.kept = path }
