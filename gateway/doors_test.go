@@ -312,6 +312,34 @@ func TestDoorsOwnCertificateRevoked(t *testing.T) {
 	}
 }
 
+// TestRevokeBySerial: a serial number is known as openssl prints it, with the
+// zero that makes its digits even, and by the beginning of that.
+func TestRevokeBySerial(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	defer func() { _ = w.db.Close() }()
+	issuer := wire.HashSPKI([]byte("issuer"))
+	serials := []string{"cb04d62a9b17135321914a3948fd800", "cb04d62b9b17135321914a3948fd8001", "1b04d62a9b17135321914a3948fd8001"}
+	w.update(func(ctx context.Context, tx *store.Tx) (err error) {
+		for _, serial := range serials {
+			err = errors.Join(err, tx.AddCertificate(ctx, &store.Certificate{Issuer: issuer, Serial: serial, KeyHash: issuer, Door: "est", Names: []string{"www.example"}, NotAfter: time.Now().Add(time.Hour)}))
+		}
+		return err
+	})
+	r := &rest{s: &Server{store: w.db, doors: &doorway{log: testLog(t)}}}
+	for _, c := range []struct{ typed, revoked string }{
+		{"0CB04D6", ""}, {"00000000", ""}, {"01B04D62", ""}, {"0CB04D62", serials[0]}, {"CB:04:D6:2B", serials[1]}, {"1B04D62A9B17135321914A3948FD8001", serials[2]},
+	} {
+		got, err := r.revokeCertificate(t.Context(), &bySerial{Serial: c.typed})
+		switch {
+		case c.revoked == "" && err == nil:
+			t.Errorf("%s revoked %s", c.typed, got.Body.Serial)
+		case c.revoked != "" && (err != nil || got.Body.Serial != c.revoked):
+			t.Errorf("%s: %v, want %s revoked", c.typed, err, c.revoked)
+		}
+	}
+}
+
 // What the certificates of an EST answer are wrapped in holds just them.
 func TestCertsOnly(t *testing.T) {
 	t.Parallel()

@@ -68,13 +68,18 @@ func (r *rest) revokeCertificate(ctx context.Context, in *bySerial) (*body[api.C
 	}
 	const least = 8 // digits of a serial number that mean one
 	n, ok := doors.ParseSerial(in.Serial)
-	if !ok || len(doors.Serial(n)) < least {
+	digits := strings.ToLower(strings.ReplaceAll(in.Serial, ":", ""))
+	if !ok || len(digits) < least || n.Sign() == 0 {
 		return nil, api.NewProblem(api.CodeInvalid, fmt.Sprintf("%q is no serial number: want at least %d hex digits", wire.Quotable(in.Serial), least))
 	}
 	found, err := r.s.store.FindCertificates(ctx, doors.Serial(n))
 	if err != nil {
 		return nil, err
 	}
+	// Other programs write whole bytes: a zero before an odd number of digits.
+	found = slices.DeleteFunc(found, func(c *store.Certificate) bool {
+		return c.Serial != doors.Serial(n) && !strings.HasPrefix(strings.Repeat("0", len(c.Serial)%2)+c.Serial, digits) && !strings.HasPrefix(c.Serial, digits)
+	})
 	switch len(found) {
 	case 0:
 		return nil, api.NewProblem(api.CodeNotFound, fmt.Sprintf("no certificate %q: see `sallyport certificate list`; those of nodes and RCPs are revoked with them", wire.Quotable(in.Serial)))
