@@ -423,6 +423,29 @@ func TestRestartedGatewayKeepsWhatTheDatabaseSays(t *testing.T) {
 	})
 }
 
+// An RCP is connected since this gateway has a channel to it, and not since one had
+// that ran before.
+func TestRCPIsConnectedSinceItIs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		id := wire.NewID()
+		b.f.learn(record{ID: id, Role: wire.RoleRCP, Name: "dmz", State: wire.StateRunning, Since: time.Now().Add(-24 * time.Hour)})
+		b.f.expect(id, wire.RoleRCP, "dmz", "203.0.113.1:9090")
+		b.pass(3 * time.Second)
+		up := time.Now()
+		b.up(id)
+		b.pass(time.Minute)
+		b.f.linkDown(id, "the channel ended")
+		b.pass(time.Second)
+		b.up(id) // within the grace: it was connected all the time
+		b.pass(time.Minute)
+		b.want(id, wire.StateRunning, "")
+		if since := b.f.Presence(id).Since; !since.Equal(up) {
+			t.Errorf("connected since %s; want %s", since, up)
+		}
+	})
+}
+
 // TestReplacedRCP: an RCP enrolled anew takes the place of its old identity.
 // What hung on that comes back to it within seconds, and until then nobody reads
 // that an RCP is cut off which is connected.

@@ -83,6 +83,9 @@ func (f *fleet) linkUp(info linkInfo) {
 		m.name = info.Name
 	}
 	fresh := len(f.liveWays(m)) == 0
+	if info.Role == wire.RoleRCP && m.since.Before(f.started) { // no channel to it is older than the gateway
+		m.since = now
+	}
 	w := f.way(m, info.ID, nil)
 	if w == nil {
 		return
