@@ -93,7 +93,8 @@ func newConn(id *identity.Identity, p *protocol, v verified, dialled bool, local
 	return c
 }
 
-// attach completes a Conn. It ends at expires, on our monotonic clock.
+// attach completes a Conn. It ends at expires, on our monotonic clock,
+// or soon after if the other clock comes there first.
 func (c *Conn) attach(t transport, expires time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -133,7 +134,11 @@ func (c *Conn) Enrolling() bool { return c.proto.enroll }
 
 // Expires is when the connection ends at the latest: the NotAfter of the leaf
 // that opened it, whichever of the two comes first. Zero on enrolment.
-func (c *Conn) Expires() time.Time { return c.expires }
+func (c *Conn) Expires() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.expires
+}
 
 // RTT is the round trip that the carrier measured last; 0 if it knows none.
 func (c *Conn) RTT() time.Duration { return c.t.rtt() }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"time"
 )
 
 // BlockTCP makes a connection that we dialled like one through a firewall that
@@ -14,3 +15,12 @@ func BlockTCP(c *Conn) {
 
 // PendingCount is the number of enrolment connections.
 func (l *Listener) PendingCount() int { return l.pending.count() }
+
+// Sleep makes a connection look as if the host had slept until after the end of
+// its leaf: its timers know nothing of that.
+func Sleep(c *Conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.expiry.Stop()
+	c.expires = time.Now().Add(-time.Second)
+}

@@ -12,6 +12,10 @@ import (
 // given up, so that the one that takes its place is there first.
 const issuerGrace = 10 * time.Second
 
+// clockLook is how often connections are looked at that the clock may have left
+// behind.
+const clockLook = time.Minute
+
 // grantGrace is how long the exchange that brought a certificate may take to end.
 const grantGrace = 5 * time.Second
 
@@ -67,12 +71,26 @@ func (r *registry) all() []*Conn {
 	return conns
 }
 
+// expire ends the connections whose leaf is over by the clock. Their timers do it
+// at the same moment, but for a host that slept, or whose clock was set: timers
+// know nothing of that. No session comes about between two such leaves, and only a
+// new connection brings a new one.
+func (r *registry) expire(now time.Time) {
+	for _, c := range r.all() {
+		if until := c.Expires(); !until.IsZero() && now.After(until) {
+			c.Close(ErrExpired)
+		}
+	}
+}
+
 // watch checks all connections at every change of the identity, until ctx is
 // done. A party that was granted its certificate gives up the enrolment
 // connections on which it waited: its upstream comes again as to any other.
 func (r *registry) watch(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	tick := time.NewTicker(clockLook)
+	defer tick.Stop()
 	for {
 		changed := r.id.Changed()
 		for _, c := range r.all() {
@@ -89,6 +107,8 @@ func (r *registry) watch(ctx context.Context) {
 		}
 		select {
 		case <-changed:
+		case now := <-tick.C:
+			r.expire(now)
 		case <-ctx.Done():
 			return
 		}
