@@ -19,7 +19,7 @@ import (
 var (
 	ErrClosed       = errors.New("channel is closed")
 	ErrPeerGone     = errors.New("peer closed the channel")
-	ErrExpired      = errors.New("certificate that opened the channel has expired")
+	ErrExpired      = errors.New("certificate that opened the channel is over, or has not begun, by the clock of this host")
 	ErrReplaced     = errors.New("channel was replaced by a newer one")
 	ErrDraining     = errors.New("channel is draining")
 	ErrWrongPeer    = errors.New("another party answers at this address")
@@ -60,6 +60,7 @@ type Conn struct {
 	local   net.Addr
 	remote  net.Addr
 	since   time.Time
+	begins  time.Time // before which the clock shows that it is wrong; zero: never
 	expires time.Time // zero: never
 	limits  Limits
 	t       transport
@@ -87,7 +88,7 @@ type Conn struct {
 
 // newConn makes a Conn; attach gives it its transport.
 func newConn(id *identity.Identity, p *protocol, v verified, dialled bool, local, remote net.Addr, lim Limits) *Conn {
-	c := &Conn{id: id, peer: v.peer, dir: v.dir, proto: p, dialled: dialled, resumed: v.resumed, local: local, remote: remote,
+	c := &Conn{id: id, peer: v.peer, dir: v.dir, proto: p, dialled: dialled, resumed: v.resumed, begins: v.begins, local: local, remote: remote,
 		since: time.Now(), limits: lim.forClass(p.class), done: make(chan struct{}), drainReq: make(chan struct{})}
 	c.class.Store(&p.class)
 	return c
@@ -134,10 +135,14 @@ func (c *Conn) Enrolling() bool { return c.proto.enroll }
 
 // Expires is when the connection ends at the latest: the NotAfter of the leaf
 // that opened it, whichever of the two comes first. Zero on enrolment.
-func (c *Conn) Expires() time.Time {
+func (c *Conn) Expires() time.Time { return c.expires }
+
+// outOfTime tells whether one of the leaves that opened the connection is not
+// valid by the clock.
+func (c *Conn) outOfTime(now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.expires
+	return now.Before(c.begins) || !c.expires.IsZero() && now.After(c.expires)
 }
 
 // RTT is the round trip that the carrier measured last; 0 if it knows none.

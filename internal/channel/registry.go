@@ -71,13 +71,14 @@ func (r *registry) all() []*Conn {
 	return conns
 }
 
-// expire ends the connections whose leaf is over by the clock. Their timers do it
-// at the same moment, but for a host that slept, or whose clock was set: timers
-// know nothing of that. No session comes about between two such leaves, and only a
-// new connection brings a new one.
+// expire ends the connections of which a leaf is not valid by the clock: it is
+// over, or, where it was made while clocks were days ahead, it has not begun. Their
+// timers do it when it is over, but for a host that slept, or whose clock was set:
+// timers know nothing of that. No session comes about between two such leaves, and
+// only a new connection brings a new one.
 func (r *registry) expire(now time.Time) {
 	for _, c := range r.all() {
-		if until := c.Expires(); !until.IsZero() && now.After(until) {
+		if c.outOfTime(now) {
 			c.Close(ErrExpired)
 		}
 	}

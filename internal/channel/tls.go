@@ -23,6 +23,7 @@ func waiting(id *identity.Identity) bool {
 type verified struct {
 	peer    identity.Peer
 	dir     Direction
+	begins  time.Time
 	expires time.Time
 	resumed bool
 }
@@ -54,6 +55,13 @@ func checkPeer(id *identity.Identity, cs tls.ConnectionState, roles []wire.Role)
 // sooner returns the earlier of two moments, where zero means never.
 func sooner(a, b time.Time) time.Time {
 	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
 		return b
 	}
 	return a
@@ -182,7 +190,7 @@ func (s *serverTLS) verify(p *protocol, cs tls.ConnectionState) (verified, error
 	if err := s.admit(peer, p.alpn); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: p.dialler, expires: sooner(peer.Leaf.NotAfter, s.id.NotAfter()), resumed: cs.DidResume}, nil
+	return verified{peer: peer, dir: p.dialler, begins: later(peer.Leaf.NotBefore, s.id.NotBefore()), expires: sooner(peer.Leaf.NotAfter, s.id.NotAfter()), resumed: cs.DidResume}, nil
 }
 
 // clientTLS makes the configurations of a dialler.
@@ -241,7 +249,7 @@ func (c *clientTLS) verify(p *protocol, dir Direction, cs tls.ConnectionState) (
 	if err := c.expected(peer); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: dir, expires: sooner(peer.Leaf.NotAfter, c.id.NotAfter()), resumed: cs.DidResume}, nil
+	return verified{peer: peer, dir: dir, begins: later(peer.Leaf.NotBefore, c.id.NotBefore()), expires: sooner(peer.Leaf.NotAfter, c.id.NotAfter()), resumed: cs.DidResume}, nil
 }
 
 // expected compares with the UUID that the configuration names.
