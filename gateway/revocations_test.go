@@ -125,6 +125,45 @@ func TestRevocationsOfAnotherGateway(t *testing.T) {
 	}
 }
 
+// restoredCA is an authority that was restored from an older copy.
+type restoredCA struct {
+	*memoryCA
+	behind bool
+}
+
+func (c *restoredCA) Behind() bool { return c.behind }
+
+func (c *restoredCA) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
+	c.behind = false
+	return c.memoryCA.SignRevocations(ctx, set, after)
+}
+
+// TestAuthorityLostTheLastSet: it has the next one signed at once, although there
+// is nobody new in it.
+func TestAuthorityLostTheLastSet(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	victim := d.enrolled(d.join(api.CreateJoin{}), "victim")
+	n, err := d.store.Node(t.Context(), victim.id.ID())
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err := d.revokeNode(t.Context(), n, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &restoredCA{d.ca, true}
+	d.enrolment.ca = ca
+	for range 2 { // once
+		if err := d.publish(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if now, _ := d.id.Revocations(); now != before+1 || ca.behind || !d.id.Revoked(victim.id.KeyHash()) {
+		t.Errorf("set %d after %d", now, before)
+	}
+}
+
 // overtakenCA signs another set at once, which this gateway takes over first.
 type overtakenCA struct {
 	*memoryCA

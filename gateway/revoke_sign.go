@@ -89,7 +89,7 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Party, err
 	// A set that came from elsewhere, and is above ours or as high, may lack what
 	// ours names.
 	mine, _ := e.id.Revocations()
-	if len(news) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) {
+	if len(news) == 0 && mine <= held.Number && (e.above == 0 || e.above < held.Number) && !e.authorityBehind() {
 		return nil, nil, nil
 	}
 	if problem := e.issuerProblem(); problem != "" { // what it seals nobody takes either
@@ -108,6 +108,13 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Party, err
 		err = fmt.Errorf("%w: %w", errAuthority, err)
 	}
 	return &env, news, err
+}
+
+// authorityBehind tells whether an authority in another process has lost the last
+// set, which it learns again with the next.
+func (e *enrolment) authorityBehind() bool {
+	ca, ok := e.ca.(interface{ Behind() bool })
+	return ok && ca.Behind()
 }
 
 // errAuthority says that it is the certificate authority that did not sign.

@@ -55,10 +55,11 @@ type Client struct {
 
 	doors atomic.Pointer[remoteDoors] // once they are open
 
-	mu    sync.Mutex
-	state Snapshot
-	root  *x509.Certificate
-	away  time.Time // since when it does not answer
+	mu     sync.Mutex
+	state  Snapshot
+	root   *x509.Certificate
+	away   time.Time // since when it does not answer
+	behind bool      // its set is older than the one that is held
 	// unkept says that state is not on disk: it holds all the same, above all what
 	// is revoked in it.
 	unkept bool
@@ -316,7 +317,8 @@ func (c *Client) hold(s Snapshot) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.state.Revocations != nil && (s.Revocations == nil || setNumber(*s.Revocations) < setNumber(*c.state.Revocations)) {
+	c.behind = c.state.Revocations != nil && (s.Revocations == nil || setNumber(*s.Revocations) < setNumber(*c.state.Revocations))
+	if c.behind {
 		s.Revocations = c.state.Revocations
 	}
 	old, err := json.Marshal(c.state)
@@ -437,6 +439,15 @@ func (c *Client) Revocations() (wire.Envelope, bool) {
 		return wire.Envelope{}, false
 	}
 	return *c.state.Revocations, true
+}
+
+// Behind tells whether the authority does not know the last set that it signed: it
+// was restored from an older copy. Until it has signed another one it certifies
+// keys that are revoked, and answers gateways that were removed.
+func (c *Client) Behind() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.behind
 }
 
 // Root is the certificate whose key join codes pin.

@@ -675,3 +675,56 @@ func TestStrangers(t *testing.T) {
 		_ = conn.Close()
 	}
 }
+
+// TestOlderAuthority: an authority that was restored from an older copy does not
+// know who was removed since. A gateway that does finds out, and the next set that
+// it has signed ends that.
+func TestOlderAuthority(t *testing.T) {
+	dir, copied := t.TempDir(), filepath.Join(t.TempDir(), "pki")
+	stays, removed := newGateway(t, ""), newGateway(t, "")
+	var set wire.Revocations
+	t.Run("before", func(t *testing.T) {
+		r := serve(t, dir, "127.0.0.1:0")
+		stays.addr, removed.addr = r.addr, r.addr
+		code, _ := r.code(time.Hour)
+		c := stays.enrolled(t, code)
+		code, _ = r.code(time.Hour)
+		removed.enrolled(t, code)
+		if err := os.CopyFS(copied, os.DirFS(dir)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pki.OpenGateways(dir).Remove(removed.id.ID()); err != nil {
+			t.Fatal(err)
+		}
+		env, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(env.Payload, &set); err != nil || len(set.Revoked) != 1 || c.Behind() {
+			t.Fatalf("%+v, %v", set, err)
+		}
+	})
+	r := serve(t, copied, "127.0.0.1:0")
+	stays.addr, removed.addr = r.addr, r.addr
+	back, err := removed.connect(t, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if back.Reach(t.Context()) != nil {
+		t.Error("the restored authority knows already who was removed") // then there is nothing to see here
+	}
+	c, err := stays.connect(t, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if env, ok := c.Revocations(); !ok || number(t, env) != 1 || !c.Behind() {
+		t.Fatalf("behind: %t", c.Behind())
+	}
+	set.Number = 2
+	if _, err := c.SignRevocations(t.Context(), set, 1); err != nil || c.Behind() {
+		t.Fatalf("behind: %t, %v", c.Behind(), err)
+	}
+	if err := back.Reach(t.Context()); err == nil {
+		t.Error("a gateway that was removed is answered")
+	}
+}
