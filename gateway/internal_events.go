@@ -95,7 +95,7 @@ func (s *Server) writeChange(ctx context.Context, tx *store.Tx, c change) error 
 		}
 		return nil
 	}
-	if _, err := tx.SetNodeState(ctx, c.ID, c.To, c.Reason); err != nil && !errors.Is(err, store.ErrNotFound) {
+	if err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil {
 		return err
 	}
 	for _, a := range c.Alarms {
@@ -116,6 +116,9 @@ func (s *Server) writeRCPChange(ctx context.Context, tx *store.Tx, c change) err
 	}
 	if err != nil {
 		return err
+	}
+	if r.State == api.RCPRevoked { // what was seen before does not take that back
+		return nil
 	}
 	if err := tx.SetRCPState(ctx, r.Name, rcpState(c.To), c.Reason); err != nil {
 		return err

@@ -620,6 +620,22 @@ func TestNodeLostInAWarmSession(t *testing.T) {
 	}
 }
 
+// TestRevocationIsNotTakenBackByPresence: that a node came into reach was seen
+// before it was revoked, and is written after that.
+func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
+	t.Parallel()
+	w, _, n := running(t)
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		if _, err := tx.SetNodeState(ctx, n.id.ID(), wire.StateRevoked, "revoked by an operator"); err != nil {
+			return err
+		}
+		return w.s.writeChange(ctx, tx, change{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StatePending, To: wire.StateRunning})
+	})
+	if row, err := w.db.Node(t.Context(), n.id.ID()); err != nil || row.State != wire.StateRevoked || row.StateReason != "revoked by an operator" {
+		t.Errorf("%s (%s), %v; want revoked", row.State, row.StateReason, err)
+	}
+}
+
 // awayIssuer signs no set of revocations while it is away.
 type awayIssuer struct {
 	Issuer

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -117,6 +118,19 @@ func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState
 		return false, err
 	}
 	return false, nil
+}
+
+// SetNodePresence writes a transition that was seen. What was seen before a
+// revocation, and comes after it, does not take that back.
+func (tx *Tx) SetNodePresence(ctx context.Context, id wire.ID, state wire.NodeState, reason string) error {
+	err := one(tx.prepared.setPresence.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
+	if err == nil {
+		tx.Wake(bus.Nodes)
+	}
+	if errors.Is(err, ErrNotFound) { // removed, revoked, or nothing new
+		return nil
+	}
+	return err
 }
 
 // RecordHello writes what a verified hello says: facts, policy statuses and

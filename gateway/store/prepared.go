@@ -11,13 +11,13 @@ import (
 // prepared are the queries that every visit of a node and every enrolment
 // make, each for one party.
 type prepared struct {
-	node, anyNode, nodeByName, nodeKey  *sqldb.Prepared
-	key, lastRequest, join              *sqldb.Prepared
-	desired, tags, statuses             *sqldb.Prepared
-	rcps, rcpByID                       *sqldb.Prepared
-	policyHeads, deployments, rules     *sqldb.Prepared
-	next, setApplied, setState, setSeen *sqldb.Prepared
-	clearTags, useJoin, moveRequest     *sqldb.Prepared
+	node, anyNode, nodeByName, nodeKey               *sqldb.Prepared
+	key, lastRequest, join                           *sqldb.Prepared
+	desired, tags, statuses                          *sqldb.Prepared
+	rcps, rcpByID                                    *sqldb.Prepared
+	policyHeads, deployments, rules                  *sqldb.Prepared
+	next, setApplied, setState, setPresence, setSeen *sqldb.Prepared
+	clearTags, useJoin, moveRequest                  *sqldb.Prepared
 
 	putKey, putNode, putTag, putDesired, putStatus, putIssuer *sqldb.Bound
 	addRequest, addJoinUse, addCertificate, addAudit          *sqldb.Bound
@@ -63,6 +63,8 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 		{&p.setApplied, "UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?"},
 		{&p.setState, `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
 			WHERE id = ? AND (state <> ? OR state_reason <> ?)`},
+		{&p.setPresence, `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
+			WHERE id = ? AND (state <> ? OR state_reason <> ?) AND state <> 'revoked'`},
 		{&p.setSeen, "UPDATE nodes SET last_seen = ? WHERE id = ?"},
 		{&p.clearTags, "DELETE FROM node_tags WHERE node_id = ? AND source = ?"},
 		{&p.useJoin, `UPDATE joins SET used = used + 1 WHERE id = ? AND (manual OR used < max_uses)
