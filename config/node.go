@@ -51,7 +51,7 @@ func CheckName(s string) error {
 type Node struct {
 	Common
 	Join                Join           `env:"SALLYPORT_NODE_JOIN" doc:"join code, or where it is; a directory holds one file per gateway" form:"sp1..., a file, a directory of files or -" why:"none: without an identity a party needs a code, later none"`
-	Upstreams           Endpoints      `env:"SALLYPORT_NODE_UPSTREAMS" doc:"RCPs or gateways to dial; wins over the addresses in the join code and over the RCP list that the gateway sends" form:"host:port[,uuid];..." why:"none: the join code and the gateway know"`
+	Upstreams           Endpoints      `env:"SALLYPORT_NODE_UPSTREAMS" doc:"RCPs or gateways to dial, for all gateways that the node serves; wins over the addresses in the join codes and over the RCP lists that gateways send" form:"host:port[,uuid];..." why:"none: the join code and the gateway know"`
 	AttestationCert     string         `env:"SALLYPORT_NODE_ATTESTATION_CERT" doc:"file with a device certificate of another CA (IEEE 802.1AR, or the machine's), PEM, leaf first with its intermediates: it vouches for the node when that asks for its certificate; only with SALLYPORT_NODE_ATTESTATION_KEY" form:"a path" why:"none: the join code says who may come"`
 	AttestationKey      string         `env:"SALLYPORT_NODE_ATTESTATION_KEY" doc:"file with the key of that certificate, PEM, unencrypted; it is read when it is needed and signs nothing else" form:"a path" why:"none"`
 	Name                Name           `env:"SALLYPORT_NODE_NAME" doc:"name that the node asks for" form:"a DNS label" why:"the host name, up to its first dot; the gateway decides"`

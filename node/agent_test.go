@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -683,6 +684,33 @@ func TestTwoGateways(t *testing.T) {
 	}
 	if len(receipt.Stored) != 1 || receipt.Stored[0].Instance != second.td {
 		t.Errorf("receipt %+v, want it stored for %s", receipt, second.td)
+	}
+}
+
+// TestTwoGatewaysOfOneList: SALLYPORT_NODE_UPSTREAMS holds for all instances. That
+// the address of one leads nowhere for another is nothing to mend.
+func TestTwoGatewaysOfOneList(t *testing.T) {
+	p, q := newPlant(t), newPlant(t)
+	data, codes := dataDir(t), t.TempDir()
+	p.certify(data)
+	q.certify(data)
+	ag := p.start(p.config(data, "SALLYPORT_NODE_JOIN="+codes, "SALLYPORT_NODE_UPSTREAMS="+p.addr+";"+q.addr))
+	ag.c = p.channel()
+	q.channel()
+	for _, addr := range []string{p.addr, q.addr} {
+		eventually(t, "all is well at "+addr, func() bool {
+			var found int
+			for _, c := range ag.a.Doctor(t.Context()) {
+				if strings.HasSuffix(c.Check, ": upstream "+addr) && c.OK {
+					found++
+				}
+			}
+			return found == 2
+		})
+	}
+	lone := ag.a.all()[0].doctor(func(string) string { return "" })
+	if !slices.ContainsFunc(lone, func(c local.Check) bool { return !c.OK && strings.HasPrefix(c.Check, "upstream ") && c.Fix != "" }) {
+		t.Errorf("nobody else serves the other address, and nothing is wrong: %+v", lone)
 	}
 }
 

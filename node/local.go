@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -170,7 +171,7 @@ func (a *Agent) Doctor(context.Context) []local.Check {
 	}
 	var checks []local.Check
 	for _, in := range all {
-		for _, c := range in.doctor() {
+		for _, c := range in.doctor(func(addr string) string { return a.served(addr, in) }) {
 			if len(all) > 1 {
 				c.Check = in.td + ": " + c.Check
 			}
@@ -180,9 +181,22 @@ func (a *Agent) Doctor(context.Context) []local.Check {
 	return append(checks, a.checkBounds())
 }
 
-func (in *instance) doctor() []local.Check {
+// served is the trust domain of an instance, other than one, that is connected at
+// an address.
+func (a *Agent) served(addr string, but *instance) string {
+	for _, in := range a.all() {
+		if in != but && slices.Contains(in.upstreams.connected(), addr) {
+			return in.td
+		}
+	}
+	return ""
+}
+
+// doctor is what the instance finds out about itself; served names the world of
+// another one that is connected at an address.
+func (in *instance) doctor(served func(addr string) string) []local.Check {
 	checks := []local.Check{in.checkIdentity(), in.checkCertificate()}
-	checks = append(checks, in.checkUpstreams()...)
+	checks = append(checks, in.checkUpstreams(served)...)
 	return append(checks, in.checkLock(), in.checkPolicies(), in.checkSpool())
 }
 
@@ -214,11 +228,15 @@ func (in *instance) checkCertificate() local.Check {
 	return c
 }
 
-func (in *instance) checkUpstreams() []local.Check {
+func (in *instance) checkUpstreams(served func(addr string) string) []local.Check {
 	var checks []local.Check
 	waits, enrolling := in.applicant.Ready() != nil, false
 	for _, u := range in.upstreams.status() {
-		checks = append(checks, doctor.Channel(u, waits))
+		c := doctor.Channel(u, waits)
+		if td := served(u.Address); !c.OK && td != "" { // SALLYPORT_NODE_UPSTREAMS holds for all instances
+			c = local.Check{Check: c.Check, OK: true, Detail: "it leads to " + td + ", whose gateway this node serves too"}
+		}
+		checks = append(checks, c)
 		enrolling = enrolling || waits && u.State == "enrolling"
 	}
 	c := local.Check{Check: "upstreams", OK: in.upstreams.up() > 0, Detail: fmt.Sprintf("%d channels", in.upstreams.up())}
