@@ -153,7 +153,7 @@ func (a *Authority) keepOwn(ctx context.Context) error {
 			return nil
 		case <-tick.C:
 		}
-		trouble = a.watchSigner(ctx, trouble)
+		trouble = a.watch(ctx, "the signer signs", trouble)
 		if time.Since(last) >= doorsTick {
 			last = time.Now()
 			a.keepDoors(ctx)

@@ -60,7 +60,8 @@ type registrar struct {
 	m      atomic.Pointer[material] // what issues, once it is known
 	moved  atomic.Bool              // it issues from another intermediate now
 	waits  atomic.Pointer[string]   // why that was not taken over
-	named  *x509.Certificate        // the last that it said to issue from, and that was none of ours; used by Keep only
+	named  *x509.Certificate        // the last that it said to issue from, and did not; used by Keep only, as is tried
+	tried  time.Time                // when it was last asked for a leaf because of named
 
 	troubleMu sync.Mutex
 	trouble   raTrouble

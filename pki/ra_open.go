@@ -237,7 +237,7 @@ func (a *Authority) Keep(ctx context.Context) error {
 			continue
 		}
 		last = time.Now()
-		trouble = a.watch(ctx, trouble)
+		trouble = a.watch(ctx, "the external CA issues", trouble)
 		a.look(ctx)
 		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
 			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)

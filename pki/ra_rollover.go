@@ -167,6 +167,10 @@ func (r *registrar) why() string {
 	return "it is taken over within a minute"
 }
 
+// nameTick is how often it is tried whether an external CA that says that it
+// issues from another intermediate, and did not, does so now.
+const nameTick = time.Hour
+
 // look asks whether the external CA issues from another intermediate now: the CRL
 // that it makes is that one's, and whoever asks for the next leaf would be refused.
 func (a *Authority) look(ctx context.Context) {
@@ -181,8 +185,10 @@ func (a *Authority) look(ctx context.Context) {
 		if !chain[0].Equal(m.inter) {
 			a.ra.moved.Store(true)
 		}
-	case isSPIFFEInter(chain[0]) && !slices.ContainsFunc(chain, m.inter.Equal) && !chain[0].Equal(a.ra.named):
-		a.ra.named = chain[0]
+	case slices.ContainsFunc(chain, m.inter.Equal):
+		a.ra.named = nil
+	case isSPIFFEInter(chain[0]) && (!chain[0].Equal(a.ra.named) || time.Since(a.ra.tried) > nameTick):
+		a.ra.named, a.ra.tried = chain[0], time.Now()
 		a.ra.moved.Store(true)
 	}
 }

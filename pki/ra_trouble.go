@@ -86,7 +86,7 @@ func (r *registrar) healthy(ctx context.Context) error {
 func (a *Authority) Reach(ctx context.Context) error {
 	if a.ra == nil {
 		if key, ok := a.signerOf(); ok {
-			return key.try()
+			return key.try(ctx)
 		}
 		return nil
 	}
@@ -106,17 +106,18 @@ func (a *Authority) Reach(ctx context.Context) error {
 	return err
 }
 
-// watch asks the external CA how it is, logs a change, and returns whether
-// there is trouble; was is what it returned before.
-func (a *Authority) watch(ctx context.Context, was bool) bool {
+// watch asks the external CA, or the signer, how it is, logs a change, and returns
+// whether there is trouble; was is what it returned before. A running authority
+// would notice with the next certificate only. does is what it should do.
+func (a *Authority) watch(ctx context.Context, does string, was bool) bool {
 	err := a.Reach(ctx)
 	switch {
 	case ctx.Err() != nil:
 		return was
 	case err != nil && !was:
-		a.log.ErrorContext(ctx, "the external CA issues nothing; what is enrolled works on", "error", err)
+		a.log.ErrorContext(ctx, does+" nothing; what is enrolled works on", "error", err)
 	case err == nil && was:
-		a.log.InfoContext(ctx, "the external CA issues again")
+		a.log.InfoContext(ctx, does+" again")
 	}
 	return err != nil
 }

@@ -269,14 +269,18 @@ func (a *Authority) turn(change func(*material) (*ledger, error), atLeast int64,
 	if err != nil {
 		return wire.CAState{}, err
 	}
+	roots, err := a.sealTrust(m)
+	if err != nil {
+		return wire.CAState{}, err
+	}
 	if err := writeFile(a.dir, fileIssuers, b, 0o600); err != nil {
 		return wire.CAState{}, err
 	}
 	if err := a.use(m); err != nil {
 		return wire.CAState{}, err
 	}
-	if err := a.signTrust(); err != nil {
-		return wire.CAState{}, err
+	if err := a.holdTrust(roots); err != nil { // the step is taken all the same
+		a.log.Error("the list of roots is in force, and not on disk; it is signed again at the next start", "error", err)
 	}
 	if doors := a.doors.Load(); doors != nil {
 		if err := doors.follow(context.Background()); err != nil {
@@ -295,37 +299,62 @@ func (a *Authority) loadAs(l *ledger) (*material, error) {
 	return loadAs(a.dir, l, a.keys)
 }
 
-// signTrust signs a trust document if the one held says another thing, or if
-// its signer is given up.
+// trustList is a trust document that was signed.
+type trustList struct {
+	number int64
+	env    wire.Envelope
+}
+
+// signTrust signs a trust document for what is in use, and writes it.
 func (a *Authority) signTrust() error {
-	m := a.mat()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	doc := wire.Trust{TrustDomain: m.trustDomain, Number: max(a.trustNo, m.ledger.TrustAbove) + 1, Issued: time.Now().UTC(), Roots: m.trusted()}
-	if a.trust == nil && len(m.roots) == 1 {
-		return nil
+	t, err := a.sealTrust(a.mat())
+	if err != nil {
+		return err
 	}
-	if a.trust != nil {
-		var held wire.Trust
-		if err := json.Unmarshal(a.trust.Payload, &held); err != nil {
-			return damaged(fileTrust, err.Error())
+	return a.holdTrust(t)
+}
+
+// sealTrust signs a trust document if the one held says another thing, or if
+// its signer is given up; nil: there is no need.
+func (a *Authority) sealTrust(m *material) (*trustList, error) {
+	a.mu.Lock()
+	held, number := a.trust, a.trustNo
+	a.mu.Unlock()
+	if held == nil && len(m.roots) == 1 {
+		return nil, nil
+	}
+	doc := wire.Trust{TrustDomain: m.trustDomain, Number: max(number, m.ledger.TrustAbove) + 1, Issued: time.Now().UTC(), Roots: m.trusted()}
+	if held != nil {
+		var said wire.Trust
+		if err := json.Unmarshal(held.Payload, &said); err != nil {
+			return nil, damaged(fileTrust, err.Error())
 		}
-		if slices.EqualFunc(held.Roots, doc.Roots, slices.Equal) && slices.Equal(a.trust.Chain[0], m.documentChain()[0]) {
-			return nil
+		if slices.EqualFunc(said.Roots, doc.Roots, slices.Equal) && slices.Equal(held.Chain[0], m.documentChain()[0]) {
+			return nil, nil
 		}
 	}
 	env, err := identity.Seal(m.interKey, m.documentChain(), wire.TypeTrust, doc)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	b, err := json.Marshal(env)
+	return &trustList{doc.Number, env}, nil
+}
+
+// holdTrust takes a trust document over and writes it; nil leaves the last one.
+func (a *Authority) holdTrust(t *trustList) error {
+	if t == nil {
+		return nil
+	}
+	b, err := json.Marshal(t.env)
 	if err != nil {
 		return err
 	}
+	a.mu.Lock()
+	a.trust, a.trustNo = &t.env, t.number
+	a.mu.Unlock()
 	if err := writeFile(a.dir, fileTrust, b, 0o600); err != nil {
 		return fmt.Errorf("sign the trust document: %w", err)
 	}
-	a.trust, a.trustNo = &env, doc.Number
 	return nil
 }
 

@@ -37,7 +37,6 @@ import (
 // {"message": TEXT}.
 const (
 	pathKeys   = "/v1/keys"
-	pathSign   = "/sign"          // behind the name of a key
 	signTime   = 30 * time.Second // a new key is encrypted with much work, on a host that may be busy
 	maxSigning = 16 << 10
 
@@ -86,9 +85,12 @@ func (c *signerClient) problem() (why string, since time.Time) {
 	return c.why, c.since
 }
 
-// note keeps the first failure until there is none; signing says that it was asked
-// for a signature.
-func (c *signerClient) note(err error, signing bool) {
+// note keeps the first failure until there is none, but for what we did not wait
+// for; signing says that it was asked for a signature.
+func (c *signerClient) note(ctx context.Context, err error, signing bool) {
+	if err != nil && stopping(ctx) {
+		return
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
@@ -128,14 +130,13 @@ func (c *signerClient) close() {
 	}
 }
 
-func (c *signerClient) ask(method, path string, in, out any) (err error) {
+func (c *signerClient) ask(ctx context.Context, method, path string, in, out any) (err error) {
 	defer func() {
 		if err != nil {
 			// The cause is text only: "no such file" of the socket must not
 			// be taken for that of a key, which would be made anew.
 			err = fmt.Errorf("%w at %s: %v (does it run there, and may this user ask it: SALLYPORT_SIGNER_USERS?)", ErrSigner, c.socket, err) //nolint:errorlint // see above
 		}
-		c.note(err, strings.HasSuffix(path, pathSign))
 	}()
 	var body io.Reader
 	if in != nil {
@@ -145,8 +146,7 @@ func (c *signerClient) ask(method, path string, in, out any) (err error) {
 		}
 		body = bytes.NewReader(b)
 	}
-	// crypto.Signer has no context; the client's timeout bounds it.
-	req, err := http.NewRequestWithContext(context.Background(), method, "http://signer"+path, body)
+	req, err := http.NewRequestWithContext(ctx, method, "http://signer"+path, body)
 	if err != nil {
 		return err
 	}
@@ -174,7 +174,7 @@ func (c *signerClient) make(file string) (*signerKey, error) {
 	}
 	k := &signerKey{client: c, name: strings.TrimSuffix(file, ".key") + "-" + hex.EncodeToString(random[:])}
 	var a publicAnswer
-	if err := c.ask(http.MethodPost, pathKeys, makeKeyRequest{k.name}, &a); err != nil {
+	if err := c.ask(context.Background(), http.MethodPost, pathKeys, makeKeyRequest{k.name}, &a); err != nil {
 		return nil, fmt.Errorf("make key %s: %w", k.name, err)
 	}
 	return k, k.setPublic(a.Public)
@@ -204,11 +204,18 @@ func (k *signerKey) setPublic(spki []byte) error {
 // Public is the public half.
 func (k *signerKey) Public() crypto.PublicKey { return k.public }
 
-// Sign has a digest signed. What comes back is verified: a signer that went
-// mad would otherwise be noticed by the parties.
+// Sign has a digest signed. [crypto.Signer] has no context; the client's timeout
+// bounds it.
 func (k *signerKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return k.sign(context.Background(), digest, opts.HashFunc())
+}
+
+// sign verifies what comes back: a signer that went mad would otherwise be noticed
+// by the parties.
+func (k *signerKey) sign(ctx context.Context, digest []byte, hash crypto.Hash) (signature []byte, err error) {
+	defer func() { k.client.note(ctx, err, true) }()
 	var a signAnswer
-	if err := k.client.ask(http.MethodPost, pathKeys+"/"+k.name+pathSign, signRequest{Digest: digest, Hash: opts.HashFunc().String()}, &a); err != nil {
+	if err := k.client.ask(ctx, http.MethodPost, pathKeys+"/"+k.name+"/sign", signRequest{Digest: digest, Hash: hash.String()}, &a); err != nil {
 		return nil, fmt.Errorf("sign with key %s: %w", k.name, err)
 	}
 	if !ecdsa.VerifyASN1(k.public, digest, a.Signature) {
@@ -232,33 +239,38 @@ func (k keyring) open(file string, block *pem.Block) (crypto.Signer, error) {
 	if !validKeyName(s.name) {
 		return nil, damaged(file, "names no key of a signer")
 	}
-	a, err := s.ask()
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
+	s.spki = block.Bytes
+	if err := s.there(context.Background()); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(k.dir, file), err)
 	}
-	if !bytes.Equal(a.Public, block.Bytes) {
-		return nil, fmt.Errorf("%s: %w at %s holds another key by the name %s: is it the right signer?", filepath.Join(k.dir, file), ErrSigner, k.signer.socket, s.name)
-	}
-	return s, s.setPublic(a.Public)
+	return s, s.setPublic(s.spki)
 }
 
-// ask asks the signer for the key's public half.
-func (k *signerKey) ask() (a publicAnswer, err error) {
-	return a, k.client.ask(http.MethodGet, pathKeys+"/"+k.name, nil, &a)
+// there asks whether the signer has the key.
+func (k *signerKey) there(ctx context.Context) error {
+	var a publicAnswer
+	if err := k.client.ask(ctx, http.MethodGet, pathKeys+"/"+k.name, nil, &a); err != nil {
+		return err
+	}
+	if !bytes.Equal(a.Public, k.spki) {
+		return fmt.Errorf("%w at %s holds another key by the name %s: is it the right signer?", ErrSigner, k.client.socket, k.name)
+	}
+	return nil
 }
 
-// try asks the signer for the key, and for a signature of nothing if that is what
-// it last refused.
-func (k *signerKey) try() error {
+// try asks the signer for the key, and for a signature of nothing if it failed to
+// give the last one.
+func (k *signerKey) try(ctx context.Context) error {
 	k.client.mu.Lock()
 	refuses := k.client.refuses
 	k.client.mu.Unlock()
 	if !refuses {
-		_, err := k.ask()
+		err := k.there(ctx)
+		k.client.note(ctx, err, false)
 		return err
 	}
 	digest := sha256.Sum256([]byte("sallyport: does the signer sign?"))
-	_, err := k.Sign(nil, digest[:], crypto.SHA256)
+	_, err := k.sign(ctx, digest[:], crypto.SHA256)
 	return err
 }
 
@@ -269,20 +281,6 @@ func (a *Authority) signerOf() (*signerKey, bool) {
 	}
 	key, ok := a.mat().interKey.(*signerKey)
 	return key, ok
-}
-
-// watchSigner asks the signer how it is, logs a change, and returns whether it
-// fails; was is what it returned before. A running authority would notice with the
-// next signature only, and its operators when certificates end.
-func (a *Authority) watchSigner(ctx context.Context, was bool) bool {
-	err := a.Reach(ctx)
-	switch {
-	case err != nil && !was:
-		a.log.ErrorContext(ctx, "the signer signs nothing; what is enrolled works on", "error", err)
-	case err == nil && was:
-		a.log.InfoContext(ctx, "the signer signs again")
-	}
-	return err != nil
 }
 
 func validKeyName(s string) bool {

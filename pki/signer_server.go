@@ -115,7 +115,7 @@ func (s *Signer) Run(ctx context.Context) (err error) {
 		}
 		return public(key)
 	}))
-	mux.HandleFunc("POST "+pathKeys+"/{name}"+pathSign, signing(s, func(in signRequest, r *http.Request) (signAnswer, error) { return s.sign(r, in) }))
+	mux.HandleFunc("POST "+pathKeys+"/{name}/sign", signing(s, func(in signRequest, r *http.Request) (signAnswer, error) { return s.sign(r, in) }))
 	srv := &http.Server{
 		Handler:     mux,
 		ReadTimeout: 10 * time.Second, WriteTimeout: signTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: wire.MaxHeader,
