@@ -185,7 +185,17 @@ func (s *Server) watchCA(ctx context.Context) error {
 // tellConcerns raises what is not told yet: what stands open is read when the
 // gateway starts.
 func (s *Server) tellConcerns(ctx context.Context, told map[string]wire.Severity) error {
-	for _, c := range s.concerns(time.Now(), awayFor) {
+	all := s.concerns(time.Now(), awayFor)
+	for _, gone := range []concern{ // what was told of them ends with them
+		{keyCA + "external", wire.SeverityNormal, "no external CA issues here any more", ""},
+		{keyCA + "signer", wire.SeverityNormal, "no signer has the issuing key any more", ""},
+		{keyCA + "doors", wire.SeverityNormal, "there are no doors any more", ""},
+	} {
+		if !slices.ContainsFunc(all, func(c concern) bool { return c.key == gone.key }) {
+			all = append(all, gone)
+		}
+	}
+	for _, c := range all {
 		if _, ok := told[c.key]; !ok {
 			before, err := s.standsOpen(ctx, c.key)
 			if err != nil {

@@ -175,7 +175,15 @@ func TestConcernsAboutTheCA(t *testing.T) {
 	expect("a signer", keyCA+"signer", "", 0, "signer.sock answers")
 	ca.state.Problem, ca.state.Since = "nobody is there", time.Now().Add(-time.Hour)
 	expect("it is away", keyCA+"signer", wire.SeverityMajor, 1, "nobody is there")
-	ca.state.Problem, ca.state.Since = "", time.Time{}
+	told = map[string]wire.Severity{}
+	ca.state.Signer, ca.state.Problem, ca.state.Since = "", "", time.Time{}
+	if err := s.tellConcerns(t.Context(), told); err != nil {
+		t.Fatal(err)
+	}
+	if open, err := s.standsOpen(t.Context(), keyCA+"signer"); err != nil || open != wire.SeverityNormal {
+		t.Errorf("the trouble of a signer that is not used any more stands open: %s, %v", open, err)
+	}
+	ca.state.Signer = "/run/signer.sock"
 	expect("it is back", keyCA+"signer", "", 0, "signer.sock answers")
 }
 

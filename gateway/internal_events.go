@@ -95,7 +95,7 @@ func (s *Server) writeChange(ctx context.Context, tx *store.Tx, c change) error 
 		}
 		return nil
 	}
-	if err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil {
+	if stands, err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil || !stands {
 		return err
 	}
 	for _, a := range c.Alarms {

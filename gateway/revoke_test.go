@@ -620,8 +620,8 @@ func TestNodeLostInAWarmSession(t *testing.T) {
 	}
 }
 
-// TestRevocationIsNotTakenBackByPresence: that a node came into reach was seen
-// before it was revoked, and is written after that.
+// TestRevocationIsNotTakenBackByPresence: that a node came into reach, or was lost,
+// was seen before it was revoked, and is written after that.
 func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
 	t.Parallel()
 	w, _, n := running(t)
@@ -629,8 +629,12 @@ func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
 		if _, err := tx.SetNodeState(ctx, n.id.ID(), wire.StateRevoked, "revoked by an operator"); err != nil {
 			return err
 		}
-		return w.s.writeChange(ctx, tx, change{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StatePending, To: wire.StateRunning})
+		return w.s.writeChange(ctx, tx, change{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StateRunning, To: wire.StateDown,
+			Alarms: []alarm{{Lost: true, State: wire.StateDown, Reason: "its channel ended"}}})
 	})
+	if lost, err := w.s.lostNodes(t.Context()); err != nil || len(lost) != 0 {
+		t.Errorf("the revoked node is told as lost: %v, %v", lost, err)
+	}
 	if row, err := w.db.Node(t.Context(), n.id.ID()); err != nil || row.State != wire.StateRevoked || row.StateReason != "revoked by an operator" {
 		t.Errorf("%s (%s), %v; want revoked", row.State, row.StateReason, err)
 	}

@@ -120,17 +120,22 @@ func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState
 	return false, nil
 }
 
-// SetNodePresence writes a transition that was seen. What was seen before a
-// revocation, and comes after it, does not take that back.
-func (tx *Tx) SetNodePresence(ctx context.Context, id wire.ID, state wire.NodeState, reason string) error {
-	err := one(tx.prepared.setPresence.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
+// SetNodePresence writes a transition that was seen, and tells whether that is the
+// node's state now. What was seen before a revocation, and comes after it, does not
+// take that back.
+func (tx *Tx) SetNodePresence(ctx context.Context, id wire.ID, state wire.NodeState, reason string) (stands bool, err error) {
+	err = one(tx.prepared.setPresence.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
 	if err == nil {
 		tx.Wake(bus.Nodes)
 	}
-	if errors.Is(err, ErrNotFound) { // removed, revoked, or nothing new
-		return nil
+	if !errors.Is(err, ErrNotFound) {
+		return err == nil, err
 	}
-	return err
+	n, err := tx.Node(ctx, id) // nothing new, revoked or removed
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil && n.State == state, err
 }
 
 // RecordHello writes what a verified hello says: facts, policy statuses and
