@@ -29,6 +29,8 @@ const (
 	// acceptWithin is how long a client waits for a gateway, the time included
 	// in which that one dials the service.
 	acceptWithin = 20 * time.Second
+	// sayAgain is how often the log hears at most that a closed lot refuses clients.
+	sayAgain = time.Minute
 )
 
 // Verdicts on a parked connection.
@@ -49,12 +51,36 @@ type Lot struct {
 	joined   atomic.Int64
 	accepted atomic.Int64
 	refused  atomic.Int64
+	shut     shut
 
 	mu        sync.Mutex
 	n         int64
 	waiting   map[wire.ID]*parked
 	perSource map[netip.Prefix]int
 	changed   chan struct{} // closed when one more waits; nil: nobody looks
+}
+
+// shut counts the clients that a closed lot refuses: they have their answer at
+// once, and one that asks again and again is not to fill the log.
+type shut struct {
+	mu   sync.Mutex
+	why  string
+	said time.Time
+	n    int64 // since then
+}
+
+// refused counts one client, and tells whether the log is to hear of it, and of
+// how many with it.
+func (s *shut) refused(why string, now time.Time) (n int64, say bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.n++
+	if why == s.why && now.Sub(s.said) < sayAgain {
+		return 0, false
+	}
+	n = s.n
+	s.why, s.said, s.n = why, now, 0
+	return n, true
 }
 
 // parked is one connection that waits.

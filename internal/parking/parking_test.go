@@ -262,6 +262,43 @@ func TestNobodyAccepts(t *testing.T) {
 	})
 }
 
+// TestClosed: whoever asks a closed lot again and again does not fill the log.
+func TestClosed(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		why := "this node is drained"
+		l := New(func() int { return 1 }, func() string { return why }, func() {}, slog.New(slog.NewTextHandler(&log, nil)))
+		ask := func(times int, lines ...string) {
+			t.Helper()
+			log.Reset()
+			for range times {
+				r := httptest.NewRequest(http.MethodGet, "http://acme/", nil)
+				w := httptest.NewRecorder()
+				if l.ServeHTTP(w, r); w.Code != http.StatusServiceUnavailable || !strings.Contains(w.Body.String(), why) {
+					t.Fatalf("%d %s", w.Code, w.Body)
+				}
+			}
+			got := strings.SplitAfter(log.String(), "\n")
+			if got = got[:len(got)-1]; len(got) != len(lines) {
+				t.Fatalf("%d lines, want %d: %q", len(got), len(lines), got)
+			}
+			for i, line := range got {
+				if !strings.Contains(line, lines[i]) {
+					t.Errorf("%q does not hold %q", line, lines[i])
+				}
+			}
+		}
+		ask(100, "drained\" times=1")
+		time.Sleep(sayAgain)
+		ask(100, "drained\" times=100")
+		why = "this node is revoked"
+		ask(100, "revoked\" times=100")
+		if _, _, _, refused := l.Figures(); refused != 300 {
+			t.Errorf("refused %d", refused)
+		}
+	})
+}
+
 func TestLimits(t *testing.T) {
 	l := lot(1)
 	var leave []func()

@@ -62,7 +62,9 @@ func (l *Lot) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if why := l.closed(); why != "" {
 		l.refused.Add(1)
-		l.log.Info("local client refused", "service", service, "source", source.String(), "status", http.StatusServiceUnavailable, "reason", why)
+		if n, say := l.shut.refused(why, time.Now()); say {
+			l.log.Info("local client refused", "service", service, "source", source.String(), "status", http.StatusServiceUnavailable, "reason", why, "times", n)
+		}
 		http.Error(w, "sallyport proxy: "+why, http.StatusServiceUnavailable)
 		return
 	}
