@@ -134,7 +134,7 @@ func (c *Client) connect(ctx context.Context) error {
 	}
 	c.tls = pool
 	if kept != nil {
-		if err := c.hold(*kept); err != nil {
+		if err := c.hold(*kept, 0); err != nil {
 			return err
 		}
 	}
@@ -294,6 +294,7 @@ func (c *Client) register(ctx context.Context, code *GatewayCode) error {
 
 // refresh asks for the state, and keeps it.
 func (c *Client) refresh(ctx context.Context) error {
+	before := c.held()
 	s, err := ask[Snapshot](ctx, c, pathState, nil, maxState)
 	if err != nil {
 		return err
@@ -301,7 +302,7 @@ func (c *Client) refresh(ctx context.Context) error {
 	if s.TrustDomain != c.td {
 		return fmt.Errorf("it is the authority of %s, this gateway belongs to %s", wire.Quotable(s.TrustDomain), c.td)
 	}
-	return c.hold(s)
+	return c.hold(s, before)
 }
 
 // Reach asks the authority, and returns why it does not answer.
@@ -309,16 +310,20 @@ func (c *Client) Reach(ctx context.Context) error { return c.refresh(ctx) }
 
 // hold takes a state over, in memory and on disk; what cannot be written is tried
 // again with the next. A revocation set below the one that is held is not taken
-// over.
-func (c *Client) hold(s Snapshot) error {
+// over. before is the number of the set that was held when the state was asked for:
+// if another one is held by now, an answer with a lower one is old, and says nothing
+// of what the authority knows.
+func (c *Client) hold(s Snapshot, before int64) error {
 	root, err := s.root()
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.behind = c.state.Revocations != nil && (s.Revocations == nil || setNumber(*s.Revocations) < setNumber(*c.state.Revocations))
-	if c.behind {
+	if held := c.state.number(); s.number() >= held {
+		c.behind = false
+	} else {
+		c.behind = c.behind || held == before
 		s.Revocations = c.state.Revocations
 	}
 	old, err := json.Marshal(c.state)
@@ -340,14 +345,22 @@ func (c *Client) hold(s Snapshot) error {
 	return nil
 }
 
-func setNumber(env wire.Envelope) int64 {
+// number is that of the revocation set; 0 before the first.
+func (s *Snapshot) number() int64 {
 	var set struct {
 		Number int64 `json:"number"`
 	}
-	if json.Unmarshal(env.Payload, &set) != nil {
+	if s.Revocations == nil || json.Unmarshal(s.Revocations.Payload, &set) != nil {
 		return 0
 	}
 	return set.Number
+}
+
+// held is the number of the revocation set that this gateway knows of.
+func (c *Client) held() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state.number()
 }
 
 // Run keeps the state fresh until ctx ends.
@@ -416,6 +429,7 @@ func (c *Client) IssueGateway(ctx context.Context, id wire.ID, csr []byte) ([][]
 
 // SignRevocations is [Authority.SignRevocations].
 func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations, after int64) (wire.Envelope, error) {
+	before := c.held()
 	env, err := ask[wire.Envelope](ctx, c, pathRevocations, revocationsRequest{set, &after}, maxState)
 	if err != nil {
 		if errors.Is(err, identity.ErrOlder) { // another one signed: its keys have to be in the next attempt
@@ -427,7 +441,7 @@ func (c *Client) SignRevocations(ctx context.Context, set wire.Revocations, afte
 	s := c.state
 	c.mu.Unlock()
 	s.Revocations = &env
-	return env, c.hold(s)
+	return env, c.hold(s, before)
 }
 
 // Revocations is the highest set that this gateway knows of; false before the

@@ -728,3 +728,22 @@ func TestOlderAuthority(t *testing.T) {
 		t.Error("a gateway that was removed is answered")
 	}
 }
+
+// TestAnswerFromBeforeASet: what an authority said before it signed a set is no sign
+// that it does not know that set.
+func TestAnswerFromBeforeASet(t *testing.T) {
+	r := serve(t, t.TempDir(), "127.0.0.1:0")
+	code, _ := r.code(time.Hour)
+	c := newGateway(t, r.addr).enrolled(t, code)
+	pki.OnState(c, func() {
+		if _, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := c.Reach(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if env, ok := c.Revocations(); !ok || number(t, env) != 1 || c.Behind() {
+		t.Errorf("a set: %t, behind: %t", ok, c.Behind())
+	}
+}
