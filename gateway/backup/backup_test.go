@@ -229,6 +229,7 @@ func TestRevocationsOfAnIssuerThatChanged(t *testing.T) {
 	ca, p := identitytest.NewCA(t), live(t)
 	root := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Root.Raw})
 	put(t, filepath.Join(p.PKI, "root.pem"), string(root), 0o600)
+	put(t, filepath.Join(p.PKI, "trust-domain"), ca.TrustDomain+"\n", 0o600)
 	sealed := func(ca *identitytest.CA, n int64) string {
 		b, err := json.Marshal(ca.Revoke(t, n))
 		if err != nil {
@@ -242,7 +243,9 @@ func TestRevocationsOfAnIssuerThatChanged(t *testing.T) {
 		set  string
 		kept bool
 	}{
-		{sealed(identitytest.NewCA(t), 9), false}, // which is no set of that authority, and would keep it from opening
+		// These are no sets of that authority, and would keep it from opening.
+		{sealed(identitytest.NewCA(t), 9), false},
+		{sealed(ca.Beside(t), 9), false},
 		{sealed(ca, 9), true},
 	} {
 		put(t, filepath.Join(p.PKI, "intermediate.pem"), "the issuer's next certificate", 0o600)

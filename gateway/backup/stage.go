@@ -182,8 +182,9 @@ func (s *stage) keepRevocations() error {
 	if err != nil {
 		return err
 	}
+	td := strings.TrimSpace(string(read(s.tree(treePKI), "trust-domain")))
 	for _, dir := range dirs {
-		if b := read(dir, set); ours != "" && numberOf(b) > numberOf(newest) && (of(dir) == ours || sealedBelow(b, roots)) {
+		if b := read(dir, set); ours != "" && numberOf(b) > numberOf(newest) && (of(dir) == ours || sealedBelow(b, roots, td)) {
 			newest = b
 		}
 	}
@@ -221,17 +222,17 @@ func (s *stage) roots() (roots []*x509.Certificate, err error) {
 	return roots, nil
 }
 
-// sealedBelow tells whether a revocation set is one of these roots.
-func sealedBelow(b []byte, roots []*x509.Certificate) bool {
+// sealedBelow tells whether a revocation set is one of these roots and of this trust
+// domain: below the root of an organisation there may be other installations.
+func sealedBelow(b []byte, roots []*x509.Certificate, trustDomain string) bool {
 	var env wire.Envelope
 	var set struct {
-		TrustDomain string    `json:"trust_domain"`
-		Issued      time.Time `json:"issued"`
+		Issued time.Time `json:"issued"`
 	}
 	if json.Unmarshal(b, &env) != nil || json.Unmarshal(env.Payload, &set) != nil {
 		return false
 	}
-	_, err := identity.VerifyRevocations(env, roots, set.TrustDomain, set.Issued)
+	_, err := identity.VerifyRevocations(env, roots, trustDomain, set.Issued)
 	return err == nil
 }
 

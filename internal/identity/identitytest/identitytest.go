@@ -50,6 +50,14 @@ func NewCA(t testing.TB) *CA {
 	return c
 }
 
+// Beside makes a CA below the same root, with a trust domain of its own.
+func (c *CA) Beside(t testing.TB) *CA {
+	t.Helper()
+	o := &CA{TrustDomain: "beside." + c.TrustDomain, Root: c.Root, rootKey: c.rootKey, interKey: newKey(t)}
+	o.Inter = o.intermediate(t, &o.interKey.PublicKey, &url.URL{Scheme: "spiffe", Host: o.TrustDomain})
+	return o
+}
+
 func (c *CA) intermediate(t testing.TB, pub *ecdsa.PublicKey, uris ...*url.URL) *x509.Certificate {
 	t.Helper()
 	return sign(t, &x509.Certificate{
