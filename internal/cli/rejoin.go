@@ -58,12 +58,9 @@ func (o *offline) rejoin(yes bool) (err error) {
 		return err
 	}
 	to := filepath.Join(base, setAside+time.Now().UTC().Format("20060102T150405Z"))
-	if err := move(base, to); err != nil {
-		return fmt.Errorf("set the identity aside: %w", err)
-	}
-	kept, err := moveKept(dir, base, to)
+	kept, err := move(dir, base, to)
 	if err != nil {
-		return fmt.Errorf("set the code that `sallyport local join` kept aside: %w", err)
+		return fmt.Errorf("set the identity aside in %s: %w", to, err)
 	}
 	t := Table{Columns: []string{"role", "set_aside"}}
 	t.Add(string(role), to)
@@ -110,22 +107,30 @@ func (o *offline) oneIdentity(dir string, role wire.Role, nothing func(dir strin
 
 // move moves what makes the party to a directory of its own that nobody else
 // reads: the identity last, so that a second run finishes what was interrupted.
-func move(base, to string) error {
+func move(dir, base, to string) (kept bool, err error) {
 	if err := os.Mkdir(to, 0o700); err != nil {
-		return err
+		return false, err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(to) // while nothing is in it
+		}
+	}()
+	if kept, err = moveKept(dir, base, to); err != nil {
+		return kept, fmt.Errorf("the code that `sallyport local join` kept: %w", err)
 	}
 	for _, name := range []string{"uid", "identity"} {
 		err := os.Rename(filepath.Join(base, name), filepath.Join(to, name))
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+			return kept, err
 		}
 	}
 	for _, name := range []string{to, base} {
 		if err := syncDir(name); err != nil {
-			return err
+			return kept, err
 		}
 	}
-	return nil
+	return kept, nil
 }
 
 // moveKept moves the join code that `local join` kept for this identity: the
