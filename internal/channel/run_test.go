@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"sync"
 	"sync/atomic"
@@ -369,6 +370,7 @@ func TestTwoAddressesOfOneParty(t *testing.T) {
 			defer close(ended)
 			_ = l.Run(ctx, func(ctx context.Context, c *channel.Conn) {
 				came.Add(1)
+				time.Sleep(time.Millisecond) // the way of a drain: who dialled knows of the new channel by then
 				for _, old := range l.Conns() {
 					if old != c {
 						go func() { _ = old.Drain(ctx, wire.Drain{Deadline: 30 * time.Second}) }()
@@ -383,9 +385,15 @@ func TestTwoAddressesOfOneParty(t *testing.T) {
 		}()
 		var mu sync.Mutex
 		live := map[*channel.Conn]int{}
-		s := make([]*states, 2)
-		for i := range s {
-			s[i], _ = run(t, &channel.Dialer{Addr: "memory:443", Peer: channel.PeerUpstream, Identity: node, DialContext: network.DialContext, Log: channeltest.Log(t),
+		var cut [2]atomic.Bool
+		for i := range cut {
+			dial := func(ctx context.Context, carrier, addr string) (net.Conn, error) {
+				if cut[i].Load() {
+					return nil, errors.New("this address is cut off")
+				}
+				return network.DialContext(ctx, carrier, addr)
+			}
+			run(t, &channel.Dialer{Addr: "memory:443", Peer: channel.PeerUpstream, Identity: node, DialContext: dial, Log: channeltest.Log(t),
 				Elsewhere: func(id wire.ID) *channel.Conn {
 					mu.Lock()
 					defer mu.Unlock()
@@ -409,12 +417,19 @@ func TestTwoAddressesOfOneParty(t *testing.T) {
 		if n := came.Load(); n < 3 || n > 30 {
 			t.Errorf("%d channels in an hour", n)
 		}
+		// The one whose channel ends cannot come back: only the other can.
 		before := came.Load()
-		last := l.Conns()[0]
-		for _, c := range l.Conns() {
-			if c.Since().After(last.Since()) {
+		var last *channel.Conn
+		mu.Lock()
+		for c, by := range live {
+			if c.Err() == nil && !c.Draining() {
 				last = c
+				cut[by].Store(true)
 			}
+		}
+		mu.Unlock()
+		if last == nil {
+			t.Fatal("nobody is there")
 		}
 		last.Close(nil)
 		time.Sleep(5 * time.Second)
