@@ -136,31 +136,7 @@ func (a *Authority) openDoorKeys(ctx context.Context) (*doorKeys, error) {
 	return k, nil
 }
 
-// doorsTick is how often an authority looks whether the intermediate for other
-// programs has to be replaced.
-const doorsTick = 24 * time.Hour
-
-// keepOwn looks after what an authority of our own needs, until ctx ends: the
-// intermediate for other programs is replaced in time, and a signer that goes away
-// is noticed.
-func (a *Authority) keepOwn(ctx context.Context) error {
-	tick := time.NewTicker(keepTick)
-	defer tick.Stop()
-	trouble := false
-	for last := time.Now(); ; {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		trouble = a.watch(ctx, "the signer signs", trouble)
-		if time.Since(last) >= doorsTick {
-			last = time.Now()
-			a.keepDoors(ctx)
-		}
-	}
-}
-
+// keepDoors replaces the intermediate for other programs in time.
 func (a *Authority) keepDoors(ctx context.Context) {
 	a.turning.Lock()
 	defer a.turning.Unlock()

@@ -209,42 +209,6 @@ func (m *material) documentChain() [][]byte {
 	return append([][]byte{m.document.Raw}, m.sealers()...)
 }
 
-// keepTick is how often a registration authority looks after its own leaf,
-// keepTurn while the external CA changes its root.
-const (
-	keepTick = time.Minute
-	keepTurn = 10 * time.Second
-)
-
-// Keep looks after what an authority needs to go on, until ctx ends: the
-// intermediate for other programs ends; so does the leaf that seals documents of
-// a registration authority, whose external CA may be away, or change its
-// intermediate.
-func (a *Authority) Keep(ctx context.Context) error {
-	if a.ra == nil {
-		return a.keepOwn(ctx)
-	}
-	tick := time.NewTicker(keepTurn)
-	defer tick.Stop()
-	trouble := false
-	for last := time.Now(); ; {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
-		}
-		if a.mat().ledger.Rollover == nil && time.Since(last) < keepTick {
-			continue
-		}
-		last = time.Now()
-		trouble = a.watch(ctx, "the external CA issues", trouble)
-		a.look(ctx)
-		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
-			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)
-		}
-	}
-}
-
 func (a *Authority) keepNow(ctx context.Context) error {
 	m := a.mat()
 	if !a.ra.moved.Load() && time.Now().Before(identity.RenewAfter(m.document)) {
