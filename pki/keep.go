@@ -62,26 +62,19 @@ func (a *Authority) keepRegistered(ctx context.Context) error {
 // Reach asks an external CA whether it issues, or the signer that has the issuing
 // key whether it has it, and returns why not; without them there is nobody to ask.
 func (a *Authority) Reach(ctx context.Context) error {
-	if a.ra == nil {
-		if key, ok := a.signerOf(); ok {
-			return key.try(ctx)
-		}
-		return nil
+	if a.ra != nil {
+		ctx, cancel := context.WithTimeout(ctx, raTime)
+		defer cancel()
+		return a.ra.trouble.look(ctx, a.ra.healthy, func(ctx context.Context) error { // what is asked for now is given to nobody
+			m := a.mat()
+			_, _, err := a.ra.request(ctx, m.trustDomain, m.interKey)
+			return err
+		})
 	}
-	ctx, cancel := context.WithTimeout(ctx, raTime)
-	defer cancel()
-	err := a.ra.healthy(ctx)
-	switch {
-	case err != nil && !stopping(ctx):
-		a.ra.note(raTrouble{why: err.Error()})
-	case err != nil:
-	case a.ra.refuses(): // what is asked for now is given to nobody
-		m := a.mat()
-		_, _, err = a.ra.request(ctx, m.trustDomain, m.interKey)
-	default:
-		a.ra.note(raTrouble{})
+	if key, ok := a.signerOf(); ok {
+		return key.client.trouble.look(ctx, key.there, key.prove)
 	}
-	return err
+	return nil
 }
 
 // watch asks the external CA, or the signer, how it is, logs a change, and returns

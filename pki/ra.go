@@ -63,8 +63,7 @@ type registrar struct {
 	named  *x509.Certificate        // the last that it said to issue from, and did not; used by Keep only, as is tried
 	tried  time.Time                // when it was last asked for a leaf because of named
 
-	troubleMu sync.Mutex
-	trouble   raTrouble
+	trouble trouble
 
 	telling sync.Mutex // held while it is told what is revoked
 	lists   map[wire.KeyHash]*crlTold

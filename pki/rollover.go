@@ -31,11 +31,11 @@ func (a *Authority) State() wire.CAState {
 	s := m.state(a.trustNo)
 	if key, ok := a.signerOf(); ok {
 		s.Signer = key.client.socket
-		s.Problem, s.Since = key.client.problem()
+		s.Problem, s.Since = key.client.trouble.problem()
 	}
 	if a.ra != nil {
 		s.External = a.ra.URL
-		s.Problem, s.Since = a.ra.problem()
+		s.Problem, s.Since = a.ra.trouble.problem()
 		if why := a.ra.waits.Load(); why != nil && s.Rollover != nil {
 			s.Rollover.Waits = *why
 		}

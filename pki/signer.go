@@ -18,7 +18,6 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"sallyport/internal/wire"
@@ -69,40 +68,9 @@ var digests = map[string]crypto.Hash{"SHA-256": crypto.SHA256, "SHA-384": crypto
 
 // signerClient asks the signer behind a socket.
 type signerClient struct {
-	socket string
-	http   *http.Client
-
-	mu      sync.Mutex
-	why     string // it does not do what it is asked for; empty: it does
-	since   time.Time
-	refuses bool // to sign: that it has the key is no news then
-}
-
-// problem is why the signer signs nothing, and since when; empty: it does.
-func (c *signerClient) problem() (why string, since time.Time) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.why, c.since
-}
-
-// note keeps the first failure until there is none, but for what we did not wait
-// for; signing says that it was asked for a signature.
-func (c *signerClient) note(ctx context.Context, err error, signing bool) {
-	if err != nil && stopping(ctx) {
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	switch {
-	case err == nil && (signing || !c.refuses):
-		c.why, c.since, c.refuses = "", time.Time{}, false
-	case err == nil:
-	case c.why == "":
-		c.why, c.since = err.Error(), time.Now().UTC().Truncate(time.Second)
-		fallthrough
-	default:
-		c.refuses = c.refuses || signing
-	}
+	socket  string
+	http    *http.Client
+	trouble trouble
 }
 
 // WithSigner has keys that are made from now on made and kept by the signer
@@ -213,7 +181,7 @@ func (k *signerKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 // sign verifies what comes back: a signer that went mad would otherwise be noticed
 // by the parties.
 func (k *signerKey) sign(ctx context.Context, digest []byte, hash crypto.Hash) (signature []byte, err error) {
-	defer func() { k.client.note(ctx, err, true) }()
+	defer func() { k.client.trouble.signed(ctx, err) }()
 	var a signAnswer
 	if err := k.client.ask(ctx, http.MethodPost, pathKeys+"/"+k.name+"/sign", signRequest{Digest: digest, Hash: hash.String()}, &a); err != nil {
 		return nil, fmt.Errorf("sign with key %s: %w", k.name, err)
@@ -258,17 +226,8 @@ func (k *signerKey) there(ctx context.Context) error {
 	return nil
 }
 
-// try asks the signer for the key, and for a signature of nothing if it failed to
-// give the last one.
-func (k *signerKey) try(ctx context.Context) error {
-	k.client.mu.Lock()
-	refuses := k.client.refuses
-	k.client.mu.Unlock()
-	if !refuses {
-		err := k.there(ctx)
-		k.client.note(ctx, err, false)
-		return err
-	}
+// prove has a signature made of nothing.
+func (k *signerKey) prove(ctx context.Context) error {
 	digest := sha256.Sum256([]byte("sallyport: does the signer sign?"))
 	_, err := k.sign(ctx, digest[:], crypto.SHA256)
 	return err
