@@ -71,33 +71,26 @@ func (r *registry) all() []*Conn {
 	return conns
 }
 
-// expire ends the connections of which a leaf is not valid by the clock: it is
-// over, or, where it was made while clocks were days ahead, it has not begun. Their
-// timers do it when it is over, but for a host that slept, or whose clock was set:
-// timers know nothing of that. No session comes about between two such leaves, and
-// only a new connection brings a new one.
-func (r *registry) expire(now time.Time) {
-	for _, c := range r.all() {
-		if c.outOfTime(now) {
-			c.Close(ErrExpired)
-		}
-	}
-}
-
-// watch checks all connections at every change of the identity, until ctx is
-// done. A party that was granted its certificate gives up the enrolment
-// connections on which it waited: its upstream comes again as to any other.
+// watch checks all connections at every change of the identity, and now and then
+// by the clock, until ctx is done. A party that was granted its certificate gives up
+// the enrolment connections on which it waited: its upstream comes again as to any
+// other. One of which a leaf is not valid by the clock ends: it is over, or, where it
+// was made while clocks were days ahead, it has not begun. Its timer knows nothing of
+// a host that slept, or whose clock was set; no session comes about between two such
+// leaves, and only a new connection brings a new one.
 func (r *registry) watch(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	tick := time.NewTicker(clockLook)
 	defer tick.Stop()
 	for {
-		changed := r.id.Changed()
+		changed, now := r.id.Changed(), time.Now()
 		for _, c := range r.all() {
 			switch {
 			case r.id.Revoked(c.peer.Key):
 				c.Close(identity.ErrRevoked)
+			case c.outOfTime(now):
+				c.Close(ErrExpired)
 			case r.id.Ended(c.peer) && !c.outlived:
 				c.outlived = true
 				wg.Go(func() { c.outlive(ctx) })
@@ -108,8 +101,7 @@ func (r *registry) watch(ctx context.Context) {
 		}
 		select {
 		case <-changed:
-		case now := <-tick.C:
-			r.expire(now)
+		case <-tick.C:
 		case <-ctx.Done():
 			return
 		}

@@ -122,26 +122,10 @@ func (k *keeper) elsewhere(ctx context.Context) error {
 	k.failures, k.since = 0, time.Now()
 	k.d.Log.Info("the party is there by another channel", "address", k.d.Addr, "peer", other.Peer().String(), "by", other.RemoteAddr(), "dialled", other.Dialled(), "retry_in", wait.Round(time.Second))
 	k.tell(State{Addr: k.d.Addr, Instead: other, Next: k.since.Add(wait), Since: k.since})
-	t := time.NewTimer(wait)
-	defer t.Stop()
-	changed := k.d.Identity.Changed()
-	was := identityState(k.d.Identity)
-	for {
-		select {
-		case <-t.C:
-			return nil
-		case <-changed:
-			if changed = k.d.Identity.Changed(); identityState(k.d.Identity) != was {
-				return nil
-			}
-		case <-other.Done():
-			return k.pause(ctx, k.backoff.first())
-		case <-other.DrainRequested():
-			return k.pause(ctx, k.backoff.first())
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	if left, err := k.wait(ctx, wait, other); !left || err != nil {
+		return err
 	}
+	return k.pause(ctx, k.backoff.first())
 }
 
 // start runs f for a connection, which it owns until it has ended.
@@ -260,21 +244,35 @@ func (k *keeper) lost(ctx context.Context, c *Conn) error {
 // pause waits for d; it ends early when our certificate changes, and forgets
 // the failures then.
 func (k *keeper) pause(ctx context.Context, d time.Duration) error {
+	_, err := k.wait(ctx, d, nil)
+	return err
+}
+
+// wait is pause, and ends early too when another connection ends or is to: left.
+func (k *keeper) wait(ctx context.Context, d time.Duration, other *Conn) (left bool, err error) {
 	t := time.NewTimer(d)
 	defer t.Stop()
+	var ended, drains <-chan struct{} // nil: never
+	if other != nil {
+		ended, drains = other.Done(), other.DrainRequested()
+	}
 	was := identityState(k.d.Identity)
 	for {
 		changed := k.d.Identity.Changed()
 		if identityState(k.d.Identity) != was {
 			k.failures = 0
-			return nil
+			return false, nil
 		}
 		select {
 		case <-t.C:
-			return nil
+			return false, nil
 		case <-changed:
+		case <-ended:
+			return true, nil
+		case <-drains:
+			return true, nil
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return false, context.Cause(ctx)
 		}
 	}
 }

@@ -28,6 +28,15 @@ type verified struct {
 	resumed bool
 }
 
+// certified is what a handshake between two leaves proved: it holds while both are
+// valid.
+func certified(id *identity.Identity, peer identity.Peer, dir Direction, cs tls.ConnectionState) verified {
+	return verified{
+		peer: peer, dir: dir, resumed: cs.DidResume,
+		begins: later(peer.Leaf.NotBefore, id.NotBefore()), expires: sooner(peer.Leaf.NotAfter, id.NotAfter()),
+	}
+}
+
 // checkNegotiated refuses a connection without the application protocol that
 // its row of the table is about: crypto/tls accepts an empty one.
 func checkNegotiated(cs tls.ConnectionState, p *protocol) error {
@@ -190,7 +199,7 @@ func (s *serverTLS) verify(p *protocol, cs tls.ConnectionState) (verified, error
 	if err := s.admit(peer, p.alpn); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: p.dialler, begins: later(peer.Leaf.NotBefore, s.id.NotBefore()), expires: sooner(peer.Leaf.NotAfter, s.id.NotAfter()), resumed: cs.DidResume}, nil
+	return certified(s.id, peer, p.dialler, cs), nil
 }
 
 // clientTLS makes the configurations of a dialler.
@@ -249,7 +258,7 @@ func (c *clientTLS) verify(p *protocol, dir Direction, cs tls.ConnectionState) (
 	if err := c.expected(peer); err != nil {
 		return verified{}, err
 	}
-	return verified{peer: peer, dir: dir, begins: later(peer.Leaf.NotBefore, c.id.NotBefore()), expires: sooner(peer.Leaf.NotAfter, c.id.NotAfter()), resumed: cs.DidResume}, nil
+	return certified(c.id, peer, dir, cs), nil
 }
 
 // expected compares with the UUID that the configuration names.
