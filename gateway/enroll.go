@@ -78,10 +78,10 @@ type enrolment struct {
 	// changed is told of parties that were made, replaced or revoked.
 	changed func(ctx context.Context, role wire.Role, id wire.ID)
 	// talk opens or reuses a session with a certified party.
-	talk func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
+	talk talker
 	// lastWord is talk with a party that is revoked already, and with no other;
 	// nil: there is none.
-	lastWord func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
+	lastWord talker
 	// reach does it with the one process of a node that has a boot ID, by
 	// whichever way that answers; nil: as talk.
 	reach func(ctx context.Context, node wire.ID, boot string, f func(ctx context.Context, call caller) error) error

@@ -222,9 +222,7 @@ func (r *rest) noOperation(w http.ResponseWriter, req *http.Request) {
 func knownParameters(ctx huma.Context, next func(huma.Context)) {
 	req, w := unwrap(ctx)
 	refuse := func(p *api.Problem) {
-		if refused, ok := ctx.Context().Value(refusedKey{}).(func(*api.Problem)); ok {
-			refused(p)
-		}
+		tellRefused(ctx, p)
 		writeProblem(w, p)
 	}
 	given, err := url.ParseQuery(req.URL.RawQuery)

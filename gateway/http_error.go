@@ -35,11 +35,11 @@ func init() {
 	}
 	huma.NewErrorWithContext = func(ctx huma.Context, status int, message string, errs ...error) huma.StatusError {
 		err := huma.NewError(status, message, errs...)
-		var p *api.Problem
-		if refused, ok := ctx.Context().Value(refusedKey{}).(func(*api.Problem)); ok && errors.As(err, &p) {
-			switch status { // what huma says before an operation is reached
-			case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
-				refused(p)
+		switch status { // what huma says before an operation is reached
+		case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
+			var p *api.Problem
+			if errors.As(err, &p) {
+				tellRefused(ctx, p)
 			}
 		}
 		return err
@@ -49,6 +49,13 @@ func init() {
 // refusedKey is of a function that hears why a changing call does not reach its
 // operation.
 type refusedKey struct{}
+
+// tellRefused tells whoever wants to hear it.
+func tellRefused(ctx huma.Context, p *api.Problem) {
+	if refused, ok := ctx.Context().Value(refusedKey{}).(func(*api.Problem)); ok {
+		refused(p)
+	}
+}
 
 func codeOf(status int) api.Code {
 	for _, c := range []api.Code{

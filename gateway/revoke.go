@@ -32,6 +32,9 @@ const (
 // caller sends one request in a session, as conversation.call does.
 type caller func(ctx context.Context, method, path string, in, out any, limit int64) error
 
+// talker has f speak with a party in a session.
+type talker func(ctx context.Context, p wire.Party, f func(ctx context.Context, call caller) error) error
+
 // revokeNode ends the trust in a node's keys. A removed node also leaves the
 // list; either may enrol again, with a new key.
 func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) (number int64, err error) {
@@ -173,13 +176,10 @@ func (e *enrolment) bid(ctx context.Context, ended, news []wire.Party, env wire.
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var wg sync.WaitGroup
-	tell := func(p wire.Party, talk func(context.Context, wire.Party, func(context.Context, caller) error) error) {
+	tell := func(p wire.Party, talk talker) {
 		p.TrustDomain = e.id.TrustDomain()
 		wg.Go(func() {
-			err := talk(ctx, p, func(ctx context.Context, call caller) error {
-				return call(ctx, http.MethodPut, wire.PathRevocations, env, nil, 0)
-			})
-			if err != nil {
+			if err := putRevocations(ctx, talk, p, env); err != nil {
 				e.log.Debug("a revoked party was not told", "party", p.String(), "error", err)
 			}
 		})
@@ -215,7 +215,7 @@ func (e *enrolment) spread(ctx context.Context, env wire.Envelope) {
 		}
 		wg.Go(func() {
 			p := wire.Party{Role: wire.RoleRCP, ID: r.PartyID, TrustDomain: e.id.TrustDomain()}
-			switch err := e.putRevocations(ctx, p, env); {
+			switch err := putRevocations(ctx, e.talk, p, env); {
 			case errors.Is(err, ErrNotConnected): // it gets the set when it comes
 			case err != nil:
 				e.log.Warn("an RCP does not have the new revocation set yet", "rcp", r.Name, "error", err)
@@ -225,8 +225,8 @@ func (e *enrolment) spread(ctx context.Context, env wire.Envelope) {
 	wg.Wait()
 }
 
-func (e *enrolment) putRevocations(ctx context.Context, p wire.Party, env wire.Envelope) error {
-	return e.talk(ctx, p, func(ctx context.Context, call caller) error {
+func putRevocations(ctx context.Context, talk talker, p wire.Party, env wire.Envelope) error {
+	return talk(ctx, p, func(ctx context.Context, call caller) error {
 		return call(ctx, http.MethodPut, wire.PathRevocations, env, nil, 0)
 	})
 }
@@ -240,7 +240,7 @@ func (e *enrolment) deliverRevocations(ctx context.Context, _ wire.ID, hello *wi
 	number, env := e.id.Revocations()
 	switch {
 	case hello.Revocations < number:
-		return e.putRevocations(ctx, hello.Party, *env)
+		return putRevocations(ctx, e.talk, hello.Party, *env)
 	case hello.Revocations > number && hello.Party.Role == wire.RoleRCP: // what a node holds, it had from one
 		return e.fetchRevocations(ctx, hello.Party)
 	}

@@ -24,6 +24,9 @@ type prepared struct {
 	helloOfNode, leafOfNode                                   *sqldb.Bound
 }
 
+const setState = `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
+			WHERE id = ? AND (state <> ? OR state_reason <> ?)`
+
 const nextQuery = "UPDATE counters SET value = value + ? WHERE name = ? RETURNING value"
 
 // prepare lets bun write the texts, so that each names the columns of its model.
@@ -61,10 +64,8 @@ func prepare(ctx context.Context, db *sqldb.DB) (p *prepared, err error) {
 	}{
 		{&p.next, nextQuery},
 		{&p.setApplied, "UPDATE nodes SET applied_gen = ?, applied_n = ? WHERE id = ?"},
-		{&p.setState, `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
-			WHERE id = ? AND (state <> ? OR state_reason <> ?)`},
-		{&p.setPresence, `UPDATE nodes SET state_since = CASE WHEN state = ? THEN state_since ELSE ? END, state = ?, state_reason = ?
-			WHERE id = ? AND (state <> ? OR state_reason <> ?) AND state <> 'revoked'`},
+		{&p.setState, setState},
+		{&p.setPresence, setState + " AND state <> 'revoked'"},
 		{&p.setSeen, "UPDATE nodes SET last_seen = ? WHERE id = ?"},
 		{&p.clearTags, "DELETE FROM node_tags WHERE node_id = ? AND source = ?"},
 		{&p.useJoin, `UPDATE joins SET used = used + 1 WHERE id = ? AND (manual OR used < max_uses)
