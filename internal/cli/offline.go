@@ -113,7 +113,7 @@ func (o *offline) request(args []string) (err error) {
 	}
 	env, err := enroll.Offline(id, offer)
 	if errors.Is(err, identity.ErrNotPinned) {
-		return trustNobody("")
+		return errTrustNobody
 	}
 	if err != nil {
 		return err
@@ -149,10 +149,11 @@ func (o *offline) pinned() (wire.KeyHash, string, error) {
 	return root, td, nil
 }
 
-// trustNobody is the error of a host that was told of no gateway yet.
-func trustNobody(string) error {
-	return Usage("say whom to trust: --ca-pin with the fingerprint that `sallyport ca pin` prints on the gateway, or --join with a join code")
-}
+var (
+	// errTrustNobody is of a host that was told of no gateway yet.
+	errTrustNobody = Usage("say whom to trust: --ca-pin with the fingerprint that `sallyport ca pin` prints on the gateway, or --join with a join code")
+	errNoDirectory = errors.New("the role has no directory here")
+)
 
 // offer is what the role would say of itself if it ran.
 func (o *offline) offer(role wire.Role, code wire.JoinCode) (enroll.Offer, error) {
@@ -224,11 +225,10 @@ func (o *offline) role(said wire.Role) (wire.Role, error) {
 // A node has one for each gateway: td names it, and may be left out when there
 // is but one. It makes one only if it is told whom to trust.
 func (o *offline) open(role wire.Role, td string, told bool) (*identity.Identity, func() error, error) {
-	absent := trustNobody
-	if told {
-		absent = nil
+	dir, release, err := o.lock(role, told)
+	if errors.Is(err, errNoDirectory) {
+		return nil, nil, errTrustNobody
 	}
-	dir, release, err := o.lock(role, absent)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -245,19 +245,17 @@ func (o *offline) open(role wire.Role, td string, told bool) (*identity.Identity
 	return id, release, nil
 }
 
-// lock locks the directory of a role, and makes it if absent is nil; otherwise
-// that is the error when there is none: what only works on what is there leaves
-// nothing behind where SALLYPORT_DATA was mistyped.
-func (o *offline) lock(role wire.Role, absent func(dir string) error) (dir string, release func() error, err error) {
+// lock locks the directory of a role, and makes it if it may; otherwise the error is
+// errNoDirectory when there is none: what only works on what is there leaves nothing
+// behind where SALLYPORT_DATA was mistyped.
+func (o *offline) lock(role wire.Role, mayMake bool) (dir string, release func() error, err error) {
 	c, err := config.LoadOperator(o.streams.Env)
 	if err != nil {
 		return "", nil, err
 	}
 	dir = c.Dir(string(role))
-	if absent != nil {
-		if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-			return "", nil, absent(dir)
-		}
+	if _, err := os.Stat(dir); !mayMake && errors.Is(err, fs.ErrNotExist) {
+		return dir, nil, errNoDirectory
 	}
 	if err := ownedByUs(dir); err != nil {
 		return "", nil, err
@@ -306,7 +304,7 @@ func identityDir(dir string, role wire.Role, td string) (string, error) {
 	case len(found) == 1:
 		return found[0], nil
 	case len(found) == 0:
-		return "", trustNobody("")
+		return "", errTrustNobody
 	}
 	return "", Usage("this node serves %d gateways: say which with --ca-pin", len(found))
 }
@@ -336,10 +334,13 @@ func (o *offline) install(name string) error {
 	if err != nil {
 		return err
 	}
-	stranger := func(string) error {
+	stranger := func() error {
 		return Fail(ExitRefused, "%s: this host has made no request for %s: `local csr` makes one, with its key", name, wire.Quotable(claim.Verdict.Party.TrustDomain))
 	}
-	dir, release, err := o.lock(role, stranger)
+	dir, release, err := o.lock(role, false)
+	if errors.Is(err, errNoDirectory) {
+		return stranger()
+	}
 	if err != nil {
 		return err
 	}
@@ -349,7 +350,7 @@ func (o *offline) install(name string) error {
 			return err
 		}
 		if _, err := os.Stat(where); err != nil {
-			return stranger(dir)
+			return stranger()
 		}
 		id, err := identity.Open(where, role)
 		if err != nil {
@@ -390,7 +391,7 @@ func (o *offline) adopt(name string, b []byte) error {
 	if err := o.agrees(bundle.Root, bundle.TrustDomain); err != nil {
 		return err
 	}
-	dir, release, err := o.lock(role, nil)
+	dir, release, err := o.lock(role, true)
 	if err != nil {
 		return err
 	}

@@ -42,15 +42,15 @@ func (o *offline) rejoin(yes bool) (err error) {
 	if err != nil {
 		return err
 	}
-	nothing := func(dir string) error {
-		return Fail(ExitNotFound, "there is no identity in %s: a join code is all that this %s needs", dir, role)
+	dir, release, err := o.lock(role, false)
+	if errors.Is(err, errNoDirectory) {
+		return noIdentity(dir, role)
 	}
-	dir, release, err := o.lock(role, nothing)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, release()) }()
-	base, err := o.oneIdentity(dir, role, nothing)
+	base, err := o.oneIdentity(dir, role)
 	if err != nil {
 		return err
 	}
@@ -79,10 +79,13 @@ func (o *offline) rejoin(yes bool) (err error) {
 	return nil
 }
 
+func noIdentity(dir string, role wire.Role) error {
+	return Fail(ExitNotFound, "there is no identity in %s: a join code is all that this %s needs", dir, role)
+}
+
 // oneIdentity is the directory that holds the directory of the identity: of the
-// only one, or of the one that --trust-domain names; nothing is the error when
-// there is none.
-func (o *offline) oneIdentity(dir string, role wire.Role, nothing func(dir string) error) (string, error) {
+// only one, or of the one that --trust-domain names.
+func (o *offline) oneIdentity(dir string, role wire.Role) (string, error) {
 	pattern := filepath.Join(dir, "identity")
 	switch {
 	case role == wire.RoleNode && o.trustDomain != "":
@@ -98,7 +101,7 @@ func (o *offline) oneIdentity(dir string, role wire.Role, nothing func(dir strin
 	case err != nil:
 		return "", err
 	case len(found) == 0:
-		return "", nothing(dir)
+		return "", noIdentity(dir, role)
 	case len(found) > 1:
 		return "", Usage("this node serves %d gateways: say which with --trust-domain", len(found))
 	}
