@@ -144,7 +144,8 @@ func (h *Host) Knock(addr netip.AddrPort) error {
 
 // Capture writes every frame that the host's network card sends or receives to
 // w, without framing, until the returned function is called. That function
-// returns how many frames were written and how many the kernel had to drop.
+// returns, once everything seen until then is written, how many frames that was
+// and how many the kernel had to drop.
 func (h *Host) Capture(w io.Writer) (stop func() (frames, dropped int, err error), err error) {
 	fd := -1
 	err = h.Do(func() error {
@@ -173,10 +174,15 @@ func (h *Host) Capture(w io.Writer) (stop func() (frames, dropped int, err error
 		buf := make([]byte, 64<<10)
 		for {
 			n, err := file.Read(buf)
-			if err != nil {
-				if errors.Is(err, os.ErrDeadlineExceeded) {
-					err = nil // stopped
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				// Stopped: from now on file.Read only says so, and what the
+				// card had seen by then may still wait in the socket.
+				if n, err = unix.Read(fd, buf); errors.Is(err, unix.EAGAIN) {
+					done <- nil
+					return
 				}
+			}
+			if err != nil {
 				done <- err
 				return
 			}

@@ -225,10 +225,23 @@ func TestCutAndRestore(t *testing.T) {
 	}
 }
 
+// behind keeps the first frame waiting until the capture was stopped: what came
+// after it is then still in the socket.
+type behind struct {
+	bytes.Buffer
+
+	ready chan struct{}
+}
+
+func (b *behind) Write(p []byte) (int, error) {
+	<-b.ready
+	return b.Buffer.Write(p)
+}
+
 func TestCapture(t *testing.T) {
 	lab := plant(t)
 	tcp, udp := echo(t, lab.Host("rcp"))
-	var seen bytes.Buffer
+	seen := behind{ready: make(chan struct{})}
 	stop, err := lab.Host("rcp").Capture(&seen)
 	if err != nil {
 		t.Fatal(err)
@@ -241,6 +254,7 @@ func TestCapture(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	time.AfterFunc(50*time.Millisecond, func() { close(seen.ready) })
 	frames, dropped, err := stop()
 	if err != nil || dropped != 0 || frames < 6 {
 		t.Fatalf("%d frames captured, %d dropped, %v", frames, dropped, err)
