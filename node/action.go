@@ -15,6 +15,7 @@ import (
 	"syscall"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 	"sallyport/node/proc"
 )
@@ -240,7 +241,7 @@ func (a *actions) create(act wire.Action) (*run, error) {
 	var err error
 	if r.frames, err = os.OpenFile(filepath.Join(r.dir, fileFrames), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600); err == nil {
 		if err = saveJSON(filepath.Join(r.dir, fileAction), act); err == nil {
-			err = syncDir(a.dir)
+			err = atomicfile.SyncDir(a.dir)
 		}
 	}
 	if err != nil {
@@ -391,7 +392,7 @@ func (a *actions) bury(id wire.ID) error {
 	for _, id := range a.order {
 		b.WriteString(string(id) + "\n")
 	}
-	return saveFile(a.tombstones(), []byte(b.String()))
+	return atomicfile.Write(a.tombstones(), []byte(b.String()), 0o600)
 }
 
 // knows reports whether an action was begun here.

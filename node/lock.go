@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 )
 
@@ -64,7 +65,7 @@ func (l *interlock) learn(uid string) error {
 	if err != nil || known != "" {
 		return err
 	}
-	return saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n"))
+	return atomicfile.Write(filepath.Join(l.dir, fileUID), []byte(uid+"\n"), 0o600)
 }
 
 // obey checks the installation of a verified document. A foreign one locks the
@@ -91,7 +92,7 @@ func (l *interlock) obey(uid string) error {
 		return &lockedError{reason}
 	}
 	if known == "" {
-		if err := saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n")); err != nil {
+		if err := atomicfile.Write(filepath.Join(l.dir, fileUID), []byte(uid+"\n"), 0o600); err != nil {
 			return err
 		}
 	}
@@ -123,7 +124,7 @@ func (l *interlock) unlock(uid string) error {
 	if uid == "" {
 		err = removeFile(filepath.Join(l.dir, fileUID))
 	} else {
-		err = saveFile(filepath.Join(l.dir, fileUID), []byte(uid+"\n"))
+		err = atomicfile.Write(filepath.Join(l.dir, fileUID), []byte(uid+"\n"), 0o600)
 	}
 	if err != nil {
 		return err

@@ -235,15 +235,7 @@ func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
 	if err := atomicfile.WriteExactly(filepath.Join(dir, name), b, mode); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
+	return nil
 }
 
 // readDocument reads a document that was sealed here, and when that was; nil

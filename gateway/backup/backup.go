@@ -25,6 +25,7 @@ import (
 
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
@@ -106,7 +107,7 @@ func Create(ctx context.Context, p Place, dest, program string, passphrase []byt
 	if m, err = create(ctx, p, out, program, passphrase); err != nil {
 		return m, errors.Join(err, store.AuditBeside(context.WithoutCancel(ctx), p.Database, "backup.create", name, store.ResultFailed, err.Error()))
 	}
-	return m, errors.Join(out.Sync(), sqldb.SyncDir(filepath.Dir(dest)))
+	return m, errors.Join(out.Sync(), atomicfile.SyncDir(filepath.Dir(dest)))
 }
 
 func create(ctx context.Context, p Place, out io.Writer, program string, passphrase []byte) (m Manifest, err error) {

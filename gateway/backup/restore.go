@@ -173,9 +173,6 @@ func (s *stage) swap(generation int64, now time.Time) (previous string, err erro
 	if err := atomicfile.Write(s.place.marker(), []byte(strconv.FormatInt(generation, 10)+"\n"), 0o600); err != nil {
 		return "", err
 	}
-	if err := sqldb.SyncDir(s.place.Gateway); err != nil {
-		return "", err
-	}
 	if s.authority {
 		if err := exchange(s.place.PKI, stamp, leaveOut); err != nil {
 			return "", err
@@ -189,10 +186,10 @@ func (s *stage) swap(generation int64, now time.Time) (previous string, err erro
 	if previous, err = setAside(s.place.Database, stamp); err != nil {
 		return "", err
 	}
-	if err := errors.Join(os.Rename(s.database, s.place.Database), sqldb.SyncDir(filepath.Dir(s.place.Database))); err != nil {
+	if err := errors.Join(os.Rename(s.database, s.place.Database), atomicfile.SyncDir(filepath.Dir(s.place.Database))); err != nil {
 		return previous, err
 	}
-	return previous, errors.Join(os.Remove(s.place.marker()), sqldb.SyncDir(s.place.Gateway))
+	return previous, errors.Join(os.Remove(s.place.marker()), atomicfile.SyncDir(s.place.Gateway))
 }
 
 // exchange moves what is in dir into dir/stamp, and the staged files up.
@@ -226,7 +223,7 @@ func exchange(dir, stamp string, stays func(rel string) bool) error {
 			return err
 		}
 	}
-	return sqldb.SyncDir(dir)
+	return atomicfile.SyncDir(dir)
 }
 
 // keep makes the directory for what was there. It is the owner's of dir, also

@@ -17,10 +17,10 @@ import (
 	"syscall"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/identity"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
-	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -133,7 +133,7 @@ func (s *stage) takeFile(tree, rel string, h *tar.Header, in io.Reader) error {
 	if err := writeNew(target, mode, in); err != nil {
 		return err
 	}
-	return sqldb.SyncDir(filepath.Dir(target))
+	return atomicfile.SyncDir(filepath.Dir(target))
 }
 
 // lockPKI makes sure that no process uses the authority.

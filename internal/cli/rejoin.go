@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -129,7 +130,7 @@ func move(dir, base, to string) (kept bool, err error) {
 		}
 	}
 	for _, name := range []string{to, base} {
-		if err := syncDir(name); err != nil {
+		if err := atomicfile.SyncDir(name); err != nil {
 			return kept, err
 		}
 	}
@@ -154,13 +155,5 @@ func moveKept(dir, base, to string) (bool, error) {
 	if err := os.Rename(kept, filepath.Join(to, identity.KeptJoin)); err != nil {
 		return false, err
 	}
-	return true, syncDir(dir)
-}
-
-func syncDir(name string) error {
-	d, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return true, atomicfile.SyncDir(dir)
 }

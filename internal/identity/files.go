@@ -58,14 +58,14 @@ func (d dirStore) Remove(name string) error {
 	if err := os.Remove(filepath.Join(string(d), name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return syncDir(string(d))
+	return atomicfile.SyncDir(string(d))
 }
 
 func (d dirStore) Rename(from, to string) error {
 	if err := os.Rename(filepath.Join(string(d), from), filepath.Join(string(d), to)); err != nil {
 		return err
 	}
-	return syncDir(string(d))
+	return atomicfile.SyncDir(string(d))
 }
 
 // writeFile replaces dir/name: after it returned, a crash shows the new bytes,
@@ -73,22 +73,6 @@ func (d dirStore) Rename(from, to string) error {
 func writeFile(dir, name string, data []byte, mode fs.FileMode) error {
 	if err := atomicfile.WriteExactly(filepath.Join(dir, name), data, mode); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
-	}
-	return syncDir(dir)
-}
-
-// syncDir makes renames and removals in dir durable.
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	if err != nil {
-		return fmt.Errorf("sync directory %s: %w", dir, err)
 	}
 	return nil
 }

@@ -9,6 +9,8 @@ import (
 
 	"github.com/uptrace/bun"
 	"github.com/uptrace/bun/dialect/sqlitedialect"
+
+	"sallyport/internal/atomicfile"
 )
 
 // Backup writes a consistent copy of the database at path into the new file
@@ -39,16 +41,7 @@ func Backup(ctx context.Context, path, dest string) (err error) {
 		return err
 	}
 	// SQLite leaves the syncing of the copy to the caller.
-	return errors.Join(f.Sync(), SyncDir(filepath.Dir(dest)))
-}
-
-// SyncDir makes new and renamed names in a directory survive a power cut.
-func SyncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return errors.Join(f.Sync(), atomicfile.SyncDir(filepath.Dir(dest)))
 }
 
 // Beside runs one writing transaction on a database that another process may

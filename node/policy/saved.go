@@ -114,7 +114,7 @@ func (e *Engine) clearJournal() error {
 	if err != nil {
 		return err
 	}
-	return syncDir(e.cfg.Dir) // one that came back would undo what was committed
+	return atomicfile.SyncDir(e.cfg.Dir) // one that came back would undo what was committed
 }
 
 // rollback puts back what the journal names, and lets the service see it. A
@@ -168,10 +168,7 @@ func saveJSON(file string, v any) error {
 	if err != nil {
 		return err
 	}
-	if err := atomicfile.Write(file, b, 0o600); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(file))
+	return atomicfile.Write(file, b, 0o600)
 }
 
 func loadJSON(file string, v any) error {
@@ -183,16 +180,4 @@ func loadJSON(file string, v any) error {
 		return fmt.Errorf("%s is damaged: %w (move it away to go on without: what policies replaced is then not put back when they go)", file, err)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	err = d.Sync()
-	if cerr := d.Close(); err == nil {
-		err = cerr
-	}
-	return err
 }
