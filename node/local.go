@@ -195,37 +195,12 @@ func (a *Agent) served(addr string, but *instance) string {
 // doctor is what the instance finds out about itself; served names the world of
 // another one that is connected at an address.
 func (in *instance) doctor(served func(addr string) string) []local.Check {
-	checks := []local.Check{in.checkIdentity(), in.checkCertificate()}
+	checks := []local.Check{
+		doctor.Enrolled(in.id, fmt.Sprintf("node %s of %s", in.id.ID(), in.td), in.applicant.Ready(), "sallyport join create"),
+		doctor.Certificate(in.id.NotAfter(), in.id.RenewAfter(), time.Now(), "this node"),
+	}
 	checks = append(checks, in.checkUpstreams(served)...)
 	return append(checks, in.checkLock(), in.checkPolicies(), in.checkSpool())
-}
-
-func (in *instance) checkIdentity() local.Check {
-	c := local.Check{Check: "identity", OK: true, Detail: fmt.Sprintf("node %s of %s, key %s", in.id.ID(), in.td, in.id.Fingerprint())}
-	if err := in.applicant.Ready(); err != nil {
-		c.OK, c.Detail = false, err.Error()
-		if key := in.id.Fingerprint(); !strings.Contains(c.Detail, key) { // one that waits says it itself
-			c.Detail += "; key " + key
-		}
-		c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `sallyport join create` is taken without a restart"
-	}
-	return c
-}
-
-func (in *instance) checkCertificate() local.Check {
-	c := local.Check{Check: "certificate", OK: true}
-	end := in.id.NotAfter()
-	left := time.Until(end).Round(time.Minute)
-	switch {
-	case end.IsZero():
-		c.OK, c.Detail, c.Fix = false, "there is none yet", "see identity"
-	case left <= 0:
-		c.OK, c.Detail = false, "it ended on "+end.UTC().Format(time.RFC3339)
-		c.Fix = "let the gateway reach this node: it renews an expired certificate with the same key, within its grace (after that: see identity)"
-	default:
-		c.Detail = fmt.Sprintf("good for another %s; renewed from %s on", left, in.id.RenewAfter().UTC().Format(time.RFC3339))
-	}
-	return c
 }
 
 func (in *instance) checkUpstreams(served func(addr string) string) []local.Check {

@@ -68,40 +68,13 @@ func (r *Relay) Join(_ context.Context, code string) error {
 
 // Doctor is what the RCP finds out about itself without asking anybody.
 func (r *Relay) Doctor(context.Context) []local.Check {
-	checks := []local.Check{r.checkIdentity(), r.checkCertificate(), r.checkListeners(), r.checkDialler()}
+	checks := []local.Check{
+		doctor.Enrolled(r.id, fmt.Sprintf("rcp %s of %s", r.id.ID(), r.id.TrustDomain()), r.applicant.Ready(), "sallyport rcp join"),
+		doctor.Certificate(r.id.NotAfter(), r.id.RenewAfter(), time.Now(), "this RCP"),
+		r.checkListeners(), r.checkDialler(),
+	}
 	checks = append(checks, r.checkUpstreams()...)
 	return append(checks, r.checkRevocations(), r.checkPeers())
-}
-
-func (r *Relay) checkIdentity() local.Check {
-	c := local.Check{Check: "identity", OK: true, Detail: fmt.Sprintf("rcp %s of %s, key %s", r.id.ID(), r.id.TrustDomain(), r.id.Fingerprint())}
-	if err := r.applicant.Ready(); err != nil {
-		c.OK, c.Detail = false, err.Error()
-		if key := r.id.Fingerprint(); !strings.Contains(c.Detail, key) { // one that waits says it itself
-			c.Detail += "; key " + key
-		}
-		c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `sallyport rcp join` is taken without a restart"
-	}
-	return c
-}
-
-func (r *Relay) checkCertificate() local.Check {
-	c := local.Check{Check: "certificate", OK: true}
-	end := r.id.NotAfter()
-	left := time.Until(end).Round(time.Minute)
-	switch {
-	case end.IsZero():
-		c.OK, c.Detail, c.Fix = false, "there is none yet", "see identity"
-	case left <= 0:
-		c.OK, c.Detail = false, "it ended on "+end.UTC().Format(time.RFC3339)
-		c.Fix = "let the gateway reach this RCP: it renews an expired certificate with the same key, within its grace (after that: see identity)"
-	case time.Now().After(r.id.RenewAfter().Add(time.Until(end) / 2)):
-		c.OK, c.Detail = false, fmt.Sprintf("it ends in %s and should have been renewed", left)
-		c.Fix = "see whether the gateway runs and reaches this RCP"
-	default:
-		c.Detail = fmt.Sprintf("good for another %s; renewed from %s on", left, r.id.RenewAfter().UTC().Format(time.RFC3339))
-	}
-	return c
 }
 
 func (r *Relay) checkListeners() local.Check {

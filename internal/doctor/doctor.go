@@ -342,6 +342,42 @@ func Reach(ctx context.Context, addr string) local.Check {
 	return local.Check{Check: check, Detail: err.Error(), Fix: fix}
 }
 
+// Enrolled is the finding about a running role's identity; why says what its
+// certificate waits for, and code how a new join code is made.
+func Enrolled(id *identity.Identity, party string, why error, code string) local.Check {
+	c := local.Check{Check: "identity", OK: true, Detail: party + ", key " + id.Fingerprint()}
+	if why == nil {
+		return c
+	}
+	c.OK, c.Detail = false, why.Error()
+	if key := id.Fingerprint(); !strings.Contains(c.Detail, key) { // one that waits says it itself
+		c.Detail += "; key " + key
+	}
+	c.Fix = "on the gateway: `sallyport request list` shows the request if it arrived; a new code from `" + code + "` is taken without a restart"
+	return c
+}
+
+// Certificate is the finding about the certificate that a running role (here) has
+// until end, the zero time before the first, and the gateway renews from renew on.
+func Certificate(end, renew, now time.Time, here string) local.Check {
+	c := local.Check{Check: "certificate"}
+	left := end.Sub(now).Round(time.Minute)
+	switch {
+	case end.IsZero():
+		c.Detail, c.Fix = "there is none yet", "see identity"
+	case left <= 0:
+		c.Detail = "it ended on " + end.UTC().Format(time.RFC3339)
+		c.Fix = "let the gateway reach " + here + ": it renews an expired certificate with the same key, within its grace (after that: see identity)"
+	case now.After(renew.Add(end.Sub(renew) / 3)):
+		c.Detail = fmt.Sprintf("it ends in %s and should have been renewed", left)
+		c.Fix = "see whether the gateway runs and reaches " + here
+	default:
+		c.OK = true
+		c.Detail = fmt.Sprintf("good for another %s; renewed from %s on", left, renew.UTC().Format(time.RFC3339))
+	}
+	return c
+}
+
 // Channel is the finding about one upstream. One over which a party waits for
 // its certificate is reached: what is missing is not on the way there. A party
 // whose certificate is good comes so where that is not accepted.

@@ -333,6 +333,29 @@ func TestUpstream(t *testing.T) {
 	}
 }
 
+// One that is late is found before it has ended: a third of what was left when its
+// renewal was due has passed.
+func TestCertificate(t *testing.T) {
+	issued := time.Date(2026, 3, 1, 0, 0, 0, 0, time.UTC)
+	day := func(n int) time.Time { return issued.AddDate(0, 0, n) }
+	for _, c := range []struct {
+		end, now  time.Time
+		ok        bool
+		says, fix string
+	}{
+		{time.Time{}, day(1), false, "there is none yet", "see identity"},
+		{day(14), day(1), true, "good for another 312h0m0s; renewed from 2026-03-08T00:00:00Z on", ""},
+		{day(14), day(9), true, "good for another", ""},
+		{day(14), day(10), false, "it ends in 96h0m0s and should have been renewed", "reaches this node"},
+		{day(14), day(14), false, "it ended on 2026-03-15T00:00:00Z", "let the gateway reach this node"},
+	} {
+		got := Certificate(c.end, day(7), c.now, "this node")
+		if got.OK != c.ok || !strings.HasPrefix(got.Detail, c.says) || !strings.Contains(got.Fix, c.fix) || c.ok && got.Fix != "" {
+			t.Errorf("until %v, at %v: %+v", c.end, c.now, got)
+		}
+	}
+}
+
 // A party that waits for its certificate is told to look there, and not for a
 // firewall.
 func TestChannel(t *testing.T) {
