@@ -28,6 +28,7 @@ import (
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
+	"sallyport/internal/httpserve"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -341,7 +342,10 @@ func (d *doorway) serve(ctx context.Context, ln net.Listener, h http.Handler) er
 			return ctx
 		},
 	}
-	return serveUntil(ctx, srv, ln, "doors")
+	if err := httpserve.Until(ctx, srv, ln, drainTime); err != nil {
+		return fmt.Errorf("doors on %s: %w", ln.Addr(), err)
+	}
+	return nil
 }
 
 // keep forgets what is over, until ctx ends.

@@ -24,6 +24,7 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
+	"sallyport/internal/httpserve"
 	"sallyport/internal/wire"
 )
 
@@ -137,29 +138,10 @@ func (r *rest) serve(ctx context.Context, ln net.Listener, h http.Handler) error
 	srv.Protocols.SetHTTP1(true)
 	srv.Protocols.SetHTTP2(true)
 	srv.Protocols.SetUnencryptedHTTP2(ln.Addr().Network() == "unix") // where the kernel says who asks
-	return serveUntil(ctx, srv, ln, "api")
-}
-
-// serveUntil answers on ln until ctx ends, and lets what runs then end in
-// drainTime. what names the server in an error.
-func serveUntil(ctx context.Context, srv *http.Server, ln net.Listener, what string) error {
-	stopped := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(stopped)
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTime)
-		defer cancel()
-		if srv.Shutdown(grace) != nil {
-			_ = srv.Close() // what did not end in time
-		}
-	})
-	err := srv.Serve(ln)
-	if !stop() {
-		<-stopped
+	if err := httpserve.Until(ctx, srv, ln, drainTime); err != nil {
+		return fmt.Errorf("api on %s: %w", ln.Addr(), err)
 	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return fmt.Errorf("%s on %s: %w", what, ln.Addr(), err)
+	return nil
 }
 
 // limits bounds each request in time. Sizes of bodies are limits of the

@@ -24,6 +24,7 @@ import (
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
+	"sallyport/internal/httpserve"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
@@ -112,17 +113,8 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		if err := srv.Serve(&secured{s.ln, s.tlsConfig()}); !errors.Is(err, http.ErrServerClosed) {
+		if err := httpserve.Until(ctx, srv, &secured{s.ln, s.tlsConfig()}, 5*time.Second); err != nil {
 			return fmt.Errorf("pki listener: %w", err)
-		}
-		return nil
-	})
-	g.Go(func() error {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-		defer cancel()
-		if err := srv.Shutdown(grace); err != nil {
-			return srv.Close()
 		}
 		return nil
 	})

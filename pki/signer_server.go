@@ -18,9 +18,9 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"sallyport/internal/httpserve"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
 )
@@ -121,18 +121,10 @@ func (s *Signer) Run(ctx context.Context) (err error) {
 		ReadTimeout: 10 * time.Second, WriteTimeout: signTime, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: wire.MaxHeader,
 		ErrorLog: slog.NewLogLogger(s.cfg.Log.Handler(), slog.LevelDebug),
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		if err := srv.Serve(&credited{s.ln, s, make(chan struct{}, maxConns)}); !errors.Is(err, http.ErrServerClosed) {
-			return fmt.Errorf("signer: %w", err)
-		}
-		return nil
-	})
-	g.Go(func() error {
-		<-ctx.Done()
-		return srv.Close()
-	})
-	return g.Wait()
+	if err := httpserve.Until(ctx, srv, &credited{s.ln, s, make(chan struct{}, maxConns)}, 0); err != nil { // who asks asks again
+		return fmt.Errorf("signer: %w", err)
+	}
+	return nil
 }
 
 // credited lets only users in who may ask, and at most maxConns at a time:

@@ -5,7 +5,6 @@ package admin
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -16,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/net/netutil"
+
+	"sallyport/internal/httpserve"
 )
 
 // maxConns bounds the scrapers and probes that are connected at one time.
@@ -83,19 +84,7 @@ func (s *Server) Close() error { return s.ln.Close() }
 
 // Run serves until ctx ends; requests that run then get a second.
 func (s *Server) Run(ctx context.Context) error {
-	failed := make(chan error, 1)
-	go func() { failed <- s.http.Serve(s.ln) }()
-	select {
-	case err := <-failed:
-		return fmt.Errorf("admin listener: %w", err)
-	case <-ctx.Done():
-	}
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	if err := s.http.Shutdown(grace); err != nil {
-		_ = s.http.Close()
-	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+	if err := httpserve.Until(ctx, s.http, s.ln, time.Second); err != nil {
 		return fmt.Errorf("admin listener: %w", err)
 	}
 	return nil

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/httpserve"
 	"sallyport/internal/wire"
 )
 
@@ -88,23 +89,11 @@ func (s *Server) Close() error {
 
 // Run serves until ctx ends; requests that run then get a second.
 func (s *Server) Run(ctx context.Context) error {
-	failed := make(chan error, 1)
-	go func() { failed <- s.http.Serve(s.ln) }()
 	defer func() {
 		_ = s.dir.Remove(SocketName)
 		_ = s.dir.Close()
 	}()
-	select {
-	case err := <-failed:
-		return fmt.Errorf("local socket: %w", err)
-	case <-ctx.Done():
-	}
-	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-	defer cancel()
-	if err := s.http.Shutdown(grace); err != nil {
-		_ = s.http.Close()
-	}
-	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+	if err := httpserve.Until(ctx, s.http, s.ln, time.Second); err != nil {
 		return fmt.Errorf("local socket: %w", err)
 	}
 	return nil
