@@ -64,7 +64,7 @@ func findSocket(data string, environ []string) string {
 	}
 	if _, err := os.Stat(own); errors.Is(err, fs.ErrNotExist) {
 		system := filepath.Join(config.SystemData, "gateway", "api.sock")
-		if _, err := os.Stat(system); err == nil {
+		if _, err := os.Stat(system); err == nil || errors.Is(err, fs.ErrPermission) { // which the refusal says
 			return system
 		}
 	}

@@ -29,10 +29,10 @@ type Lock struct {
 }
 
 // Acquire makes dir if it is missing and locks it, or fails at once with
-// [ErrLocked]. The directory is made 0711: the local socket in it is for any
-// user, its listing is not.
+// [ErrLocked]. The directory, and the one above it, are made 0711, whatever the
+// umask is: the local socket in it is for any user, its listing is not.
 func Acquire(dir string) (*Lock, error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
+	if err := makeDir(dir); err != nil {
 		return nil, fmt.Errorf("lock directory: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
 	}
 	path := filepath.Join(dir, fileName)
@@ -54,6 +54,26 @@ func Acquire(dir string) (*Lock, error) {
 		return nil, fmt.Errorf("lock %s: write process id: %w", path, err)
 	}
 	return l, nil
+}
+
+// makeDir makes dir and the directory above it, which is SALLYPORT_DATA, if they
+// are missing. What is there stays as it is: that is somebody's decision.
+func makeDir(dir string) error {
+	if err := os.MkdirAll(filepath.Dir(filepath.Dir(dir)), 0o711); err != nil {
+		return err
+	}
+	for _, d := range []string{filepath.Dir(dir), dir} {
+		err := os.Mkdir(d, 0o711)
+		if err == nil {
+			err = os.Chmod(d, 0o711) // a service often has the umask 077
+		} else if st, statErr := os.Stat(d); statErr == nil && st.IsDir() {
+			err = nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Release gives the directory up. The file stays: removing it would let two

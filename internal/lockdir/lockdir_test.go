@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestSecondStartIsRefusedAndNamesTheOwner(t *testing.T) {
@@ -32,6 +34,36 @@ func TestSecondStartIsRefusedAndNamesTheOwner(t *testing.T) {
 	_ = again.Release()
 	if st, err := os.Stat(dir); err != nil || st.Mode().Perm()&0o011 == 0 {
 		t.Errorf("mode of %s is %v (%v): others cannot reach the socket in it", dir, st.Mode(), err)
+	}
+}
+
+// The umask of a service is often 077: any user reads the status of a role all
+// the same.
+func TestUmaskLeavesTheSocketInReach(t *testing.T) {
+	top := t.TempDir()
+	defer unix.Umask(unix.Umask(0o077))
+	data := filepath.Join(top, "data")
+	l, err := Acquire(filepath.Join(data, "rcp"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Release() }()
+	for _, dir := range []string{data, filepath.Join(data, "rcp")} {
+		if st, err := os.Stat(dir); err != nil || st.Mode().Perm() != 0o711 {
+			t.Errorf("%s: %v, %v", dir, st.Mode(), err)
+		}
+	}
+	shut := filepath.Join(top, "shut", "rcp")
+	if err := os.MkdirAll(shut, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	again, err := Acquire(shut)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = again.Release()
+	if st, err := os.Stat(shut); err != nil || st.Mode().Perm() != 0o700 {
+		t.Errorf("what was there became %v, %v", st.Mode(), err)
 	}
 }
 
