@@ -44,9 +44,7 @@ func RequestDoors(dir string, opts ...Option) (csr []byte, td string, err error)
 	defer a.keys.signer.close()
 	key, err := a.keys.load(fileDoorsImportKey)
 	if errors.Is(err, fs.ErrNotExist) {
-		if key, err = a.keys.make(fileDoorsImportKey); err == nil {
-			err = giveTo(dir, filepath.Join(dir, fileDoorsImportKey))
-		}
+		key, err = a.keys.make(fileDoorsImportKey)
 	}
 	if err != nil {
 		return fail(err)

@@ -70,9 +70,7 @@ func RequestIntermediate(dir string, root *x509.Certificate, trustDomain string,
 	}
 	key, err := a.keys.load(fileImportKey)
 	if errors.Is(err, fs.ErrNotExist) {
-		if key, err = a.keys.make(fileImportKey); err == nil {
-			err = giveTo(dir, filepath.Join(dir, fileImportKey))
-		}
+		key, err = a.keys.make(fileImportKey)
 	}
 	if err != nil {
 		return fail(err)
@@ -82,9 +80,6 @@ func RequestIntermediate(dir string, root *x509.Certificate, trustDomain string,
 		return fail(err)
 	}
 	if err := writeFile(dir, fileImport, b, 0o600); err != nil {
-		return fail(err)
-	}
-	if err := giveTo(dir, filepath.Join(dir, fileImport)); err != nil {
 		return fail(err)
 	}
 	if csr, err = intermediateRequest(td, key); err != nil {

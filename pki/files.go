@@ -230,9 +230,11 @@ func writePEM(dir, name string, c *x509.Certificate) error {
 	return writeFile(dir, name, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}), 0o600)
 }
 
-// writeFile replaces dir/name and has it on disk when it returns.
+// writeFile replaces dir/name and has it on disk when it returns. It is the
+// owner's of dir, also where root works there: a service that has a user of its
+// own has to read it.
 func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
-	if err := atomicfile.WriteExactly(filepath.Join(dir, name), b, mode); err != nil {
+	if err := atomicfile.WriteForOwner(filepath.Join(dir, name), b, mode); err != nil {
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
 	}
 	return nil

@@ -279,10 +279,10 @@ func (g *Gateways) put(path string, v any) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := writeFile(dir, filepath.Base(path), b, 0o600); err != nil {
+	if err := giveTo(g.dir, dir); err != nil {
 		return err
 	}
-	return errors.Join(giveTo(g.dir, dir), giveTo(g.dir, path))
+	return writeFile(dir, filepath.Base(path), b, 0o600)
 }
 
 func get(path string, v any) error {

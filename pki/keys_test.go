@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"sallyport/internal/wire"
@@ -57,6 +58,33 @@ func TestPassphrase(t *testing.T) {
 	}
 	if !b.Root().Equal(a.Root()) {
 		t.Error("the authority is another one now")
+	}
+}
+
+// What root does to the keys of a service leaves them the service's.
+func TestPassphraseLeavesTheOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	dir := t.TempDir()
+	closeIt(t, open(t, dir))
+	const user = 65534
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append(files, dir) {
+		if err := os.Chown(name, user, user); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := pki.Reseal(dir, nil, []byte("correct horse battery")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range files {
+		if st, err := os.Stat(name); err != nil || st.Sys().(*syscall.Stat_t).Uid != user {
+			t.Errorf("%s: %v is not the user's, %v", name, st, err)
+		}
 	}
 }
 

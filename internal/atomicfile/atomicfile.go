@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/google/renameio/v2"
 )
@@ -19,17 +20,45 @@ import (
 // crash it holds the old bytes or, once Write has returned, the new ones. The mode
 // of a file that is there stays.
 func Write(name string, b []byte, mode fs.FileMode) error {
-	return write(name, b, mode)
+	return write(name, b, nil, renameio.WithPermissions(mode))
 }
 
 // WriteExactly is Write with a mode that no umask narrows.
 func WriteExactly(name string, b []byte, mode fs.FileMode) error {
-	return write(name, b, mode, renameio.WithStaticPermissions(mode))
+	return write(name, b, nil, renameio.WithStaticPermissions(mode))
 }
 
-func write(name string, b []byte, mode fs.FileMode, opts ...renameio.Option) error {
+// WriteForOwner is WriteExactly for the directory of a service that has a user of
+// its own: where root writes, the file is that user's before it has its name.
+func WriteForOwner(name string, b []byte, mode fs.FileMode) error {
+	if os.Geteuid() != 0 {
+		return WriteExactly(name, b, mode)
+	}
+	info, err := os.Stat(filepath.Dir(name))
+	if err != nil {
+		return err
+	}
+	owner, _ := info.Sys().(*syscall.Stat_t)
+	return write(name, b, owner, renameio.WithStaticPermissions(mode))
+}
+
+// write gives the file to the owner of another, if there is one.
+func write(name string, b []byte, owner *syscall.Stat_t, mode renameio.Option) (err error) {
 	dir := filepath.Dir(name)
-	if err := renameio.WriteFile(name, b, mode, append(opts, renameio.WithTempDir(dir))...); err != nil {
+	f, err := renameio.NewPendingFile(name, renameio.WithTempDir(dir), renameio.WithExistingPermissions(), mode)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Cleanup()) }()
+	if owner != nil {
+		if err := f.Chown(int(owner.Uid), int(owner.Gid)); err != nil {
+			return err
+		}
+	}
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	if err := f.CloseAtomicallyReplace(); err != nil {
 		return err
 	}
 	return SyncDir(dir)

@@ -31,7 +31,7 @@ func TestWrite(t *testing.T) {
 		name  string
 		write func(string, []byte, fs.FileMode) error
 		first fs.FileMode // of a new file with 0644
-	}{{"write", Write, 0o600}, {"exactly", WriteExactly, 0o644}} {
+	}{{"write", Write, 0o600}, {"exactly", WriteExactly, 0o644}, {"for owner", WriteForOwner, 0o644}} {
 		name := filepath.Join(dir, c.name)
 		if err := c.write(name, []byte("one"), 0o644); err != nil || mode(name) != c.first {
 			t.Fatalf("%s: %v, mode %v, want %v", c.name, err, mode(name), c.first)
@@ -50,7 +50,28 @@ func TestWrite(t *testing.T) {
 			t.Errorf("%s over a directory: %v", c.name, err)
 		}
 	}
-	if all, err := os.ReadDir(dir); err != nil || len(all) != 3 {
+	if all, err := os.ReadDir(dir); err != nil || len(all) != 4 {
 		t.Errorf("left over: %v %v", all, err)
+	}
+}
+
+// What root writes into a service's directory is the service's.
+func TestWriteForOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	const user = 65534
+	dir := t.TempDir()
+	if err := os.Chown(dir, user, user); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // a new file, and one that is there
+		name := filepath.Join(dir, "key")
+		if err := WriteForOwner(name, []byte("one"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if st, err := os.Stat(name); err != nil || st.Sys().(*syscall.Stat_t).Uid != user || st.Mode().Perm() != 0o600 {
+			t.Errorf("%v, %v", st, err)
+		}
 	}
 }
