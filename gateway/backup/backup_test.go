@@ -209,6 +209,28 @@ func TestWhatWasThereIsTheOwners(t *testing.T) {
 	}
 }
 
+// TestRestoredIsTheGateways: what root restores is the user's who owns the
+// gateway's directory, also where the one above is root's.
+func TestRestoredIsTheGateways(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	p := live(t)
+	file, _ := backedUp(t, p)
+	const user = 65534
+	if err := errors.Join(os.Chown(p.Gateway, user, user), os.Chown(p.PKI, user, user)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Restore(t.Context(), p, file, ask); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{p.Database, filepath.Join(p.Gateway, "identity"), filepath.Join(p.PKI, "root.key")} {
+		if st, err := os.Stat(name); err != nil || st.Sys().(*syscall.Stat_t).Uid != user {
+			t.Errorf("%s is not the user's, %v", name, err)
+		}
+	}
+}
+
 func TestAnAuthorityThatIsAnotherKeepsNoRevocations(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)

@@ -251,18 +251,26 @@ func numberOf(b []byte) int64 {
 	return set.Number
 }
 
-// own gives what root unpacked to the user that owns the directory above, which
-// is the one that the gateway runs as.
+// own gives what root unpacked to the user that the gateway runs as: the one that
+// owns its directory, or the one above where that is new.
 func (s *stage) own() error {
-	st, err := os.Stat(filepath.Dir(s.place.Gateway))
-	if err != nil {
-		return err
-	}
-	owner, ok := st.Sys().(*syscall.Stat_t)
-	if !ok || os.Geteuid() != 0 || owner.Uid == 0 {
+	if os.Geteuid() != 0 {
 		return nil
 	}
-	uid, gid := int(owner.Uid), int(owner.Gid)
+	var uid, gid int
+	for _, dir := range []string{s.place.Gateway, filepath.Dir(s.place.Gateway)} {
+		st, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if owner, ok := st.Sys().(*syscall.Stat_t); ok && owner.Uid != 0 {
+			uid, gid = int(owner.Uid), int(owner.Gid)
+			break
+		}
+	}
+	if uid == 0 {
+		return nil
+	}
 	locks := []string{filepath.Join(s.place.Gateway, lockName), filepath.Join(s.place.PKI, lockName), s.place.Database + ".lock"}
 	for _, made := range append(locks, s.place.Gateway, s.place.PKI) {
 		if err := os.Chown(made, uid, gid); err != nil && !errors.Is(err, fs.ErrNotExist) {
