@@ -81,6 +81,9 @@ func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*A
 		o(a)
 	}
 	if err := a.open(ctx); err != nil {
+		if errors.Is(err, ErrPassphrase) && a.keys.opensSome() {
+			err = fmt.Errorf("%w, and it opens another key: a change of the passphrase was cut off, so run `sallyport ca passphrase NEW-FILE` again, with the former one in %s", err, varPassphrase)
+		}
 		a.keys.signer.close()
 		a.ra.close()
 		_ = lock.Release()

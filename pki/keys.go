@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"go.step.sm/crypto/pemutil"
 
@@ -225,6 +226,23 @@ func (k keyring) seal() (done []string, err error) {
 		}
 	}
 	return done, nil
+}
+
+// opensSome tells whether the passphrase opens at least one of the keys that have
+// one.
+func (k keyring) opensSome() bool {
+	names, err := k.names()
+	if err != nil || k.passphrase == nil {
+		return false
+	}
+	return slices.ContainsFunc(names, func(name string) bool {
+		block, err := k.block(name)
+		if err != nil || block.Type != pemSealedKey {
+			return false
+		}
+		_, _, err = k.unseal(name, block)
+		return err == nil
+	})
 }
 
 // sealFile tells whether the key lay open.

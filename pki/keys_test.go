@@ -61,6 +61,33 @@ func TestPassphrase(t *testing.T) {
 	}
 }
 
+// A change of the passphrase that was cut off between two keys is named as that,
+// with either passphrase, and repeated.
+func TestPassphraseCutOff(t *testing.T) {
+	dir := t.TempDir()
+	old, next := []byte("correct horse battery"), []byte("another horse battery")
+	closeIt(t, open(t, dir, pki.WithPassphrase(old)))
+	former := keyFile(t, dir, "root.key")
+	if err := pki.Reseal(dir, old, next); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "root.key"), []byte(former), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, secret := range [][]byte{old, next} {
+		if _, err := pki.Open(t.Context(), dir, slog.New(slog.DiscardHandler), pki.WithPassphrase(secret)); !errors.Is(err, pki.ErrPassphrase) || !strings.Contains(err.Error(), "was cut off") {
+			t.Errorf("%s: %v", secret, err)
+		}
+	}
+	if _, err := pki.Open(t.Context(), dir, slog.New(slog.DiscardHandler), pki.WithPassphrase([]byte("nobody's horse"))); !errors.Is(err, pki.ErrPassphrase) || strings.Contains(err.Error(), "was cut off") {
+		t.Errorf("a wrong one: %v", err)
+	}
+	if err := pki.Reseal(dir, old, next); err != nil {
+		t.Fatal(err)
+	}
+	closeIt(t, open(t, dir, pki.WithPassphrase(next)))
+}
+
 // What root does to the keys of a service leaves them the service's.
 func TestPassphraseLeavesTheOwner(t *testing.T) {
 	if os.Geteuid() != 0 {

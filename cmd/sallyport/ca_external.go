@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -24,8 +25,8 @@ func (a *app) caPassphraseCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use: "passphrase NEW-FILE", Short: "Change the passphrase of the CA's keys on this host", Args: cli.Between(0, 1),
 		Long: "Encrypt the CA's keys in $SALLYPORT_DATA/pki under the passphrase in NEW-FILE. SALLYPORT_PKI_PASSPHRASE_FILE\n" +
-			"names the file with the one in force. The process that holds the CA must not run. Copies of the keys in\n" +
-			"backups keep the passphrase that they have.",
+			"names the file with the one in force. The process that holds the CA must not run. It can be repeated after it\n" +
+			"was cut off. Copies of the keys in backups keep the passphrase that they have.",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if none == (len(args) == 1) {
 				return cli.Usage("name the file with the new passphrase, or say --none")
@@ -57,7 +58,11 @@ func (a *app) caPassphraseCommand() *cobra.Command {
 				a.out.Note("The keys lie open in %s now. Start without SALLYPORT_PKI_PASSPHRASE_FILE, or they are encrypted again.", c.Dir("pki"))
 				return nil
 			}
-			a.out.Note("Set SALLYPORT_PKI_PASSPHRASE_FILE=%s before the next start.", args[0])
+			file, err := filepath.Abs(args[0]) // a service starts in another directory
+			if err != nil {
+				return err
+			}
+			a.out.Note("Set SALLYPORT_PKI_PASSPHRASE_FILE=%s before the next start.", file)
 			return nil
 		},
 	}
