@@ -84,6 +84,7 @@ func openInstance(cfg Config, td string, join *identity.JoinSource, claims *poli
 	if in.id, err = identity.Open(filepath.Join(in.dir, "identity"), wire.RoleNode); err != nil {
 		return nil, err
 	}
+	identity.WarnExposed(in.log, filepath.Join(in.dir, "identity", "key*.pem"))
 	dir, err := spool.OpenDir(filepath.Join(in.dir, "spool"))
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -97,6 +98,7 @@ func (a *Authority) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	identity.WarnExposed(a.log, filepath.Join(a.dir, "*.key"))
 	switch sealed, err := a.keys.seal(); {
 	case err != nil:
 		return err

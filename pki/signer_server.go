@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sallyport/internal/httpserve"
+	"sallyport/internal/identity"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
 )
@@ -73,6 +74,7 @@ func (s *Signer) start() error {
 		}
 		s.cfg.Log.Info("keys are made in the TPM", "device", s.cfg.TPM, "manufacturer", maker)
 	}
+	identity.WarnExposed(s.cfg.Log, filepath.Join(s.cfg.Dir, "*.key"))
 	sealed, err := s.keys.seal()
 	if err != nil {
 		return err

@@ -174,6 +174,7 @@ func (r *Relay) open(dir string) error {
 	if r.id, err = identity.Open(filepath.Join(dir, "identity"), wire.RoleRCP); err != nil {
 		return err
 	}
+	identity.WarnExposed(r.log, filepath.Join(dir, "identity", "key*.pem"))
 	if r.reigns, err = openReigns(dir); err != nil {
 		return err
 	}

@@ -82,6 +82,7 @@ func (h *gatewayHost) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	identity.WarnExposed(h.log, filepath.Join(dir, "identity", "key*.pem"))
 	ca, keep, closeCA, err := h.authority(ctx, dir, id)
 	if err != nil {
 		return err

@@ -138,8 +138,8 @@ func (p *patient) key() {
 		p.bad("key", name+" is corrupt: "+err.Error(), p.enrol())
 		return
 	}
-	if st, err := os.Stat(filepath.Join(p.dir, name)); err == nil && st.Mode().Perm()&0o077 != 0 {
-		p.bad("key", fmt.Sprintf("%s can be read by others (mode %04o)", name, st.Mode().Perm()), "`chmod 600 "+filepath.Join(p.dir, name)+"`; if somebody may have read it, renew the identity: it is what proves who this host is")
+	if mode, exposed := identity.Exposed(filepath.Join(p.dir, name)); exposed {
+		p.bad("key", fmt.Sprintf("%s can be read by others (mode %04o)", name, mode), "`chmod 600 "+filepath.Join(p.dir, name)+"`; if somebody may have read it, renew the identity: it is what proves who this host is")
 		return
 	}
 	p.good("key", name+" is there, and nobody else reads it")

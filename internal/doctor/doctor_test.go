@@ -198,6 +198,14 @@ func TestAuthority(t *testing.T) {
 		}
 		remove(t, pki, name)
 	}
+	write(t, pki, "root.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY"})))
+	if err := os.Chmod(filepath.Join(pki, "root.key"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := failed(Authority(pki, dir, time.Now()))["authority"]; !strings.Contains(got.Detail, "root.key can be read by others (mode 0644)") || !strings.Contains(got.Fix, "chmod 600") {
+		t.Errorf("a key that others may read: %+v", got)
+	}
+	remove(t, pki, "root.key")
 	if got := failed(Authority(pki, dir, time.Now())); len(got) != 0 {
 		t.Errorf("repaired: %+v", got)
 	}

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/identity"
 	"sallyport/internal/local"
 )
 
@@ -93,6 +94,9 @@ func keys(pki string, issuers []*x509.Certificate) []local.Check {
 			if block, _ := pem.Decode(b); block == nil {
 				return bad(filepath.Base(name), "is corrupt: it is not a PEM file", "restore it from a backup (`sallyport restore FILE`)")
 			}
+		}
+		if mode, exposed := identity.Exposed(name); exposed {
+			return bad(filepath.Base(name), fmt.Sprintf("can be read by others (mode %04o)", mode), "`chmod 600 "+name+"`; if somebody may have read it, replace it (`sallyport ca rotate`): who has it can make parties of this installation")
 		}
 	}
 	if b, err := os.ReadFile(filepath.Join(pki, "revocations.json")); err == nil && !json.Valid(b) {
