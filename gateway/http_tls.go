@@ -50,8 +50,11 @@ type apiCertificate struct {
 }
 
 func loadAPICertificate(dir, addr string, log *slog.Logger) (*apiCertificate, error) {
-	if err := os.MkdirAll(dir, 0o711); err != nil {
-		return nil, err
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		// Callers read the certificate, whatever the umask is.
+		if err := errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)); err != nil {
+			return nil, err
+		}
 	}
 	c := &apiCertificate{dir: dir, log: log}
 	if _, err := os.Stat(c.certFile()); errors.Is(err, fs.ErrNotExist) {
@@ -134,5 +137,5 @@ func makeAPICertificate(dir, addr string) error {
 	if err := atomicfile.Write(filepath.Join(dir, apiKeyFile), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600); err != nil {
 		return err
 	}
-	return atomicfile.Write(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644)
+	return atomicfile.WriteExactly(filepath.Join(dir, apiCertFile), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o644)
 }

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func x509Pool(t *testing.T, file string) *x509.CertPool {
@@ -62,5 +64,20 @@ func TestAPICertificate(t *testing.T) {
 	}
 	if third, err := c.get(nil); err != nil || !third.Leaf.Equal(second.Leaf) {
 		t.Errorf("a broken file took the API down: %v", err)
+	}
+}
+
+// Callers read the certificate as their SALLYPORT_CA_FILE, also that of a service
+// with the umask 077; nobody reads its key.
+func TestAPICertificateIsForCallers(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "api-tls")
+	defer unix.Umask(unix.Umask(0o077))
+	if _, err := loadAPICertificate(dir, "127.0.0.1:8443", testLog(t)); err != nil {
+		t.Fatal(err)
+	}
+	for name, mode := range map[string]os.FileMode{dir: 0o711, filepath.Join(dir, apiCertFile): 0o644, filepath.Join(dir, apiKeyFile): 0o600} {
+		if st, err := os.Stat(name); err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v, want %v", name, st.Mode(), mode)
+		}
 	}
 }
