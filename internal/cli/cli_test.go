@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -259,5 +261,49 @@ func TestRunRolesOnAFullDisk(t *testing.T) {
 	err := RunRoles(t.Context(), full)
 	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "/data/node/x") || !strings.Contains(err.Error(), "free some space") {
 		t.Errorf("%v: want the file and what to do", err)
+	}
+}
+
+// An ordinary user who names no directory and has no role of his own asks those
+// of the system; whoever names one is taken at his word.
+func TestLocalFindsTheSystemsRoles(t *testing.T) {
+	home, system := t.TempDir(), t.TempDir()
+	defer func(was string) { systemData = was }(systemData)
+	systemData = system
+	if err := os.MkdirAll(filepath.Join(system, "node"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	found := func(env ...string) string {
+		t.Helper()
+		s, _, _ := streams("")
+		s.Env = append(env, "XDG_DATA_HOME="+home)
+		l := &localRole{streams: s, out: NewOutput(s), roles: []wire.Role{wire.RoleGateway, wire.RoleNode}}
+		c, err := l.operator()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Data
+	}
+	own := filepath.Join(home, "sallyport")
+	if os.Geteuid() == 0 {
+		own = config.SystemData // which is root's own
+	}
+	if got := found("SALLYPORT_DATA=" + home); got != home {
+		t.Errorf("named: %s", got)
+	}
+	if _, err := os.Stat(filepath.Join(own, "node")); err == nil {
+		t.Skip("a role is on this host")
+	}
+	if got := found(); got != system {
+		t.Errorf("none of his own: %s", got)
+	}
+	if os.Geteuid() == 0 {
+		return
+	}
+	if err := os.MkdirAll(filepath.Join(own, "gateway"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if got := found(); got != own {
+		t.Errorf("his own: %s", got)
 	}
 }

@@ -36,7 +36,7 @@ func (l *localRole) doctorCommand() *cobra.Command {
 // examine looks at each role that has a directory here, or at the one that was
 // asked for.
 func (l *localRole) examine(ctx context.Context) ([]local.Check, error) {
-	c, err := config.LoadOperator(l.streams.Env)
+	c, err := l.operator()
 	if err != nil {
 		return nil, err
 	}
@@ -59,6 +59,11 @@ func (l *localRole) examine(ctx context.Context) ([]local.Check, error) {
 		}
 	}
 	if len(here) == 0 {
+		for _, r := range []string{"pki", "signer"} {
+			if _, err := os.Stat(c.Dir(r)); err == nil {
+				return nil, Fail(ExitFailed, "in %s there is a %s only, which has no local verbs: its log tells, and the doctor of its gateway asks it", c.Data, r)
+			}
+		}
 		return nil, Fail(ExitFailed, "no role has its directory under %s: start one, or set SALLYPORT_DATA to where they are", c.Data)
 	}
 	var out []local.Check

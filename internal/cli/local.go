@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -43,10 +44,34 @@ func LocalCommand(out *Output, streams IO, roles ...wire.Role) *cobra.Command {
 	return cmd
 }
 
+// operator is the configuration with the directory where the roles are. An
+// ordinary user who names none, and has none of its own, means the system's.
+func (l *localRole) operator() (config.Operator, error) {
+	c, err := config.LoadOperator(l.streams.Env)
+	if err != nil || slices.ContainsFunc(l.streams.Env, func(v string) bool { return strings.HasPrefix(v, dataVariable) && v != dataVariable }) {
+		return c, err
+	}
+	holds := func(data string) bool {
+		return slices.ContainsFunc(l.roles, func(r wire.Role) bool {
+			_, err := os.Stat(filepath.Join(data, string(r)))
+			return err == nil || errors.Is(err, fs.ErrPermission)
+		})
+	}
+	if !holds(c.Data) && holds(systemData) {
+		l.streams.Env = append(slices.Clone(l.streams.Env), dataVariable+systemData)
+		return config.LoadOperator(l.streams.Env)
+	}
+	return c, nil
+}
+
+const dataVariable = "SALLYPORT_DATA="
+
+var systemData = config.SystemData // that a test replaces
+
 // clients returns a client for each role that has a socket, or for the one that
 // was asked for.
 func (l *localRole) clients() ([]*local.Client, error) {
-	c, err := config.LoadOperator(l.streams.Env)
+	c, err := l.operator()
 	if err != nil {
 		return nil, err
 	}
