@@ -95,6 +95,9 @@ func (s *Server) writeChange(ctx context.Context, tx *store.Tx, c change) error 
 		}
 		return nil
 	}
+	if c.To == wire.StateRevoked { // the database said so first, and the node may have enrolled again since
+		return nil
+	}
 	if stands, err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil || !stands {
 		return err
 	}
@@ -117,7 +120,7 @@ func (s *Server) writeRCPChange(ctx context.Context, tx *store.Tx, c change) err
 	if err != nil {
 		return err
 	}
-	if r.State == api.RCPRevoked { // what was seen before does not take that back
+	if r.State == api.RCPRevoked || c.To == wire.StateRevoked { // as with nodes, what was seen before takes nothing back
 		return nil
 	}
 	if err := tx.SetRCPState(ctx, r.Name, rcpState(c.To), c.Reason); err != nil {

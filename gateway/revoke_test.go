@@ -640,6 +640,30 @@ func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
 	}
 }
 
+// TestNodeThatEnrolledAgainStaysSo: that a node was revoked is in the database before
+// it is seen, so that what was seen of it is never written: it may be late, and the
+// node have enrolled again, which would be revoked in the list for ever then.
+func TestNodeThatEnrolledAgainStaysSo(t *testing.T) {
+	t.Parallel()
+	w, r, n := running(t)
+	for _, c := range []change{
+		{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StateRunning, To: wire.StateRevoked, Reason: "revoked by an operator",
+			Alarms: []alarm{{Lost: true, State: wire.StateDown, Reason: "its channel ended"}}},
+		{ID: r.id.ID(), Role: wire.RoleRCP, From: wire.StateRunning, To: wire.StateRevoked, Reason: "revoked"},
+	} {
+		w.update(func(ctx context.Context, tx *store.Tx) error { return w.s.writeChange(ctx, tx, c) })
+	}
+	if row, err := w.db.Node(t.Context(), n.id.ID()); err != nil || row.State != wire.StateRunning {
+		t.Errorf("%s (%s), %v; want running", row.State, row.StateReason, err)
+	}
+	if row, err := w.db.RCPByID(t.Context(), r.id.ID()); err != nil || row.State == api.RCPRevoked {
+		t.Errorf("the RCP is %s (%s), %v", row.State, row.StateReason, err)
+	}
+	if lost, err := w.s.lostNodes(t.Context()); err != nil || len(lost) != 0 {
+		t.Errorf("the node is told as lost: %v, %v", lost, err)
+	}
+}
+
 // awayIssuer signs no set of revocations while it is away.
 type awayIssuer struct {
 	Issuer
