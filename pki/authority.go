@@ -225,6 +225,9 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 	if r.Party.TrustDomain != sg.trustDomain {
 		return nil, fmt.Errorf("%w: %s belongs to %q, this authority to %s", ErrRefused, r.Party, wire.Quotable(r.Party.TrustDomain), sg.trustDomain)
 	}
+	if err := a.over(); err != nil {
+		return nil, err
+	}
 	csr, pub, key, err := identity.ReadCSR(r.CSR)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrRefused, err)
@@ -248,6 +251,17 @@ func (a *Authority) issue(ctx context.Context, r wire.IssueRequest, life time.Du
 		return nil, fmt.Errorf("sign certificate of %s: %w", r.Party, err)
 	}
 	return sg.chain(chain[0]), nil
+}
+
+// over says so when the intermediate that issues has ended: its leaves would have
+// ended with it. An external CA decides that itself.
+func (a *Authority) over() error {
+	end := a.mat().inter.NotAfter
+	if a.ra != nil || time.Now().Before(end) {
+		return nil
+	}
+	return fmt.Errorf("the SPIFFE intermediate expired on %s, and certifies nothing any more (is the clock of this host right? `sallyport ca rotate intermediate` makes a new one; where the root's key is kept elsewhere, `sallyport ca csr` begins one)",
+		end.UTC().Format(time.RFC3339))
 }
 
 func (m *material) leaf(r wire.IssueRequest, life time.Duration) *x509.Certificate {

@@ -18,7 +18,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyport/internal/identity"
 	"sallyport/internal/lockdir"
@@ -367,4 +370,40 @@ func TestInterruptedMaking(t *testing.T) {
 	if a.TrustDomain() != wire.DefaultTrustDomain(readCert(t, dir, "root.pem")) {
 		t.Errorf("trust domain %s does not belong to the root on disk", a.TrustDomain())
 	}
+}
+
+// TestIntermediateEnds: a running authority certifies nothing with an intermediate
+// that has ended, least of all by leaves that have ended with it, until there is
+// another one.
+func TestIntermediateEnds(t *testing.T) {
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		a := open(t, dir)
+		defer func() { closeIt(t, a) }()
+		s, err := pki.Listen(a, "127.0.0.1:0", quiet, prometheus.NewRegistry())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = s.Close() }()
+		id := fresh(t, a, wire.RoleNode)
+		issue := func() ([][]byte, error) { return a.Issue(t.Context(), request(t, a, id, "web-1")) }
+		if _, err := issue(); err != nil || s.Ready() != nil {
+			t.Fatal(err, s.Ready())
+		}
+		time.Sleep(time.Until(a.State().Issuing().NotAfter) + time.Hour)
+		const why, way = "expired on", "ca rotate intermediate"
+		switch chain, err := issue(); {
+		case err == nil:
+			t.Errorf("it issues a leaf that ended at %s", leafOf(t, chain).NotAfter)
+		case errors.Is(err, pki.ErrRefused) || !strings.Contains(err.Error(), why) || !strings.Contains(err.Error(), way):
+			t.Error(err)
+		}
+		if err := s.Ready(); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("ready: %v", err)
+		}
+		rotate(t, a, wire.RolloverIntermediate)
+		if chain, err := issue(); err != nil || !leafOf(t, chain).NotAfter.After(time.Now()) || s.Ready() != nil {
+			t.Errorf("with the next one: %v, %v", err, s.Ready())
+		}
+	})
 }

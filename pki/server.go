@@ -157,6 +157,9 @@ func keyOf(r *http.Request) (wire.KeyHash, bool) {
 
 // Ready says why the authority cannot do its work now.
 func (s *Server) Ready() error {
+	if err := s.ca.over(); err != nil {
+		return err
+	}
 	_, err := s.certificate(nil)
 	return err
 }
