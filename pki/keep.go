@@ -10,6 +10,7 @@ const (
 	keepTick  = time.Minute      // whether who signs for it is there, and a registration authority's own leaf
 	keepTurn  = 10 * time.Second // the same, while an external CA changes its root
 	doorsTick = 24 * time.Hour   // whether the intermediate for other programs has to be replaced
+	signTick  = time.Hour        // whether a signer that nobody asks for anything signs: each signature is a line in its log
 )
 
 // Keep looks after what an authority needs to go on, until ctx ends: the
@@ -60,19 +61,20 @@ func (a *Authority) keepRegistered(ctx context.Context) error {
 }
 
 // Reach asks an external CA whether it issues, or the signer that has the issuing
-// key whether it has it, and returns why not; without them there is nobody to ask.
+// key whether it has it, and signs, and returns why not; without them there is nobody
+// to ask.
 func (a *Authority) Reach(ctx context.Context) error {
 	if a.ra != nil {
 		ctx, cancel := context.WithTimeout(ctx, raTime)
 		defer cancel()
-		return a.ra.trouble.look(ctx, a.ra.healthy, func(ctx context.Context) error { // what is asked for now is given to nobody
+		return a.ra.trouble.look(ctx, 0, a.ra.healthy, func(ctx context.Context) error { // what is asked for now is given to nobody
 			m := a.mat()
 			_, _, err := a.ra.request(ctx, m.trustDomain, m.interKey)
 			return err
 		})
 	}
 	if key, ok := a.signerOf(); ok {
-		return key.client.trouble.look(ctx, key.there, key.prove)
+		return key.client.trouble.look(ctx, signTick, key.there, key.prove)
 	}
 	return nil
 }

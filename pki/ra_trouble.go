@@ -13,7 +13,7 @@ import (
 // a certificate.
 func (r *registrar) met(ctx context.Context, err error, refused bool) {
 	if err == nil || !refused {
-		r.trouble.signed(ctx, err)
+		r.trouble.asked(ctx, err)
 	}
 }
 

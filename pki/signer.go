@@ -181,7 +181,7 @@ func (k *signerKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 // sign verifies what comes back: a signer that went mad would otherwise be noticed
 // by the parties.
 func (k *signerKey) sign(ctx context.Context, digest []byte, hash crypto.Hash) (signature []byte, err error) {
-	defer func() { k.client.trouble.signed(ctx, err) }()
+	defer func() { k.client.trouble.asked(ctx, err) }()
 	var a signAnswer
 	if err := k.client.ask(ctx, http.MethodPost, pathKeys+"/"+k.name+"/sign", signRequest{Digest: digest, Hash: hash.String()}, &a); err != nil {
 		return nil, fmt.Errorf("sign with key %s: %w", k.name, err)

@@ -120,6 +120,29 @@ func TestSignerThatSignsNothing(t *testing.T) {
 	}
 }
 
+// TestSignerThatWasNotAsked: a signer may have its key and sign nothing, as a TPM does
+// that is locked. It is noticed before the next certificate, with no signature more
+// than that takes.
+func TestSignerThatWasNotAsked(t *testing.T) {
+	socket, mood := moodySigner(t)
+	dir := t.TempDir()
+	closeIt(t, open(t, dir, pki.WithSigner(socket)))
+	a := open(t, dir, pki.WithSigner(socket))
+	defer closeIt(t, a)
+	mood.Store(refusesToSign)
+	if err, s := a.Reach(t.Context()), a.State(); err == nil || !strings.Contains(s.Problem, "not now") {
+		t.Errorf("%v, %q", err, s.Problem)
+	}
+	mood.Store(signsWell)
+	if err, s := a.Reach(t.Context()), a.State(); err != nil || s.Problem != "" {
+		t.Errorf("%v, %q", err, s.Problem)
+	}
+	mood.Store(refusesToSign)
+	if err := a.Reach(t.Context()); err != nil {
+		t.Errorf("it was asked for a signature a moment after one: %v", err)
+	}
+}
+
 // TestSignerThatHangs: whoever asks how it is waits no longer than he wants to, and
 // that he did not wait is no trouble of the signer.
 func TestSignerThatHangs(t *testing.T) {

@@ -15,6 +15,7 @@ type trouble struct {
 	why     string // empty: there is none
 	since   time.Time
 	refuses bool
+	signed  time.Time // the last signature
 }
 
 // stopping tells whether it is us who gave up.
@@ -33,8 +34,22 @@ func (t *trouble) refusing() bool {
 	return t.refuses
 }
 
-// signed notes what came of asking for a signature.
-func (t *trouble) signed(ctx context.Context, err error) { t.note(ctx, err, true) }
+// idle tells whether the last signature is longer ago than that; zero asks for none.
+func (t *trouble) idle(than time.Duration) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return than > 0 && (t.signed.IsZero() || time.Since(t.signed) > than)
+}
+
+// asked notes what came of asking for a signature.
+func (t *trouble) asked(ctx context.Context, err error) {
+	t.note(ctx, err, true)
+	if err == nil {
+		t.mu.Lock()
+		t.signed = time.Now()
+		t.mu.Unlock()
+	}
+}
 
 // note takes over how it is now, but for what we did not wait for. Since when, and
 // the first words, stay while it lasts; that it refuses is over with the next
@@ -55,11 +70,11 @@ func (t *trouble) note(ctx context.Context, err error, refuses bool) {
 	}
 }
 
-// look asks how it is, and, if it refused the last time, for a signature: sign notes
-// what comes of that.
-func (t *trouble) look(ctx context.Context, healthy, sign func(context.Context) error) error {
+// look asks how it is, and, if it refused the last time or was asked for no signature
+// for a while (zero: for ever), for one: sign notes what comes of that.
+func (t *trouble) look(ctx context.Context, while time.Duration, healthy, sign func(context.Context) error) error {
 	err := healthy(ctx)
-	if err == nil && t.refusing() {
+	if err == nil && (t.refusing() || t.idle(while)) {
 		return sign(ctx)
 	}
 	t.note(ctx, err, false)
