@@ -114,7 +114,7 @@ func (e *enrolment) revocation(ctx context.Context, party wire.Party, name strin
 	number, _ = e.id.Revocations()
 	if errors.Is(err, errAuthority) { // run tries again; whoever asked must know that the rest is done
 		e.log.Error("a revocation is not signed yet; it is tried again in a minute", "party", party.String(), "error", err)
-		return number, api.NewProblem(api.CodeUnavailable, name+" is revoked here, but the signed set that tells others is not out yet: the certificate authority is away, or failed (the gateway's log says why); it is tried again each minute")
+		return number, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("%s is revoked here, but the signed set that tells others is not out yet, and is tried again each minute: %v", name, err))
 	}
 	if errors.Is(err, identity.ErrUnwritten) {
 		e.log.Error("a revocation set is spread, and this gateway cannot write it; it is tried again in a minute", "party", party.String(), "error", err)

@@ -395,6 +395,9 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 		if away(err) {
 			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("%v, and changed nothing: %v", errAway, err))
 		}
+		if !errors.Is(err, wire.ErrRollover) { // it would do it, and cannot
+			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("nothing is changed, and it can be repeated: %v", err))
+		}
 		return change, api.NewProblem(api.CodeConflict, err.Error())
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was changed is spread

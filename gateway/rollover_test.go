@@ -240,7 +240,8 @@ func TestLostAnswerOfAStep(t *testing.T) {
 		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: io.EOF}, true, api.CodeUnavailable},
 		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: context.DeadlineExceeded}, true, api.CodeUnavailable},
 		{&url.Error{Op: "Post", URL: "https://pki/v1/rollover", Err: &net.OpError{Op: "dial", Err: io.EOF}}, false, api.CodeUnavailable},
-		{errors.New("finish it first"), false, api.CodeConflict},
+		{fmt.Errorf("%w: finish it first", wire.ErrRollover), false, api.CodeConflict},
+		{errors.New("write issuers.json: no space left on device"), false, api.CodeUnavailable},
 	} {
 		ca.fail = c.fail
 		_, err := w.s.abortCA(t.Context())

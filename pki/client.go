@@ -279,6 +279,9 @@ func ask[Out any](ctx context.Context, c *Client, path string, in any, limit int
 		if err := wire.DecodeJSON(resp.Body, maxSmall, &p); err != nil || p.Message == "" {
 			return out, fmt.Errorf("the certificate authority answers %s", resp.Status)
 		}
+		if p.Code == codeFailed { // it may name files, which are on its host
+			p.Message += " (at the certificate authority, " + c.cfg.Addr + ")"
+		}
 		return out, p.err()
 	}
 	return out, wire.DecodeJSON(resp.Body, limit, &out)

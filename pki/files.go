@@ -235,6 +235,14 @@ func writePEM(dir, name string, c *x509.Certificate) error {
 // own has to read it.
 func writeFile(dir, name string, b []byte, mode fs.FileMode) error {
 	if err := atomicfile.WriteForOwner(filepath.Join(dir, name), b, mode); err != nil {
+		var written *fs.PathError
+		var renamed *os.LinkError
+		switch { // of a file beside it, which is gone
+		case errors.As(err, &written):
+			err = written.Err
+		case errors.As(err, &renamed):
+			err = renamed.Err
+		}
 		return fmt.Errorf("write %s: %w", filepath.Join(dir, name), err)
 	}
 	return nil

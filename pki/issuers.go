@@ -361,7 +361,7 @@ func (k keyring) keyOf(name string, n int) (crypto.Signer, error) {
 	file := numbered(name, n)
 	key, err := k.load(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%s is not here: its key is kept elsewhere, and what it signs is made there", file)
+		return nil, fmt.Errorf("%w: %s is not here: its key is kept elsewhere, and what it signs is made there", ErrRollover, file)
 	}
 	return key, err
 }

@@ -97,6 +97,9 @@ type problem struct {
 // ErrUnregistered says that the authority does not know a gateway's key.
 var ErrUnregistered = errors.New("the certificate authority does not know this gateway")
 
+// codeFailed is that of what was not refused.
+const codeFailed = "failed"
+
 // codes are the conditions that keep their meaning on the way to the gateway.
 var codes = []struct {
 	code   string

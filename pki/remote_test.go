@@ -747,3 +747,41 @@ func TestAnswerFromBeforeASet(t *testing.T) {
 		t.Errorf("a set: %t, behind: %t", ok, c.Behind())
 	}
 }
+
+// TestAuthorityCannotWrite: the operator of a gateway hears on whose host it is that
+// something could not be written, and what; it is no refusal, and goes on as soon as
+// it can.
+func TestAuthorityCannotWrite(t *testing.T) {
+	dir := t.TempDir()
+	r := serve(t, dir, "127.0.0.1:0")
+	file, _ := r.code(time.Hour)
+	c := newGateway(t, r.addr).enrolled(t, file)
+	for name, do := range map[string]func() error{
+		"revocations.json": func() error {
+			_, err := c.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0)
+			return err
+		},
+		"issuers.json": func() error {
+			_, err := c.Rotate(t.Context(), wire.RolloverIntermediate, 0)
+			return err
+		},
+	} {
+		path := filepath.Join(dir, name)
+		if err := os.Mkdir(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		err := do()
+		if err == nil || !strings.Contains(err.Error(), "write "+path+": ") || strings.Contains(err.Error(), "/."+name) || !strings.Contains(err.Error(), "(at the certificate authority, "+r.addr+")") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if errors.Is(err, pki.ErrRollover) || errors.Is(err, pki.ErrRefused) {
+			t.Errorf("%s, refused: %v", name, err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if err := do(); err != nil {
+			t.Errorf("%s, afterwards: %v", name, err)
+		}
+	}
+}

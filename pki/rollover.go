@@ -21,7 +21,7 @@ import (
 const fileTrust = "trust.json"
 
 // ErrRollover says that a change of issuers does not fit what is under way.
-var ErrRollover = errors.New("certificate authority")
+var ErrRollover = wire.ErrRollover
 
 // State says which issuers there are, and what is under way.
 func (a *Authority) State() wire.CAState {

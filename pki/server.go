@@ -341,7 +341,7 @@ func (p *problem) classify(err error) (status int) {
 			return c.status
 		}
 	}
-	p.Code = "failed"
+	p.Code = codeFailed
 	return http.StatusInternalServerError
 }
 

@@ -38,6 +38,7 @@ const (
 	pathKeys   = "/v1/keys"
 	signTime   = 30 * time.Second // a new key is encrypted with much work, on a host that may be busy
 	maxSigning = 16 << 10
+	maxRefusal = 512 // of a signer's message: what is wrong stands at its end
 
 	// pemSignerKey is a key file that says which key of a signer it is: the
 	// header Key is its name, the content its public half.
@@ -99,11 +100,12 @@ func (c *signerClient) close() {
 }
 
 func (c *signerClient) ask(ctx context.Context, method, path string, in, out any) (err error) {
+	way := " (does it run there, and may this user ask it: SALLYPORT_SIGNER_USERS?)"
 	defer func() {
 		if err != nil {
 			// The cause is text only: "no such file" of the socket must not
 			// be taken for that of a key, which would be made anew.
-			err = fmt.Errorf("%w at %s: %v (does it run there, and may this user ask it: SALLYPORT_SIGNER_USERS?)", ErrSigner, c.socket, err) //nolint:errorlint // see above
+			err = fmt.Errorf("%w at %s: %v%s", ErrSigner, c.socket, err, way) //nolint:errorlint // see above
 		}
 	}()
 	var body io.Reader
@@ -123,12 +125,13 @@ func (c *signerClient) ask(ctx context.Context, method, path string, in, out any
 		return err
 	}
 	defer func() { _ = resp.Body.Close() }()
+	way = "" // it is there, and answers
 	if resp.StatusCode != http.StatusOK {
 		var p problem
 		if wire.DecodeJSON(resp.Body, maxSigning, &p) != nil || p.Message == "" {
 			return errors.New(resp.Status)
 		}
-		return errors.New(wire.Quotable(p.Message))
+		return errors.New(p.Message[:min(len(p.Message), maxRefusal)])
 	}
 	return wire.DecodeJSON(resp.Body, maxSigning, out)
 }

@@ -1,6 +1,12 @@
 package wire
 
-import "time"
+import (
+	"errors"
+	"time"
+)
+
+// ErrRollover says that a change of issuers does not fit what is under way.
+var ErrRollover = errors.New("certificate authority")
 
 // Trust is the CA-signed list of the roots of a trust domain. It is signed by
 // the SPIFFE intermediate that issues, whose certificates in the envelope lead
