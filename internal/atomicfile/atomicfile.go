@@ -11,7 +11,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"syscall"
+	"time"
 
 	"github.com/google/renameio/v2"
 )
@@ -75,4 +77,26 @@ func SyncDir(dir string) error {
 		return fmt.Errorf("sync directory %s: %w", dir, err)
 	}
 	return nil
+}
+
+// leftOver is the name of a file that was not renamed yet: what renameio puts behind
+// that of the file is a random number of up to 19 digits.
+var leftOver = regexp.MustCompile(`^\..+[0-9]{12}$`)
+
+// inUse is how old a file may be that somebody writes.
+const inUse = time.Second
+
+// Tidy removes what a process that was killed left of files that it replaced, in dir
+// and below: there may be keys and join codes in it, and nobody else would. It is for
+// who has the directory alone. What cannot be removed stays until the next time.
+func Tidy(dir string) {
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || !leftOver.MatchString(d.Name()) {
+			return nil //nolint:nilerr // see above
+		}
+		if info, err := d.Info(); err == nil && time.Since(info.ModTime()) > inUse {
+			_ = os.Remove(path)
+		}
+		return nil
+	})
 }

@@ -75,3 +75,16 @@ func TestWriteForOwner(t *testing.T) {
 		}
 	}
 }
+
+// TestTidyKnowsTheName: what a write that was cut off leaves has a name that Tidy
+// takes for such.
+func TestTidyKnowsTheName(t *testing.T) {
+	obstacle := filepath.Join(t.TempDir(), "key.pem")
+	if err := os.Mkdir(obstacle, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	var renaming *os.LinkError
+	if err := Write(obstacle, nil, 0o600); !errors.As(err, &renaming) || !leftOver.MatchString(filepath.Base(renaming.Old)) {
+		t.Errorf("%v", err)
+	}
+}

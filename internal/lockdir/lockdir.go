@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"sallyport/internal/atomicfile"
 )
 
 // ErrLocked says that another process holds the directory. Programs exit with
@@ -53,6 +55,7 @@ func Acquire(dir string) (*Lock, error) {
 		_ = l.Release()
 		return nil, fmt.Errorf("lock %s: write process id: %w", path, err)
 	}
+	atomicfile.Tidy(dir) // whose process was killed
 	return l, nil
 }
 

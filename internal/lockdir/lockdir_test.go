@@ -3,10 +3,12 @@ package lockdir
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -93,5 +95,44 @@ func TestUnusableDirectorySaysWhatToDo(t *testing.T) {
 	_, err := Acquire(filepath.Join(file, "rcp"))
 	if err == nil || !strings.Contains(err.Error(), "SALLYPORT_DATA") {
 		t.Fatalf("got %v, want an error that names SALLYPORT_DATA", err)
+	}
+}
+
+// TestWhatAKilledProcessLeft: files that were not renamed yet go, wherever they are
+// below, and no others.
+func TestWhatAKilledProcessLeft(t *testing.T) {
+	dir := t.TempDir()
+	before := time.Now().Add(-time.Minute)
+	write := func(name string, at time.Time) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), os.WriteFile(path, []byte("secret"), 0o600), os.Chtimes(path, at, at)); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	gone := []string{write(".intermediate.key7152569868796809690", before), write("a.sallyport/identity/.join.json435864959666670", before)}
+	stay := []string{
+		write("intermediate.key", before), write(".profile", before), write("segment-7152569868796809690", before), write(".b2024", before),
+		write("gateways/.code-69f15385ebba1ac7.json4195898572375036133", time.Now()), // somebody may be writing it
+	}
+	target := filepath.Join(t.TempDir(), ".key.pem7152569868796809690")
+	if err := errors.Join(os.WriteFile(target, nil, 0o600), os.Chtimes(target, before, before), os.Symlink(filepath.Dir(target), filepath.Join(dir, "link"))); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Acquire(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Release() }()
+	for _, path := range gone {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	for _, path := range append(stay, target) {
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
 	}
 }
