@@ -138,11 +138,11 @@ func (k keyring) load(name string) (crypto.Signer, error) {
 	}
 	key, err := x509.ParsePKCS8PrivateKey(pkcs8)
 	if err != nil {
-		return nil, damaged(name, "holds no key: "+err.Error())
+		return nil, k.damaged(name, "holds no key: "+err.Error())
 	}
 	ec, ok := key.(*ecdsa.PrivateKey)
 	if !ok {
-		return nil, damaged(name, fmt.Sprintf("holds a %T, want an ECDSA key", key))
+		return nil, k.damaged(name, fmt.Sprintf("holds a %T, want an ECDSA key", key))
 	}
 	return ec, nil
 }
@@ -155,7 +155,7 @@ func (k keyring) block(name string) (*pem.Block, error) {
 	}
 	block, rest := pem.Decode(b)
 	if block == nil || len(bytes.TrimSpace(rest)) > 0 {
-		return nil, damaged(name, "is not a PEM file with one key")
+		return nil, k.damaged(name, "is not a PEM file with one key")
 	}
 	return block, nil
 }
@@ -178,7 +178,16 @@ func (k keyring) unseal(name string, block *pem.Block) (pkcs8 []byte, sealed boo
 		}
 		return pkcs8, true, nil
 	}
-	return nil, false, damaged(name, fmt.Sprintf("holds a PEM block %q, want a private key", block.Type))
+	return nil, false, k.damaged(name, fmt.Sprintf("holds a PEM block %q, want a private key", block.Type))
+}
+
+// damaged says what to do about a key file: of a signer, none of the gateway's or the
+// authority's backups has a copy.
+func (k keyring) damaged(name, cause string) error {
+	if k.variable != varSignerPassphrase {
+		return damaged(name, cause)
+	}
+	return fmt.Errorf("%w: %s %s; put it back from your copy of the signer's directory, or move it away if no key file of the certificate authority names it", ErrDamaged, filepath.Join(k.dir, name), cause)
 }
 
 func (k keyring) missing(name string) error {

@@ -193,7 +193,7 @@ func (s *Signer) allowed(uid uint32) bool {
 
 // errNoKey and errKeyExists are conditions of a signer.
 var (
-	errNoKey     = errors.New("there is no such key")
+	errNoKey     = errors.New("there is no such key: is it the right signer?")
 	errKeyExists = errors.New("there is a key by that name")
 )
 

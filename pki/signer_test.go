@@ -366,3 +366,24 @@ func number(t *testing.T, env wire.Envelope) int64 {
 	}
 	return set.Number
 }
+
+// TestSignerOfAnother: a signer that has other keys is no signer that is away, and a
+// key file of a signer that is damaged is in no backup of the authority.
+func TestSignerOfAnother(t *testing.T) {
+	dir, keys := t.TempDir(), shortDir(t)
+	socket, stop := signer(t, keys)
+	closeIt(t, open(t, dir, pki.WithSigner(socket)))
+	stop()
+	other, _ := signer(t, shortDir(t))
+	if _, err := pki.Open(t.Context(), dir, quiet, pki.WithSigner(other)); err == nil || !strings.Contains(err.Error(), "is it the right signer?") || strings.Contains(err.Error(), "does it run there") {
+		t.Errorf("at another signer: %v", err)
+	}
+	bad := filepath.Join(keys, "strange.key")
+	if err := os.WriteFile(bad, []byte("cut off"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := pki.OpenSigner(pki.SignerConfig{Dir: keys, Socket: socket, Passphrase: []byte("correct horse battery"), Log: quiet})
+	if !errors.Is(err, pki.ErrDamaged) || !strings.Contains(err.Error(), bad) || !strings.Contains(err.Error(), "move it away") || strings.Contains(err.Error(), "enrol again") {
+		t.Errorf("with a damaged key: %v", err)
+	}
+}

@@ -359,14 +359,14 @@ func (k keyring) openTPMKey(file string, block *pem.Block) (*tpmKey, error) {
 	}
 	f, err := tss2.ParsePrivateKey(block.Bytes)
 	if err != nil {
-		return nil, damaged(file, err.Error())
+		return nil, k.damaged(file, err.Error())
 	}
 	if len(f.Policy) > 0 || len(f.AuthPolicy) > 0 || len(f.Secret) > 0 || len(f.PublicKey) < 2 || len(f.PrivateKey) < 2 {
-		return nil, damaged(file, "holds a key that was not made here")
+		return nil, k.damaged(file, "holds a key that was not made here")
 	}
 	key := &tpmKey{tpm: k.tpm, parent: tpm2.TPMHandle(f.Parent), blob: tpm2.BytesAs2B[tpm2.TPMTPublic](f.PublicKey[2:]), wrapped: tpm2.TPM2BPrivate{Buffer: f.PrivateKey[2:]}}
 	if err := key.setPublic(); err != nil {
-		return nil, damaged(file, err.Error())
+		return nil, k.damaged(file, err.Error())
 	}
 	if !f.EmptyAuth {
 		if k.passphrase == nil {
