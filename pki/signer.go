@@ -16,6 +16,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"time"
@@ -122,6 +123,9 @@ func (c *signerClient) ask(ctx context.Context, method, path string, in, out any
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
+		if ue := (*url.Error)(nil); errors.As(err, &ue) { // the URL is made up, and long: what is wrong would be cut off behind it
+			err = ue.Err
+		}
 		return err
 	}
 	defer func() { _ = resp.Body.Close() }()

@@ -257,7 +257,7 @@ func TestSignerAway(t *testing.T) {
 	look := func(when string, well bool) {
 		t.Helper()
 		err := a.Reach(t.Context())
-		if s := a.State(); (err == nil) != well || s.Signer != socket || (s.Problem == "") != well || s.Since.IsZero() != well || s.External != "" {
+		if s := a.State(); (err == nil) != well || s.Signer != socket || (s.Problem == "") != well || s.Since.IsZero() != well || s.External != "" || strings.Contains(s.Problem, "http://") {
 			t.Errorf("%s: %v, %+v", when, err, s)
 		}
 	}
