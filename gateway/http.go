@@ -47,6 +47,7 @@ type rest struct {
 	api     huma.API
 	mux     *http.ServeMux
 	tokens  *tokenGate
+	refused *refusals
 	relay   *relay
 	pages   nodePages
 	streams context.Context // ends the live streams when the server stops
@@ -54,7 +55,7 @@ type rest struct {
 
 // newREST registers every operation. It opens nothing.
 func newREST(s *Server) *rest {
-	r := &rest{s: s, log: s.log, mux: http.NewServeMux(), tokens: newTokenGate(s.store), streams: context.Background(),
+	r := &rest{s: s, log: s.log, mux: http.NewServeMux(), tokens: newTokenGate(s.store), refused: newRefusals(s.store, s.metrics.refused, s.log), streams: context.Background(),
 		relay: newRelay(s.targets, s.store, s.log)}
 	cfg := huma.Config{
 		OpenAPI: &huma.OpenAPI{

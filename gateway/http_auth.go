@@ -133,18 +133,19 @@ func userName(uid uint32) string {
 // fromNetwork demands a token of every request, also from loopback.
 func (r *rest) fromNetwork() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-		c, p, wait := r.tokens.admit(req)
-		if p != nil {
-			if wait > 0 {
-				w.Header().Set("Retry-After", strconv.Itoa(int(wait.Seconds())+1))
+		c, no := r.tokens.admit(req)
+		if no != nil {
+			r.refused.add(req, no)
+			if no.wait > 0 {
+				w.Header().Set("Retry-After", strconv.Itoa(int(no.wait.Seconds())+1))
 			}
-			if p.Code == api.CodeUnauthorized {
+			if no.problem.Code == api.CodeUnauthorized {
 				w.Header().Set("WWW-Authenticate", `Bearer realm="sallyport"`)
 			}
 			if isRelay(req) {
 				w.Header().Set(headerFailedHop, hopGateway)
 			}
-			writeProblem(w, p)
+			writeProblem(w, no.problem)
 			return
 		}
 		ctx, end := r.tokens.hold(req.Context(), c.token)
@@ -235,44 +236,70 @@ func hashSecret(secret string) string {
 	return hex.EncodeToString(sum[:])
 }
 
-func (g *tokenGate) admit(req *http.Request) (c asker, p *api.Problem, wait time.Duration) {
-	secret, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
-	if !ok || secret == "" {
-		return c, api.NewProblem(api.CodeUnauthorized, "https needs an API token: make one with `sallyport token create` on the gateway's host, and name its file in SALLYPORT_TOKEN_FILE"), 0
-	}
-	t, err := g.valid(req.Context(), secret)
-	if errors.Is(err, store.ErrNotFound) {
-		if wait := g.strike(sourceOf(req)); wait > 0 {
-			return c, api.NewProblem(api.CodeLocked, "too many bad tokens from this address"), wait
-		}
-		return c, errToken(), 0
-	}
-	if err != nil {
-		return c, api.NewProblem(api.CodeInternal, "the gateway cannot check the token now"), 0
-	}
-	who := "token " + t.ID[:min(8, len(t.ID))]
-	if t.Name != "" {
-		who += " (" + t.Name + ")"
-	}
-	return asker{actor: store.Actor{Who: who, Origin: req.RemoteAddr}, role: api.Role(t.Role), token: t}, nil, 0
+// noEntry is why a request was not let in, and whose token it came with if that
+// was one of ours.
+type noEntry struct {
+	problem *api.Problem
+	why     string
+	token   *store.Token
+	wait    time.Duration // until the source is listened to again
+	locked  bool          // out, by this very request
 }
 
-// valid returns the token with this secret, or [store.ErrNotFound] if there is
-// none that is valid.
-func (g *tokenGate) valid(ctx context.Context, secret string) (*store.Token, error) {
-	t, err := g.db.TokenByHash(ctx, hashSecret(secret))
+// Why a request was not let in, beside the state of its token.
+const (
+	noToken      = "none"
+	tokenUnknown = "unknown"
+	noAnswer     = "unchecked"
+)
+
+func (g *tokenGate) admit(req *http.Request) (c asker, no *noEntry) {
+	secret, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
+	if !ok || secret == "" {
+		return c, &noEntry{why: noToken,
+			problem: api.NewProblem(api.CodeUnauthorized, "https needs an API token: make one with `sallyport token create` on the gateway's host, and name its file in SALLYPORT_TOKEN_FILE")}
+	}
+	t, why, err := g.valid(req.Context(), secret)
 	if err != nil {
-		return nil, err
+		return c, &noEntry{why: noAnswer, problem: api.NewProblem(api.CodeInternal, "the gateway cannot check the token now")}
+	}
+	if why != tokenValid {
+		no = &noEntry{why: why, token: t, problem: errToken()}
+		if no.wait, no.locked = g.strike(sourceOf(req)); no.wait > 0 {
+			no.problem = api.NewProblem(api.CodeLocked, "too many bad tokens from this address")
+		}
+		return c, no
+	}
+	return asker{actor: store.Actor{Who: tokenLabel(t), Origin: req.RemoteAddr}, role: api.Role(t.Role), token: t}, nil
+}
+
+func tokenLabel(t *store.Token) string {
+	label := "token " + t.ID[:min(8, len(t.ID))]
+	if t.Name != "" {
+		label += " (" + t.Name + ")"
+	}
+	return label
+}
+
+// valid returns the token with this secret, and whether it is [tokenValid] or why
+// not; nil if there is none.
+func (g *tokenGate) valid(ctx context.Context, secret string) (t *store.Token, why string, err error) {
+	t, err = g.db.TokenByHash(ctx, hashSecret(secret))
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, tokenUnknown, nil
+	}
+	if err != nil {
+		return nil, "", err
 	}
 	now := g.now()
-	if tokenState(t, now) != "valid" {
-		return nil, store.ErrNotFound
-	}
-	if now.Sub(t.LastUsed) > touchEvery {
+	why = tokenState(t, now)
+	if why == tokenValid && now.Sub(t.LastUsed) > touchEvery {
 		err = g.db.Update(ctx, func(ctx context.Context, tx *store.Tx) error { return tx.TouchToken(ctx, t.ID) })
 	}
-	return t, err
+	return t, why, err
 }
+
+const tokenValid = "valid"
 
 func tokenState(t *store.Token, now time.Time) string {
 	switch {
@@ -281,7 +308,7 @@ func tokenState(t *store.Token, now time.Time) string {
 	case !now.Before(t.ExpiresAt):
 		return "expired"
 	}
-	return "valid"
+	return tokenValid
 }
 
 // sourceOf is the caller's address; for IPv6 its /64, which one host may own.
@@ -302,8 +329,9 @@ func sourceOf(req *http.Request) netip.Prefix {
 	return p
 }
 
-// strike counts a bad token; the answer is how long the source is locked out.
-func (g *tokenGate) strike(source netip.Prefix) time.Duration {
+// strike counts a bad token; the answer is how long the source is locked out, and
+// whether this one did it.
+func (g *tokenGate) strike(source netip.Prefix) (wait time.Duration, locked bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := g.now()
@@ -318,9 +346,9 @@ func (g *tokenGate) strike(source netip.Prefix) time.Duration {
 	b.count++
 	if b.count <= maxBadTokens {
 		b.until = now.Add(lockoutTime)
-		return 0
+		return 0, false
 	}
-	return b.until.Sub(now)
+	return b.until.Sub(now), b.count == maxBadTokens+1
 }
 
 // sweep makes room: what is over goes, and if that is nothing, everything.

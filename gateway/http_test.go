@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -16,6 +17,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyport/config"
 	"sallyport/gateway/api"
@@ -713,12 +716,15 @@ func TestExpiredToken(t *testing.T) {
 	w.update(func(ctx context.Context, tx *store.Tx) error {
 		return tx.AddToken(ctx, &store.Token{ID: "t", Role: "viewer", Hash: hashSecret(secret), ExpiresAt: now.Add(time.Hour)})
 	})
-	if _, err := g.valid(t.Context(), secret); err != nil {
-		t.Error(err)
+	if _, why, err := g.valid(t.Context(), secret); why != tokenValid || err != nil {
+		t.Error(why, err)
 	}
 	now = now.Add(time.Hour)
-	if _, err := g.valid(t.Context(), secret); !errors.Is(err, store.ErrNotFound) {
-		t.Errorf("expired: %v", err)
+	if tok, why, err := g.valid(t.Context(), secret); tok == nil || why != "expired" || err != nil {
+		t.Errorf("expired: %v, %q, %v", tok, why, err)
+	}
+	if tok, why, err := g.valid(t.Context(), secret+"x"); tok != nil || why != tokenUnknown || err != nil {
+		t.Errorf("another: %v, %q, %v", tok, why, err)
 	}
 }
 
@@ -953,5 +959,70 @@ func TestActionsForAbsentNodes(t *testing.T) {
 	list, err := c.Actions(ctx, api.ActionQuery{Node: "web-1"})
 	if err != nil || len(list) != 2 || list[0].ID != wait.Actions[0].ID {
 		t.Errorf("%+v, %v", list, err)
+	}
+}
+
+// TestBadTokensAreTold: in the log, by one event in a while and in the metrics,
+// however many there are; the audit log grows by none of it.
+func TestBadTokensAreTold(t *testing.T) {
+	t.Parallel()
+	w, admin := serving(t, true)
+	ctx := t.Context()
+	tok, err := admin.CreateToken(ctx, api.CreateToken{Name: "ci", Role: api.RoleViewer, TTL: wire.Duration(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := admin.RevokeToken(ctx, tok.ID); err != nil {
+		t.Fatal(err)
+	}
+	before := must1(admin.Audit(ctx, api.AuditQuery{}))
+	_, _ = w.https(t, "").About(ctx)
+	for range maxBadTokens {
+		_, _ = w.https(t, tok.Secret).About(ctx)
+	}
+	if own := must1(w.db.Events(ctx, store.EventFilter{Own: true, Key: keyTokens, Limit: 9})); len(own) != 0 {
+		t.Errorf("told before it was tried again and again: %+v", own)
+	}
+	for range 20 {
+		_, _ = w.https(t, tok.Secret).About(ctx)
+	}
+	own := must1(w.db.Events(ctx, store.EventFilter{Own: true, Key: keyTokens, Merged: true, Limit: 9}))
+	if len(own) != 1 || own[0].Severity != wire.SeverityWarning || !strings.Contains(own[0].Text, "127.0.0.1 with token "+tok.ID[:8]+" (ci), which is revoked") {
+		t.Errorf("%+v; want one event that names source and token", own)
+	}
+	if after := must1(admin.Audit(ctx, api.AuditQuery{})); len(after) != len(before) {
+		t.Errorf("%d rows in the audit log, %d before", len(after), len(before))
+	}
+	reg := prometheus.NewPedanticRegistry()
+	reg.MustRegister(w.s.metrics.refused)
+	counted := map[string]float64{}
+	for _, m := range must1(reg.Gather())[0].GetMetric() {
+		counted[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+	}
+	if want := map[string]float64{noToken: 1, "revoked": maxBadTokens + 20}; !maps.Equal(counted, want) {
+		t.Errorf("counted %v; want %v", counted, want)
+	}
+}
+
+// TestEventsOfBadTokensAreFew: strangers behind many addresses are told of together.
+func TestEventsOfBadTokensAreFew(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	r := &refusals{now: func() time.Time { return now }}
+	if text := r.lockedOut(true, "a"); !strings.Contains(text, "by a (") {
+		t.Errorf("the first: %q", text)
+	}
+	for i := range tellMost + 3 {
+		if text := r.lockedOut(true, fmt.Sprint("b", i)); text != "" {
+			t.Errorf("soon after: %q", text)
+		}
+	}
+	now = now.Add(tellTokens)
+	if text := r.lockedOut(false, "c"); !strings.Contains(text, "by b3; b4; b5; b6; b7; and by 3 others") {
+		t.Errorf("together: %q", text)
+	}
+	now = now.Add(tellTokens)
+	if text := r.lockedOut(false, "c"); text != "" {
+		t.Errorf("nobody new: %q", text)
 	}
 }

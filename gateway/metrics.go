@@ -19,6 +19,7 @@ type metrics struct {
 	lines   *prometheus.CounterVec // of peers streams, by verdict
 	// forgotten are rows that were kept long enough, by kind.
 	forgotten *prometheus.CounterVec
+	refused   *prometheus.CounterVec // calls of the API without a good token, by reason
 	fleet     *fleet
 }
 
@@ -33,12 +34,13 @@ func newMetrics(reg prometheus.Registerer, f *fleet) (*metrics, error) {
 		visits:    prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_visits_total", Help: "Sessions' worth of work with parties, by kind and result."}, []string{"kind", "result"}),
 		lines:     prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_peers_lines_total", Help: "Lines of peers streams, by whether they were taken."}, []string{"result"}),
 		forgotten: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_forgotten_total", Help: "Rows that were dropped because they had been kept long enough, by kind."}, []string{"what"}),
+		refused:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_api_refused_total", Help: "Requests at the API's address that had no good token, by what was wrong with it."}, []string{"reason"}),
 		fleet:     f,
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.opened, m.opening, m.warm, m.events, m.batches, m.actions, m.visits, m.lines, m.forgotten, m} {
+	for _, c := range []prometheus.Collector{m.opened, m.opening, m.warm, m.events, m.batches, m.actions, m.visits, m.lines, m.forgotten, m.refused, m} {
 		if err := reg.Register(c); err != nil {
 			return nil, err
 		}
