@@ -96,7 +96,10 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 	case s.fleet.quarantined(id) != "":
 		return s.refused(ctx, id, want, "quarantined", s.fleet.quarantined(id))
 	case hello.Installation != "" && hello.Installation != s.store.Installation().UID:
-		return s.refused(ctx, id, want, "locked", "it obeys another installation")
+		if hello.State == wire.StateLocked || hello.Mode == "readonly" {
+			return s.foreign(ctx, id, want)
+		}
+		return s.push(ctx, id, want) // it refuses, and knows by that that it is locked: only then can it be unlocked there
 	case hello.Applied.Compare(want.Revision()) > 0:
 		return s.ahead(ctx, id, want, hello.Applied)
 	case hello.Mode == "readonly":
@@ -262,6 +265,9 @@ func (s *Server) pushed(ctx context.Context, id wire.ID, d *store.Desired, r *wi
 	if r.Refused == "" && r.Applied != d.Revision() {
 		r.Refused, r.Reason = "not-applied", fmt.Sprintf("it answered with revision %s", r.Applied)
 	}
+	if r.Refused == refusedLocked { // its revision is a number of the installation that it obeys
+		return s.foreign(ctx, id, d)
+	}
 	if r.Applied.Compare(d.Revision()) > 0 {
 		return s.ahead(ctx, id, d, r.Applied)
 	}
@@ -304,12 +310,19 @@ func (s *Server) refused(ctx context.Context, id wire.ID, d *store.Desired, code
 		return fmt.Errorf("record a refusal: %w", err)
 	}
 	switch code {
-	case "", "locked", "readonly", "draining": // the node's state says it already
+	case "", refusedLocked, "readonly", "draining": // the node's state says it already
 		s.fleet.setNotice(id, "")
 	default:
 		s.fleet.setNotice(id, fmt.Sprintf("it refuses revision %s (%s): %s", d.Revision(), code, clip(reason)))
 	}
 	return nil
+}
+
+// refusedLocked is the code of a node that obeys another installation.
+const refusedLocked = "locked"
+
+func (s *Server) foreign(ctx context.Context, id wire.ID, d *store.Desired) error {
+	return s.refused(ctx, id, d, refusedLocked, "it obeys another installation")
 }
 
 // keyAhead pairs the events about nodes that are ahead of the database.

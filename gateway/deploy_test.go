@@ -48,7 +48,10 @@ func (o *obeying) desired(rw http.ResponseWriter, r *http.Request) {
 	}
 	o.docs = append(o.docs, doc)
 	res := wire.DesiredResult{Applied: o.hello.Applied, State: o.hello.State, Refused: o.refuse}
-	if doc.Revision.Compare(o.hello.Applied) < 0 {
+	switch {
+	case o.hello.Installation != doc.Installation:
+		o.hello.State, res.State, res.Refused = wire.StateLocked, wire.StateLocked, refusedLocked
+	case doc.Revision.Compare(o.hello.Applied) < 0:
 		res.Refused = "older"
 	}
 	if res.Refused == "" {
@@ -339,24 +342,37 @@ func TestUnknownNodeIsLeftAlone(t *testing.T) {
 	}
 }
 
-func TestNodeOfAnotherInstallationIsNotPushed(t *testing.T) {
+// TestNodeOfAnotherInstallationIsTold: by a push, which it refuses. It is locked
+// from then on, which `local unlock` asks for, and is left alone.
+func TestNodeOfAnotherInstallationIsTold(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	w.deploys = true
 	w.serveAPI(false)
 	r, n := w.rcp("dmz"), w.obeying("web")
-	n.hello.Installation = "another"
+	n.hello.Installation, n.hello.Applied = "another", wire.Revision{Generation: 9, N: 9}
 	w.enrolled(n.fakeNode)
 	r.hold(n.fakeNode)
 	w.run()
 	w.state(n.id.ID(), wire.StateLocked)
-	applyText(t, w.client(), strings.ReplaceAll(twoPolicies, "role=web", "'*'"), false)
 	eventually(t, "the refusal is recorded", func() bool {
 		d, err := w.db.Desired(t.Context(), n.id.ID())
-		return err == nil && d.Refused == "locked"
+		return err == nil && d.Refused == refusedLocked
 	})
-	if _, count := n.last(); count != 0 {
-		t.Errorf("%d documents were pushed", count)
+	if d, count := n.last(); count != 1 || d.Installation != w.db.Installation().UID {
+		t.Errorf("%d documents were pushed, the last of installation %q", count, d.Installation)
+	}
+	n.mu.Lock()
+	locked := n.hello
+	n.mu.Unlock()
+	if locked.State != wire.StateLocked {
+		t.Errorf("the node is %s", locked.State)
+	}
+	if err := w.s.reconcile(t.Context(), n.id.ID(), &locked); err != nil {
+		t.Error(err)
+	}
+	if _, count := n.last(); count != 1 {
+		t.Errorf("%d documents were pushed to a node that is locked", count)
 	}
 }
 
