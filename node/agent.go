@@ -167,7 +167,7 @@ func (a *Agent) domains(dir string) ([]string, error) {
 			continue
 		}
 		if j.Code.Role != wire.RoleNode {
-			err = errors.Join(err, fmt.Errorf("join code from %s is for a %s, this is a node: make one with `sallyport join create`", j.Source, j.Code.Role))
+			err = errors.Join(err, fmt.Errorf("join code from %s: %w: it is for a %s, this is a node: make one with `sallyport join create`", j.Source, wire.ErrJoinRole, j.Code.Role))
 			continue
 		}
 		if !wire.ValidTrustDomain(j.Code.TrustDomain) {

@@ -793,6 +793,16 @@ func TestBadStart(t *testing.T) {
 	if err := a.Run(t.Context()); !errors.Is(err, wire.ErrJoinCode) {
 		t.Errorf("malformed join code: %v", err)
 	}
+	code, err := wire.JoinCode{TrustDomain: p.ca.TrustDomain, Root: wire.KeyOf(p.ca.Root), Role: wire.RoleRCP, TokenID: string(wire.NewID()), Token: "secret"}.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a, err = New(p.config(dataDir(t), "SALLYPORT_NODE_JOIN="+code), slog.New(slog.DiscardHandler), prometheus.NewRegistry()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Run(t.Context()); !errors.Is(err, wire.ErrJoinRole) {
+		t.Errorf("a code for an RCP: %v", err)
+	}
 	ag := p.node()
 	b, err := New(p.config(ag.data), slog.New(slog.DiscardHandler), prometheus.NewRegistry())
 	if err != nil {

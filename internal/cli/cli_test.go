@@ -39,6 +39,7 @@ func TestExitCodes(t *testing.T) {
 		{Usage("x"), ExitUsage},
 		{fmt.Errorf("a: %w", &config.Error{Variable: "SALLYPORT_X", Problem: "bad"}), ExitUsage},
 		{fmt.Errorf("a: %w", wire.ErrJoinCode), ExitUsage},
+		{fmt.Errorf("a: %w", wire.ErrJoinRole), ExitUsage},
 		{fmt.Errorf("a: %w", lockdir.ErrLocked), ExitRefused},
 		{&local.Error{Code: local.CodeNotFound}, ExitNotFound},
 		{&local.Error{Code: local.CodeForbidden}, ExitRefused},

@@ -62,7 +62,7 @@ func Code(err error) int {
 		return ExitOK
 	case errors.As(err, &exit):
 		return exit.Code
-	case errors.As(err, &usage), errors.Is(err, config.ErrConfig), errors.Is(err, wire.ErrJoinCode):
+	case errors.As(err, &usage), errors.Is(err, config.ErrConfig), errors.Is(err, wire.ErrJoinCode), errors.Is(err, wire.ErrJoinRole):
 		return ExitUsage
 	case errors.Is(err, lockdir.ErrLocked):
 		return ExitRefused

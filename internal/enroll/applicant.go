@@ -260,7 +260,7 @@ func (a *Applicant) ours(joins []identity.Join) ([]identity.Join, error) {
 	joins = slices.DeleteFunc(slices.Clone(joins), func(j identity.Join) bool {
 		switch {
 		case j.Code.Role != a.id.Role():
-			errs = append(errs, fmt.Errorf("join code from %s: %w: it is for a %s, this is a %s", j.Source, identity.ErrWrongRole, j.Code.Role, a.id.Role()))
+			errs = append(errs, fmt.Errorf("join code from %s: %w: it is for a %s, this is a %s", j.Source, wire.ErrJoinRole, j.Code.Role, a.id.Role()))
 		case a.cfg.TrustDomain != "":
 			return j.Code.TrustDomain != a.cfg.TrustDomain // another instance's
 		case enrolled && j.Code.TrustDomain != a.id.TrustDomain():

@@ -585,7 +585,7 @@ func TestBadCodes(t *testing.T) {
 			t.Errorf("malformed: %v", err)
 		}
 		put(t, file, code(t, ca, "t1", func(c *wire.JoinCode) { c.Role = wire.RoleRCP }))
-		if err := start(t, fresh(t), file).stop(); !errors.Is(err, identity.ErrWrongRole) {
+		if err := start(t, fresh(t), file).stop(); !errors.Is(err, wire.ErrJoinRole) {
 			t.Errorf("another role: %v", err)
 		}
 		p := start(t, ca.Party(t, wire.RoleNode), file) // an enrolled one needs none

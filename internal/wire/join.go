@@ -17,6 +17,9 @@ const maxJoinCode = 8 << 10
 // ErrJoinCode says that a join code is malformed.
 var ErrJoinCode = errors.New("malformed join code")
 
+// ErrJoinRole says that a join code is for a party of another role.
+var ErrJoinRole = errors.New("wrong role")
+
 // JoinCode is what a party needs to enrol: where to go, whom to trust, and,
 // unless an operator will grant by hand, a token. It is a secret while it has one.
 type JoinCode struct {
