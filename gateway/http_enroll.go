@@ -62,7 +62,7 @@ func (r *rest) ruleRoutes() {
 		l, err := slicePage(out, *in, func(v api.Rule) string { return v.Name })
 		return answer(l), err
 	})
-	handle(r, op("rule.delete", http.MethodDelete, "/rules/{name}", "Delete a rule; what it granted stays"), mayCertify, func(ctx context.Context, in *ruleName) (*struct{}, error) {
+	handle(r, op("rule.delete", http.MethodDelete, "/rules/{name}", "Delete a rule; what it granted stays, and join codes that no other rule names grant by their token alone"), mayCertify, func(ctx context.Context, in *ruleName) (*struct{}, error) {
 		return nil, r.s.deleteRule(ctx, in.Name)
 	})
 }

@@ -24,7 +24,10 @@ func (a *app) ruleCommand() *cobra.Command {
 			}
 			return a.out.Print(all, t)
 		}}
-	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a rule; what it granted stays", Args: cli.Exactly(1),
+	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a rule; what it granted stays, and its join codes are free of it", Args: cli.Exactly(1),
+		Long: "Delete a rule. What it granted stays. A join code that no other rule names grants by its token alone from then on,\n" +
+			"as any other: those who waited because the rule did not fit are let in. Revoke the code first (sallyport join revoke)\n" +
+			"if nobody shall come by it any more.",
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Rules, func(r api.Rule) string { return r.Name })),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := a.client()
