@@ -3,6 +3,7 @@ package backup
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"database/sql"
 	"encoding/json"
 	"encoding/pem"
@@ -340,6 +341,22 @@ func TestInUse(t *testing.T) {
 		if err := lock.Release(); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// TestStopped: who stops a restoration is not told that the backup is none.
+func TestStopped(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	ctx, stop := context.WithCancelCause(t.Context())
+	defer stop(nil)
+	why := errors.New("interrupted")
+	r, err := Restore(ctx, p, file, func() ([]byte, error) { stop(why); return ask() })
+	if !errors.Is(err, why) || errors.Is(err, ErrNoBackup) {
+		t.Errorf("restored %+v, %v", r, err)
+	}
+	if r, err = Restore(t.Context(), p, file, ask); err != nil || r.Generation != 2 {
+		t.Errorf("begun again: %+v, %v", r, err)
 	}
 }
 

@@ -111,10 +111,13 @@ func (s *stage) fill(in *bufio.Reader, passphrase func() ([]byte, error)) error 
 // its own and above the one that was in use here.
 func (s *stage) raise(ctx context.Context, floor int64) (r Restored, err error) {
 	db, err := open(ctx, s.database)
-	if errors.Is(err, sqldb.ErrNewer) {
+	switch {
+	case err == nil:
+	case ctx.Err() != nil: // which says nothing of the file
+		return r, fmt.Errorf("%w; nothing was changed", context.Cause(ctx))
+	case errors.Is(err, sqldb.ErrNewer):
 		return r, err
-	}
-	if err != nil {
+	default:
 		return r, fmt.Errorf("%w: %w", ErrNoBackup, err)
 	}
 	if uid := db.Installation().UID; s.manifest.Installation != "" && uid != s.manifest.Installation {
