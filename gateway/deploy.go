@@ -104,7 +104,7 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 		return s.ahead(ctx, id, want, hello.Applied)
 	case hello.Mode == "readonly":
 		return s.refused(ctx, id, want, "readonly", "its own configuration makes it read-only")
-	case hello.Applied == want.Revision():
+	case hello.Applied == want.Revision() && hello.State != wire.StateLocked: // by what came from elsewhere: ours frees it
 		s.settleSoon()
 		return s.refused(ctx, id, want, "", "")
 	}

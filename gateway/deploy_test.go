@@ -376,6 +376,36 @@ func TestNodeOfAnotherInstallationIsTold(t *testing.T) {
 	}
 }
 
+// TestLockedByAnotherGateway: a node that obeys this installation, and was asked by a
+// gateway of another one meanwhile, is locked until it is pushed what it has.
+func TestLockedByAnotherGateway(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.deploys = true
+	w.serveAPI(false)
+	r, n := w.rcp("dmz"), w.obeying("web")
+	w.enrolled(n.fakeNode)
+	r.hold(n.fakeNode)
+	w.run()
+	w.state(n.id.ID(), wire.StateRunning)
+	eventually(t, "it has what it should", func() bool { _, count := n.last(); return count > 0 })
+	n.mu.Lock()
+	hello := n.hello
+	n.mu.Unlock()
+	_, before := n.last()
+	for state, pushes := range map[wire.NodeState]int{wire.StateRunning: 0, wire.StateLocked: 1} {
+		hello.Installation, hello.State = w.db.Installation().UID, state
+		if err := w.s.reconcile(t.Context(), n.id.ID(), &hello); err != nil {
+			t.Error(err)
+		}
+		_, count := n.last()
+		if count != before+pushes {
+			t.Errorf("%s: %d pushes, want %d", state, count-before, pushes)
+		}
+		before = count
+	}
+}
+
 func TestMaximumKeepsThoseThatHaveIt(t *testing.T) {
 	t.Parallel()
 	w, c := serving(t, false)
