@@ -127,14 +127,14 @@ func (s *JoinSource) configured() ([]Join, error) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("join code: %w", unreadable(err))
+		return nil, fmt.Errorf("join code: %w", unreadableCode(err))
 	}
 	if !st.IsDir() {
 		return joinFile(s.value)
 	}
 	entries, err := os.ReadDir(s.value)
 	if err != nil {
-		return nil, fmt.Errorf("join codes: %w", unreadable(err))
+		return nil, fmt.Errorf("join codes: %w", unreadableCode(err))
 	}
 	var joins []Join
 	var errs []error
@@ -153,13 +153,22 @@ func (s *JoinSource) configured() ([]Join, error) {
 	return joins, errors.Join(errs...)
 }
 
+// unreadableCode adds what to do to a join code's file that is refused: it is not
+// in SALLYPORT_DATA, and not ours to own.
+func unreadableCode(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w (let the user that this runs as read it: uid %d)", err, os.Geteuid())
+	}
+	return err
+}
+
 func joinFile(path string) ([]Join, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // it went between the listing and now
 	}
 	if err != nil {
-		return nil, fmt.Errorf("join code: %w", unreadable(err))
+		return nil, fmt.Errorf("join code: %w", unreadableCode(err))
 	}
 	defer func() { _ = f.Close() }()
 	b, err := readJoin(f)

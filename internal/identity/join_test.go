@@ -4,6 +4,9 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
 	"testing"
 
 	"sallyport/internal/identity"
@@ -42,5 +45,37 @@ func TestKeptJoinCodeComesFirst(t *testing.T) {
 	}
 	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("mode %v, %v: a code is a secret", st.Mode(), err)
+	}
+}
+
+// A code that root has put down for itself is no fault of SALLYPORT_DATA.
+func TestJoinFileThatMayNotBeRead(t *testing.T) {
+	if os.Geteuid() == 0 { // root reads everything; the file system sees another user on this thread
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer func() { _ = syscall.Setfsuid(0) }()
+	}
+	dir := t.TempDir()
+	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "code")
+	if err := os.WriteFile(file, []byte("sp1."), 0o000); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		if err := syscall.Setfsuid(65534); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := identity.OpenJoin(file, nil)
+	if err == nil {
+		_, err = s.Codes()
+	}
+	if err == nil || !strings.Contains(err.Error(), "let the user that this runs as read it") || strings.Contains(err.Error(), "SALLYPORT_DATA") {
+		t.Error(err)
 	}
 }
