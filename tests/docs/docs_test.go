@@ -265,6 +265,58 @@ func TestCommandsExist(t *testing.T) {
 	}
 }
 
+// TestUnits shows that the units of docs/services are in the page, that systemd
+// takes each line of them, and that what they start and set exists.
+func TestUnits(t *testing.T) {
+	site := harness.New(t)
+	units, err := filepath.Glob(filepath.Join(repository(t), "docs", "services", "*.service"))
+	if err != nil || len(units) == 0 {
+		t.Fatalf("no units: %v", err)
+	}
+	index := slices.IndexFunc(pages(t), func(p page) bool { return p.name == "docs/services.md" })
+	if index < 0 {
+		t.Fatal("no page tells of the units")
+	}
+	told, known := pages(t)[index].text, config.Names()
+	analyze := harness.Tool(t, "systemd-analyze")
+	for _, name := range units {
+		base := filepath.Base(name)
+		if !strings.Contains(told, "(services/"+base+")") {
+			t.Errorf("no link to %s", base)
+		}
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unit := string(b)
+		for _, m := range regexp.MustCompile(`(?m)^Environment=(\w+)=`).FindAllStringSubmatch(unit, -1) {
+			if !slices.Contains(known, m[1]) {
+				t.Errorf("%s: no variable %s", base, m[1])
+			}
+		}
+		started := regexp.MustCompile(`(?m)^ExecStart=/usr/bin/(\S+)(.*)$`).FindStringSubmatch(unit)
+		if started == nil {
+			t.Errorf("%s starts nothing of ours", base)
+			continue
+		}
+		program := site.Program(started[1])
+		if role := strings.Fields(started[2]); len(role) > 0 {
+			out, _ := exec.CommandContext(t.Context(), program, role[0], "no-role").CombinedOutput() // the refusal names those that there are
+			if len(role) != 2 || !strings.Contains(string(out), role[1]) {
+				t.Errorf("%s starts %q: %s", base, started[0], out)
+			}
+		}
+		// systemd asks for the program, which is not installed here.
+		here := filepath.Join(t.TempDir(), base)
+		if err := os.WriteFile(here, []byte(strings.Replace(unit, "/usr/bin/"+started[1], program, 1)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.CommandContext(t.Context(), analyze, "verify", "--man=no", here).CombinedOutput(); err != nil || strings.Contains(string(out), here) || strings.Contains(string(out), base+":") {
+			t.Errorf("%s: %v\n%s", base, err, out)
+		}
+	}
+}
+
 // TestCommandLines shows that commands, words and flags are found.
 func TestCommandLines(t *testing.T) {
 	p := page{"x.md", "Say `sallyport node list --state down`.\n\n```sh\nexport A=b\ngo run ./cmd/sallyport demo\nsallyport action run --node web-1 -- sh -c 'a --b'\n```\n"}
