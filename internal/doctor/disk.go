@@ -71,8 +71,9 @@ func Disks(dirs ...string) (checks []local.Check) {
 	return checks
 }
 
-// writable looks at the directory's mode only: who asks is perhaps not who runs
-// the role, and root may write everywhere.
+// writable looks at the directory's mode only, whether its owner may write there
+// and nobody else: who asks is perhaps not who runs the role, and root may write
+// everywhere.
 func writable(dir string) (local.Check, bool) {
 	st, err := os.Stat(dir)
 	switch {
@@ -82,6 +83,9 @@ func writable(dir string) (local.Check, bool) {
 		return local.Check{Check: "disk", Detail: err.Error(), Fix: "see the kernel's log (dmesg) for what is wrong with the disk"}, false
 	case st.IsDir() && st.Mode().Perm()&0o300 != 0o300 && !ownedByRoot(st):
 		return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: its owner may not write there", dir, st.Mode().Perm()), Fix: "chmod u+rwx " + dir}, false
+	case st.IsDir() && st.Mode().Perm()&0o002 != 0: // the sticky bit does not keep them from making what we have not made yet
+		return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: every user of the host may put files there, and replace keys and database", dir, st.Mode().Perm()),
+			Fix: "chmod 711 " + dir + ", and see who owns what lies in it (ls -la)"}, false
 	}
 	return local.Check{}, true
 }

@@ -49,4 +49,10 @@ func TestDisks(t *testing.T) {
 	if got := Disks(shut); len(got) != 1 || got[0].OK || got[0].Fix != "chmod u+rwx "+shut {
 		t.Errorf("%+v", got)
 	}
+	if err := os.Chmod(sub, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if got := Disks(sub); len(got) != 1 || got[0].OK || !strings.Contains(got[0].Detail, "every user of the host") {
+		t.Errorf("%+v", got)
+	}
 }
