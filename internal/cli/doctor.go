@@ -142,7 +142,7 @@ func (l *localRole) files(c config.Common, role wire.Role, running bool) (checks
 	return checks
 }
 
-// disks are the findings about where the role writes.
+// disks are the findings about where the role writes, and whose that is.
 func (l *localRole) disks(c config.Common, role wire.Role) []local.Check {
 	dirs := []string{c.Dir(string(role))}
 	if role == wire.RoleGateway {
@@ -151,7 +151,11 @@ func (l *localRole) disks(c config.Common, role wire.Role) []local.Check {
 		}
 		dirs = append(dirs, c.Dir("pki"))
 	}
-	return doctor.Disks(dirs...)
+	checks := append(doctor.Disks(dirs...), doctor.Owners(c.Dir(string(role)))...)
+	if role == wire.RoleGateway {
+		checks = append(checks, doctor.Owners(c.Dir("pki"))...)
+	}
+	return checks
 }
 
 // toReach lists the addresses that the role dials and is not connected with.

@@ -48,8 +48,8 @@ func roomIn(dir string) (r room, known bool) {
 }
 
 func ownedByRoot(st fs.FileInfo) bool {
-	s, ok := st.Sys().(*syscall.Stat_t)
-	return ok && s.Uid == 0
+	uid, ok := uidOf(st)
+	return ok && uid == 0
 }
 
 // Disks examines whether what a role keeps in dirs can still be written. Of

@@ -1,0 +1,60 @@
+package doctor
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"sallyport/internal/local"
+)
+
+// ownerDepth is how deep below a role's directory owners are looked at: what a role
+// does not start without lies above it, and spools may be large.
+const ownerDepth = 2
+
+// errFound ends a walk.
+var errFound = errors.New("found")
+
+// Owners examines whether what lies in a role's directories is its user's, who owns
+// them: a role that was once started by root leaves files that its user cannot open.
+// Root opens everything.
+func Owners(dirs ...string) (checks []local.Check) {
+	for _, dir := range dirs {
+		st, err := os.Stat(dir)
+		if err != nil || ownedByRoot(st) {
+			continue
+		}
+		owner, ok := uidOf(st)
+		_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+			if err != nil || !ok {
+				return fs.SkipDir
+			}
+			info, err := e.Info()
+			if err != nil {
+				return nil // it went meanwhile
+			}
+			if uid, known := uidOf(info); known && uid != owner && (e.IsDir() || e.Type().IsRegular()) {
+				checks = append(checks, local.Check{Check: "owner", Detail: fmt.Sprintf("%s belongs to the user with uid %d, and %s to uid %d: the role, which runs as that one, may be unable to open it", path, uid, dir, owner),
+					Fix: "stop the role, `chown -R --reference=" + dir + " " + dir + "`, and start it as that user only"})
+				return errFound
+			}
+			if e.IsDir() && strings.Count(path[len(dir):], string(filepath.Separator)) >= ownerDepth {
+				return fs.SkipDir
+			}
+			return nil
+		})
+	}
+	return checks
+}
+
+func uidOf(st fs.FileInfo) (uint32, bool) {
+	s, ok := st.Sys().(*syscall.Stat_t)
+	if !ok {
+		return 0, false
+	}
+	return s.Uid, true
+}
