@@ -84,7 +84,7 @@ func (s *Server) concerns(now time.Time, patience time.Duration) []concern {
 	if s.doors != nil {
 		out = append(out, doorsEnding(now, s.doors.ca.Chain()))
 	}
-	return out
+	return append(out, s.enrolment.unsigned.concern(now, patience))
 }
 
 // outside is a concern when the external CA, or the signer that has the issuing
@@ -241,7 +241,7 @@ func (s *Server) checkAuthority(ctx context.Context) local.Check {
 		if one.severity != wire.SeverityNormal {
 			return local.Check{Check: "authority", Detail: one.text, Fix: one.fix}
 		}
-		if one.key != keyCA+"gateway" && one.key != keyCA+"issuer" { // see certificate; and how would it not be
+		if one.key != keyCA+"gateway" && one.key != keyCA+"issuer" && one.key != keyCA+"revocations" { // see certificate; and how would it not be
 			if c.Detail != "" {
 				c.Detail += ", "
 			}

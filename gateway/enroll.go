@@ -108,6 +108,8 @@ type enrolment struct {
 	rules    map[string]*rule // parsed, by their text
 	heard    map[wire.ID]bool // RCPs whose revocation set was looked at since this gateway started
 
+	unsigned revocationTrouble
+
 	signing sync.Mutex // one revocation set at a time
 	above   int64      // another set of this number was met: the next one is above it
 }

@@ -262,6 +262,7 @@ func (e *enrolment) start(ctx context.Context) error {
 	}
 	e.warnOfIssuer()
 	env, _, err := e.sign(ctx)
+	e.unsigned.note(ctx, err)
 	if errors.Is(err, errAuthority) { // one in another process may be away: run tries again, and our own records hold meanwhile
 		e.log.Error("revocation set not signed; it is tried again in a minute", "error", err)
 		return nil

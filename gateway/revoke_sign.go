@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"sallyport/gateway/store"
@@ -29,7 +30,44 @@ func (e *enrolment) signWithOthers(ctx context.Context) (env *wire.Envelope, new
 			break
 		}
 	}
+	e.unsigned.note(ctx, err)
 	return env, news, err
+}
+
+// revocationTrouble is why the authority did not sign a revocation set that has to
+// be, and since when.
+type revocationTrouble struct {
+	mu    sync.Mutex
+	why   string // empty: it did
+	since time.Time
+}
+
+func (t *revocationTrouble) note(ctx context.Context, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case err == nil:
+		t.why = ""
+	case ctx.Err() != nil || !errors.Is(err, errAuthority): // whoever asked went away, or it is no fault of the authority
+	case t.why == "":
+		t.why, t.since = err.Error(), time.Now()
+	default:
+		t.why = err.Error()
+	}
+}
+
+// concern is one while RCPs and nodes trust somebody who is revoked
+// here, because the set that tells them is not signed.
+func (t *revocationTrouble) concern(now time.Time, patience time.Duration) concern {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c := concern{keyCA + "revocations", wire.SeverityNormal, "every revocation is signed", ""}
+	if t.why != "" && now.Sub(t.since) >= patience {
+		c.severity = wire.SeverityMajor
+		c.text = fmt.Sprintf("a revocation could not be signed since %s: RCPs and nodes still trust who is revoked (%s)", t.since.UTC().Format(time.RFC3339), t.why)
+		c.fix = "see what is wrong where the certificate authority runs, above all whether its disk has room; it is asked again each minute"
+	}
+	return c
 }
 
 // mergeOthers merges the last set that the authority signed, if it is none of

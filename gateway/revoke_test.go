@@ -717,10 +717,22 @@ func TestNodeRevokedLateIsTold(t *testing.T) {
 	if _, err := w.s.fleet.routes(n.id.ID()); err == nil {
 		t.Error("there are sessions with a revoked node")
 	}
+	unsigned := func(after time.Duration, want wire.Severity) {
+		t.Helper()
+		if c := w.s.enrolment.unsigned.concern(time.Now().Add(after), awayFor); c.severity != want || want != wire.SeverityNormal && !strings.Contains(c.text, "the authority is away") {
+			t.Errorf("after %s: %+v", after, c)
+		}
+		if c := w.s.checkAuthority(t.Context()); after > 0 && c.OK != (want == wire.SeverityNormal) { // the doctor does not wait
+			t.Errorf("after %s the doctor finds %+v", after, c)
+		}
+	}
+	unsigned(0, wire.SeverityNormal)
+	unsigned(awayFor+time.Minute, wire.SeverityMajor)
 	ca.away.Store(false)
 	if err := w.s.enrolment.publish(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
+	unsigned(awayFor+time.Minute, wire.SeverityNormal)
 	select {
 	case after := <-told:
 		if after || !n.id.Revoked(n.id.KeyHash()) {
