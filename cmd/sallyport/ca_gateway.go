@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,7 +25,14 @@ func (a *app) gateways() (*pki.Gateways, error) {
 	if err != nil {
 		return nil, err
 	}
-	return pki.OpenGateways(c.Dir("pki")), nil
+	dir := c.Dir("pki")
+	switch there, err := pki.Exists(dir); {
+	case err != nil:
+		return nil, err
+	case !there: // a register without an authority is empty, and says nothing of a SALLYPORT_DATA that is mistyped
+		return nil, fmt.Errorf("there is no certificate authority in %s: start the authority first, with the same SALLYPORT_DATA", dir)
+	}
+	return pki.OpenGateways(dir), nil
 }
 
 func (a *app) caGatewayAddCommand() *cobra.Command {
