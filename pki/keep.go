@@ -55,7 +55,7 @@ func (a *Authority) keepRegistered(ctx context.Context) error {
 		trouble = a.watch(ctx, "the external CA issues", trouble)
 		a.look(ctx)
 		if err := a.keepNow(ctx); err != nil && ctx.Err() == nil {
-			a.log.ErrorContext(ctx, "the certificate for documents was not renewed; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)
+			a.log.ErrorContext(ctx, "the certificate for documents was not renewed, or does not seal the revocation set yet; it is tried again in a minute", "error", err, "not_after", a.mat().document.NotAfter)
 		}
 	}
 }

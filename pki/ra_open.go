@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -210,31 +211,31 @@ func (m *material) documentChain() [][]byte {
 }
 
 func (a *Authority) keepNow(ctx context.Context) error {
-	m := a.mat()
-	if !a.ra.moved.Load() && time.Now().Before(identity.RenewAfter(m.document)) {
-		return nil
-	}
 	a.turning.Lock()
 	defer a.turning.Unlock()
-	m = a.mat()
-	next, err := a.register(ctx, m.trustDomain, m.ledger)
-	if err != nil {
-		a.ra.wait(err)
-		return err
+	m := a.mat()
+	if a.ra.moved.Load() || !time.Now().Before(identity.RenewAfter(m.document)) {
+		next, err := a.register(ctx, m.trustDomain, m.ledger)
+		if err != nil {
+			a.ra.wait(err)
+			return err
+		}
+		if err := a.use(next); err != nil {
+			return err
+		}
+		a.ra.moved.Store(false)
+		a.ra.waits.Store(nil)
+		a.log.InfoContext(ctx, "certificate for documents renewed", "not_after", next.document.NotAfter, "intermediate", wire.KeyOf(next.inter).Fingerprint())
 	}
-	if err := a.use(next); err != nil {
-		return err
-	}
-	a.ra.moved.Store(false)
-	a.ra.waits.Store(nil)
-	if err := a.signTrust(); err != nil {
-		return err
-	}
-	a.log.InfoContext(ctx, "certificate for documents renewed", "not_after", next.document.NotAfter, "intermediate", wire.KeyOf(next.inter).Fingerprint())
-	// The set in force is sealed again: newcomers could not verify it once the
-	// old leaf has ended.
+	return errors.Join(a.signTrust(), a.sealAgain(ctx))
+}
+
+// sealAgain has the revocation set in force sealed by the leaf for documents that is:
+// newcomers could not verify it once the old leaf has ended. A crash or a full disk
+// may have come between that leaf and this.
+func (a *Authority) sealAgain(ctx context.Context) error {
 	env, ok := a.Revocations()
-	if !ok {
+	if !ok || slices.Equal(env.Chain[0], a.mat().documentChain()[0]) {
 		return nil
 	}
 	var set wire.Revocations
@@ -243,6 +244,6 @@ func (a *Authority) keepNow(ctx context.Context) error {
 	}
 	after := set.Number
 	set.Number++
-	_, err = a.SignRevocations(ctx, set, after)
+	_, err := a.SignRevocations(ctx, set, after)
 	return err
 }

@@ -6,6 +6,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -180,6 +183,49 @@ func TestExternalIntermediateIsFollowed(t *testing.T) {
 	}
 	if env, _ := a.Revocations(); number(t, env) > 2 {
 		t.Errorf("the set was sealed again and again: number %d", number(t, env))
+	}
+}
+
+// TestSetIsSealedAgain: what came between the next leaf for documents and the set that
+// it is to seal, a crash or a full disk, is made good. Newcomers could not verify the
+// set when the old leaf has ended, which nobody would think of before the next one.
+func TestSetIsSealedAgain(t *testing.T) {
+	s, dir := newStranger(t), t.TempDir()
+	a := open(t, dir, s.option())
+	defer func() { closeIt(t, a) }()
+	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
+		t.Fatal(err)
+	}
+	file, old := filepath.Join(dir, "revocations.json"), keyFile(t, dir, "revocations.json")
+	for n, again := range []func(){
+		func() {},
+		func() {
+			closeIt(t, a)
+			a = open(t, dir, s.option())
+		},
+	} {
+		before, _ := a.Revocations()
+		s.newIntermediate()
+		if err := errors.Join(os.Remove(file), os.Mkdir(file, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if err := a.KeepNow(t.Context()); err == nil {
+			t.Fatal("a set was signed that cannot be written")
+		}
+		if err := errors.Join(os.Remove(file), os.WriteFile(file, []byte(old), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		again()
+		for range 2 { // the second one has nothing to do
+			if err := a.KeepNow(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		env, _ := a.Revocations()
+		if slices.Equal(env.Chain[0], before.Chain[0]) || number(t, env) != number(t, before)+1 {
+			t.Errorf("%d: number %d after %d, sealed by the leaf before: %t", n, number(t, env), number(t, before), slices.Equal(env.Chain[0], before.Chain[0]))
+		}
+		old = keyFile(t, dir, "revocations.json")
 	}
 }
 
