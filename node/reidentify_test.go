@@ -58,3 +58,32 @@ func TestOneChangeOfIdentityAtATime(t *testing.T) {
 		t.Errorf("taken %v, shown %s", taken, joins[0].Code.TokenID)
 	}
 }
+
+// TestNoRenewalForWhoItWas: a renewal that has begun when the node becomes another,
+// as each does in a rollover, gets none of its new keys. The gateway would write it
+// down as one of the old node's and refuse the new one, which has no other, for ever.
+func TestNoRenewalForWhoItWas(t *testing.T) {
+	p := newPlant(t)
+	in := p.node().in()
+	for _, rekey := range []bool{false, true} {
+		ask := func() *httptest.ResponseRecorder {
+			body, err := json.Marshal(wire.CSRRequest{Rekey: rekey})
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := httptest.NewRecorder()
+			in.takeCSR(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, wire.PathCSR, bytes.NewReader(body)))
+			return w
+		}
+		if w := ask(); w.Code != http.StatusOK {
+			t.Fatalf("before: %d %s", w.Code, w.Header().Get(wire.HeaderError))
+		}
+		if err := in.id.Reidentify(); err != nil {
+			t.Fatal(err)
+		}
+		if w := ask(); w.Code != http.StatusConflict || w.Body.Len() > 0 {
+			t.Errorf("rekey %t: %d %q", rekey, w.Code, w.Body)
+		}
+		p.ca.Certify(t, in.id)
+	}
+}

@@ -186,7 +186,11 @@ func (in *instance) takeCSR(w http.ResponseWriter, r *http.Request) {
 	if !decode(w, r, wire.MaxEnrollBody, &q) {
 		return
 	}
-	der, err := in.id.CSR(q.Rekey)
+	der, err := in.id.RenewalCSR(q.Rekey)
+	if errors.Is(err, identity.ErrNoCertificate) {
+		channel.Refuse(w, http.StatusConflict, "csr: "+err.Error())
+		return
+	}
 	if err != nil {
 		in.log.Error("certificate request not made", "error", err)
 		channel.Refuse(w, http.StatusInternalServerError, "csr: "+err.Error())

@@ -96,7 +96,11 @@ func (r *Relay) takeCSR(w http.ResponseWriter, req *http.Request) {
 		channel.Refuse(w, http.StatusBadRequest, "csr: "+err.Error())
 		return
 	}
-	der, err := r.id.CSR(q.Rekey)
+	der, err := r.id.RenewalCSR(q.Rekey)
+	if errors.Is(err, identity.ErrNoCertificate) {
+		channel.Refuse(w, http.StatusConflict, "csr: "+err.Error())
+		return
+	}
 	if err != nil {
 		r.log.Error("certificate request not made", "error", err)
 		channel.Refuse(w, http.StatusInternalServerError, "csr: "+err.Error())

@@ -21,6 +21,26 @@ const maxChain = 8
 func (i *Identity) CSR(rekey bool) ([]byte, error) {
 	i.write.Lock()
 	defer i.write.Unlock()
+	return i.request(rekey)
+}
+
+// RenewalCSR is CSR in a session with a certified party. One that has become another
+// meanwhile, and no certificate yet, asks for none there: its new key would be known
+// as that of the party that it was, and never be certified for the one that it is.
+func (i *Identity) RenewalCSR(rekey bool) ([]byte, error) {
+	i.write.Lock()
+	defer i.write.Unlock()
+	i.mu.RLock()
+	certified := i.chain != nil
+	i.mu.RUnlock()
+	if !certified {
+		return nil, ErrNoCertificate
+	}
+	return i.request(rekey)
+}
+
+// request is CSR; write is held.
+func (i *Identity) request(rekey bool) ([]byte, error) {
 	i.mu.RLock()
 	key, id := i.key, i.id
 	i.mu.RUnlock()

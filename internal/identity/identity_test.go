@@ -561,8 +561,14 @@ func TestReidentify(t *testing.T) {
 		if _, ok := got.Party(); ok {
 			t.Error("it has a certificate")
 		}
+		if _, err := got.RenewalCSR(false); !errors.Is(err, identity.ErrNoCertificate) {
+			t.Errorf("it asks for a renewal: %v", err)
+		}
 	}
 	ca.Certify(t, id)
+	if _, err := id.RenewalCSR(false); err != nil {
+		t.Error(err)
+	}
 	if p, ok := reopen(t, id).Party(); !ok || p.ID != id.ID() {
 		t.Errorf("party %v", p)
 	}
