@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"syscall"
-	"time"
 
 	"github.com/google/renameio/v2"
 )
@@ -83,20 +82,16 @@ func SyncDir(dir string) error {
 // that of the file is a random number of up to 19 digits.
 var leftOver = regexp.MustCompile(`^\..+[0-9]{12}$`)
 
-// inUse is how old a file may be that somebody writes.
-const inUse = time.Second
-
 // Tidy removes what a process that was killed left of files that it replaced, in dir
 // and below: there may be keys and join codes in it, and nobody else would. It is for
-// who has the directory alone. What cannot be removed stays until the next time.
+// who has the directory alone: whoever replaces a file in it just then (an operator's
+// command beside the authority, say) is told that it failed. What cannot be removed
+// stays until the next time.
 func Tidy(dir string) {
 	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() || !leftOver.MatchString(d.Name()) {
-			return nil //nolint:nilerr // see above
-		}
-		if info, err := d.Info(); err == nil && time.Since(info.ModTime()) > inUse {
+		if err == nil && d.Type().IsRegular() && leftOver.MatchString(d.Name()) {
 			_ = os.Remove(path)
 		}
-		return nil
+		return nil //nolint:nilerr // see above
 	})
 }
