@@ -132,13 +132,35 @@ func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, rcp *store.RC
 	}
 	source := origin{address: peer.Source}
 	if rcp != nil {
-		source.rcp = rcp.Name
+		source.rcp = e.waitsAt(ctx, rcp.Name, peer.Path)
 	}
 	state, err := e.ask(ctx, key, source)
 	if err != nil && ctx.Err() == nil {
 		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", peer.Source, "error", err)
 	}
 	e.asked(key, state, err)
+}
+
+// waitsAt names the RCP where a party waits that a first hop reports: the last one
+// of its path, which knows the address, if the operator has put that behind the
+// first (rcp add --via). An RCP must not speak for one that it does not lead to.
+func (e *enrolment) waitsAt(ctx context.Context, first string, path []wire.ID) string {
+	if len(path) == 0 {
+		return first
+	}
+	last, err := e.store.RCPByID(ctx, path[len(path)-1])
+	if err != nil {
+		return first
+	}
+	for at := last; len(path) > 0 && at.Via != ""; path = path[1:] {
+		if at.Via == first {
+			return last.Name
+		}
+		if at, err = e.store.RCP(ctx, at.Via); err != nil {
+			break
+		}
+	}
+	return first
 }
 
 // due tells whether it is time to ask a party, and claims the turn.

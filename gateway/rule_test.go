@@ -28,6 +28,41 @@ func (d *desk) from(a *applicant, rcp, source string) {
 	d.pending(d.t.Context(), a.id.KeyHash(), &store.RCP{Name: rcp}, wire.Peer{Pending: a.id.KeyHash(), Source: source, Since: time.Now()})
 }
 
+// TestRuleKnowsAnRCPBehindAnother: the one where the party waits, if the operator
+// put it behind the one that says so.
+func TestRuleKnowsAnRCPBehindAnother(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Uses: 10})
+	d.rules(fmt.Sprintf("kind: rule\nname: plant\njoins: [%s]\nrcps: [edge]\n", mustParse(t, code).TokenID), false)
+	ids := map[string]wire.ID{}
+	for _, r := range []store.RCP{{Name: "dmz"}, {Name: "other"}, {Name: "middle", Via: "dmz"}, {Name: "edge", Via: "middle"}} {
+		r.PartyID, r.State = wire.NewID(), api.RCPConnected
+		ids[r.Name] = r.PartyID
+		if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error { return tx.AddRCP(ctx, &r) }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tc := range []struct {
+		name, first, rcp string
+		path             []wire.ID
+	}{
+		{"web-1", "dmz", "edge", []wire.ID{ids["middle"], ids["edge"]}},
+		{"web-2", "other", "other", []wire.ID{ids["middle"], ids["edge"]}},
+		{"web-3", "dmz", "middle", []wire.ID{ids["middle"]}},
+		{"web-4", "dmz", "dmz", []wire.ID{wire.NewID()}},
+		{"web-5", "dmz", "dmz", nil},
+	} {
+		a := d.party(wire.RoleNode, code, tc.name)
+		key := a.id.KeyHash()
+		d.pending(t.Context(), key, &store.RCP{Name: tc.first}, wire.Peer{Pending: key, Path: tc.path, Source: "10.7.0.1:4000", Since: time.Now()})
+		q, err := d.store.LastRequest(t.Context(), key)
+		if err != nil || q.RCP != tc.rcp || (q.Rule == "plant") != (tc.rcp == "edge") {
+			t.Errorf("%s by way of %s: request %+v, %v; want it at %s", tc.name, tc.first, q, err, tc.rcp)
+		}
+	}
+}
+
 // A rule that names a join code narrows it: its token alone does not do any more.
 func TestRuleNarrowsAToken(t *testing.T) {
 	t.Parallel()
