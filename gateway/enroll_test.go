@@ -532,6 +532,19 @@ func TestRCPEnrols(t *testing.T) {
 	e := d.party(wire.RoleRCP, added.Join.Code, "")
 	d.see(e)
 	d.expect(e, enroll.StateDenied, wire.EnrollTokenUnknown)
+	// Nor is it when there is one of that name again.
+	again, err := d.addRCP(t.Context(), api.AddRCP{Name: "gone"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := d.party(wire.RoleRCP, added.Join.Code, "")
+	d.see(f)
+	d.expect(f, enroll.StateDenied, wire.EnrollTokenUnknown)
+	g := d.party(wire.RoleRCP, again.Join.Code, "")
+	d.see(g)
+	if err := g.Ready(); err != nil {
+		t.Errorf("the new code: %v", err)
+	}
 }
 
 func TestCreateJoinRefuses(t *testing.T) {

@@ -79,6 +79,10 @@ func (e *enrolment) removeRCP(ctx context.Context, r *store.RCP) (number int64, 
 			}
 		}
 		tx.Audit(ctx, "rcp.remove", r.Name, string(r.PartyID))
+		// Whoever holds a code of it must not be the one that is added by its name later.
+		if err := tx.RevokeRCPJoins(ctx, r.Name); err != nil {
+			return err
+		}
 		return tx.RemoveRCP(ctx, r.Name)
 	})
 	if err != nil {

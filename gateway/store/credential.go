@@ -112,6 +112,12 @@ func (tx *Tx) RevokeJoin(ctx context.Context, id string) error {
 	return one(tx.q.NewRaw("UPDATE joins SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?", tx.now, id).Exec(ctx))
 }
 
+// RevokeRCPJoins makes the join codes useless that an RCP of that name has not used.
+func (tx *Tx) RevokeRCPJoins(ctx context.Context, name string) error {
+	_, err := tx.q.NewRaw("UPDATE joins SET revoked_at = ? WHERE role = ? AND name = ? AND revoked_at IS NULL AND used < max_uses", tx.now, wire.RoleRCP, name).Exec(ctx)
+	return err
+}
+
 // Requests lists certificate requests, newest first; state "" means all.
 func (r Queries) Requests(ctx context.Context, state string) ([]*Request, error) {
 	var out []*Request
