@@ -10,7 +10,7 @@ import (
 type Gateway struct {
 	Common
 	Listen          Listen    `env:"SALLYPORT_GATEWAY_LISTEN" envDefault:"127.0.0.1:8443" doc:"HTTPS address of the API" form:"host:port or off" why:"loopback: opening the API to a network is a decision"`
-	Socket          string    `env:"SALLYPORT_GATEWAY_SOCKET" doc:"unix socket of the API (mode 0660, group sallyport when it exists); who may open it is admin" form:"a path" why:"$SALLYPORT_DATA/gateway/api.sock: where the operator commands look"`
+	Socket          string    `env:"SALLYPORT_GATEWAY_SOCKET" doc:"unix socket of the API (mode 0660 for the group sallyport, else its owner's or root's alone); who may open it is admin" form:"a path" why:"$SALLYPORT_DATA/gateway/api.sock: where the operator commands look"`
 	RCPs            Endpoints `env:"SALLYPORT_GATEWAY_RCPS" doc:"RCPs to dial, beside those added with rcp add" form:"host:port[,uuid];..." why:"none: rcp add also makes the join code"`
 	ChannelListen   Listen    `env:"SALLYPORT_GATEWAY_CHANNEL_LISTEN" doc:"TCP and UDP address for RCPs and nodes that dial the gateway" form:"host:port or off" why:"off: nothing needs an inbound port into the trusted network"`
 	ChannelPublic   string    `env:"SALLYPORT_GATEWAY_CHANNEL_PUBLIC" doc:"that address as others reach it, for join codes" form:"host:port" why:"none: NAT and balancers make it unknowable from here"`

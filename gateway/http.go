@@ -16,11 +16,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
@@ -251,7 +253,7 @@ func knownParameters(ctx huma.Context, next func(huma.Context)) {
 const headerIfMatch = "If-Match"
 
 // listenSocket opens the unix socket for its owner and the group sallyport, if
-// there is one. A socket that a dead process left is taken over.
+// there is one that it can be given to. A socket that a dead process left is taken over.
 func listenSocket(path string) (net.Listener, error) {
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		_ = c.Close()
@@ -262,17 +264,25 @@ func listenSocket(path string) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	ln, err := net.Listen("unix", path)
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error { // before it has a name
+		var failed error
+		err := c.Control(func(fd uintptr) { failed = unix.Fchmod(int(fd), 0o600) })
+		return errors.Join(err, failed)
+	}}
+	ln, err := lc.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, err
 	}
+	shared := os.Getegid() == 0 // root's own group
 	if g, err := user.LookupGroup("sallyport"); err == nil {
-		if gid, err := strconv.Atoi(g.Gid); err == nil {
-			_ = os.Chown(path, -1, gid) // not ours to give away: then only the owner may use it
+		if gid, err := strconv.Atoi(g.Gid); err == nil && os.Chown(path, -1, gid) == nil {
+			shared = true
 		}
 	}
-	if err := os.Chmod(path, 0o660); err != nil {
-		return nil, errors.Join(err, ln.Close())
+	if shared { // with another group of ours, which may be everybody's, it is not
+		if err := os.Chmod(path, 0o660); err != nil {
+			return nil, errors.Join(err, ln.Close())
+		}
 	}
 	return ln, nil
 }

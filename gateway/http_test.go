@@ -11,10 +11,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -476,16 +479,35 @@ func TestWrongMethod(t *testing.T) {
 func TestSocketPermissions(t *testing.T) {
 	t.Parallel()
 	w, c := serving(t, false)
-	st, err := os.Stat(w.cfg.Socket)
-	if err != nil || st.Mode().Perm() != 0o660 {
-		t.Errorf("%v, %v", st.Mode(), err)
-	}
 	about, err := c.About(t.Context())
 	if err != nil || about.Role != api.RoleAdmin || about.Caller == "" || about.Installation != w.db.Installation().UID {
 		t.Errorf("%+v, %v", about, err)
 	}
 	if _, err := listenSocket(w.cfg.Socket); err == nil {
 		t.Error("a second gateway took the socket over")
+	}
+}
+
+// TestSocketIsForOperators: whom the socket lets in is an admin. That is root, its
+// owner, whatever the umask is and whichever group he is of, and the group sallyport.
+func TestSocketIsForOperators(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	path := filepath.Join(t.TempDir(), "api.sock")
+	ln, err := listenSocket(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, gid := os.FileMode(0o600), st.Sys().(*syscall.Stat_t).Gid
+	if g, err := user.LookupGroup("sallyport"); gid == 0 || err == nil && g.Gid == strconv.FormatUint(uint64(gid), 10) {
+		want = 0o660
+	}
+	if st.Mode().Perm() != want {
+		t.Errorf("mode %v of group %d, want %v", st.Mode(), gid, want)
 	}
 }
 
