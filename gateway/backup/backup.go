@@ -25,7 +25,6 @@ import (
 
 	"sallyport/gateway/bus"
 	"sallyport/gateway/store"
-	"sallyport/internal/atomicfile"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/sealed"
 	"sallyport/internal/sqldb"
@@ -79,20 +78,19 @@ const (
 	restoring   = ".restoring" // behind the name of a database that is unpacked
 )
 
-// Create writes a backup into the new file dest, mode 0600. When it returns
-// nil, the file is complete and on disk.
+// Create writes a backup into the new file dest, mode 0600, which is there when it
+// is whole and on disk.
 func Create(ctx context.Context, p Place, dest, program string, passphrase []byte) (m Manifest, err error) {
 	if _, err := os.Stat(p.Database); err != nil {
 		return m, fmt.Errorf("back up the gateway: %w (was a gateway ever started here? see SALLYPORT_DATA)", err)
 	}
-	out, err := os.OpenFile(dest, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	out, err := begin(dest)
 	if err != nil {
 		return m, fmt.Errorf("back up the gateway: %w", err)
 	}
 	defer func() {
-		err = errors.Join(err, out.Close())
-		if err != nil {
-			err = errors.Join(fmt.Errorf("back up the gateway: %w", err), os.Remove(dest))
+		if err = errors.Join(err, out.close()); err != nil {
+			err = fmt.Errorf("back up the gateway: %w", err)
 		}
 	}()
 	// Before anything is copied: no copy of an installation without a trace of
@@ -107,7 +105,7 @@ func Create(ctx context.Context, p Place, dest, program string, passphrase []byt
 	if m, err = create(ctx, p, out, program, passphrase); err != nil {
 		return m, errors.Join(err, store.AuditBeside(context.WithoutCancel(ctx), p.Database, "backup.create", name, store.ResultFailed, err.Error()))
 	}
-	return m, errors.Join(out.Sync(), atomicfile.SyncDir(filepath.Dir(dest)))
+	return m, out.finish()
 }
 
 func create(ctx context.Context, p Place, out io.Writer, program string, passphrase []byte) (m Manifest, err error) {

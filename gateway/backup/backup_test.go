@@ -451,6 +451,70 @@ func TestABackupOverwritesNothing(t *testing.T) {
 	}
 }
 
+// TestABackupHasItsNameWhenItIsWhole: until then it has another, which the next one
+// takes over if it was cut off and is ours.
+func TestABackupHasItsNameWhenItIsWhole(t *testing.T) {
+	p := live(t)
+	file := filepath.Join(t.TempDir(), "b")
+	cutOff := file + partial
+	d, err := begin(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteString(strings.Repeat("half ", 100_000)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(file); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("half a backup has its name: %v", err)
+	}
+	if _, err := Create(t.Context(), p, file, "test", pass); err == nil || !strings.Contains(err.Error(), "another backup writes") {
+		t.Errorf("while another is written: %v", err)
+	}
+	if err := d.Close(); err != nil { // as a kill does it
+		t.Fatal(err)
+	}
+	if _, err := Create(t.Context(), p, file, "test", pass); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(cutOff); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what was cut off is there still: %v", err)
+	}
+	if _, err := Restore(t.Context(), p, file, ask); err != nil {
+		t.Error(err)
+	}
+	precious := filepath.Join(t.TempDir(), "precious")
+	put(t, precious, "precious", 0o600)
+	for what, lay := range map[string]func(string, string) error{"a symbolic link": os.Symlink, "a link": os.Link, "a pipe": func(_, name string) error { return syscall.Mkfifo(name, 0o600) }} {
+		other := filepath.Join(t.TempDir(), "b")
+		if err := lay(precious, other+partial); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Create(t.Context(), p, other, "test", pass); err == nil {
+			t.Errorf("%s was taken for a backup that was cut off", what)
+		}
+		if _, err := os.Stat(other); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: a backup is there: %v", what, err)
+		}
+	}
+	if b, err := os.ReadFile(precious); string(b) != "precious" || err != nil {
+		t.Errorf("%q, %v", b, err)
+	}
+	d, err = begin(file + "2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, file+"2", "another's", 0o600)
+	if err := d.finish(); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a file that came meanwhile: %v", err)
+	}
+	if err := d.close(); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(file + "2"); string(b) != "another's" || err != nil {
+		t.Errorf("it holds %q, %v", b, err)
+	}
+}
+
 // hostile makes an archive by hand, sealed under the right passphrase.
 func hostile(t *testing.T, headers ...*tar.Header) string {
 	t.Helper()
