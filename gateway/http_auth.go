@@ -254,8 +254,9 @@ const (
 )
 
 func (g *tokenGate) admit(req *http.Request) (c asker, no *noEntry) {
-	secret, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
-	if !ok || secret == "" {
+	scheme, secret, _ := strings.Cut(req.Header.Get("Authorization"), " ")
+	secret = strings.TrimLeft(secret, " ")
+	if !strings.EqualFold(scheme, "Bearer") || secret == "" { // RFC 9110, 11.1
 		return c, &noEntry{why: noToken,
 			problem: api.NewProblem(api.CodeUnauthorized, "https needs an API token: make one with `sallyport token create` on the gateway's host, and name its file in SALLYPORT_TOKEN_FILE")}
 	}

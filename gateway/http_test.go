@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -740,6 +741,13 @@ func TestExpiredToken(t *testing.T) {
 	})
 	if _, why, err := g.valid(t.Context(), secret); why != tokenValid || err != nil {
 		t.Error(why, err)
+	}
+	for header, want := range map[string]string{"Bearer " + secret: "", "bearer  " + secret: "", "Bearer": noToken, "Bearer ": noToken, "Basic " + secret: noToken, secret: noToken, "": noToken} {
+		req := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+		req.Header.Set("Authorization", header)
+		if _, no := g.admit(req); (no == nil) != (want == "") || no != nil && no.why != want {
+			t.Errorf("%q: %+v", header, no)
+		}
 	}
 	now = now.Add(time.Hour)
 	if tok, why, err := g.valid(t.Context(), secret); tok == nil || why != "expired" || err != nil {
