@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -70,7 +69,7 @@ type Option func(*Authority)
 // Open locks dir, and loads the authority in it or makes one in an empty
 // directory. A second process gets lockdir.ErrLocked.
 func Open(ctx context.Context, dir string, log *slog.Logger, opts ...Option) (*Authority, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := lockdir.Make(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("pki: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
 	}
 	lock, err := lockdir.Acquire(dir)

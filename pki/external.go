@@ -47,7 +47,7 @@ func RequestIntermediate(dir string, root *x509.Certificate, trustDomain string,
 	fail := func(err error) ([]byte, string, error) {
 		return nil, "", fmt.Errorf("pki in %s: request an intermediate: %w", dir, err)
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := lockdir.Make(dir, 0o700); err != nil {
 		return fail(err)
 	}
 	a := Authority{keys: keyring{dir: dir}}

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
 )
 
@@ -276,10 +277,7 @@ func (g *Gateways) put(path string, v any) error {
 		return err
 	}
 	dir := filepath.Dir(path)
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
-		return err
-	}
-	if err := giveTo(g.dir, dir); err != nil {
+	if err := lockdir.Make(dir, 0o700); err != nil {
 		return err
 	}
 	return writeFile(dir, filepath.Base(path), b, 0o600)

@@ -7,10 +7,12 @@ package lockdir
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -34,13 +36,17 @@ type Lock struct {
 // [ErrLocked]. The directory, and the one above it, are made 0711, whatever the
 // umask is: the local socket in it is for any user, its listing is not.
 func Acquire(dir string) (*Lock, error) {
-	if err := makeDir(dir); err != nil {
+	if err := Make(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("lock directory: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
 	}
 	path := filepath.Join(dir, fileName)
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("lock directory: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
+	}
+	if err := ownedLike(f, dir); err != nil {
+		_ = f.Close()
+		return nil, fmt.Errorf("lock directory: %w", err)
 	}
 	if err := flock(f); err != nil {
 		owner := readOwner(f)
@@ -59,24 +65,50 @@ func Acquire(dir string) (*Lock, error) {
 	return l, nil
 }
 
-// makeDir makes dir and the directory above it, which is SALLYPORT_DATA, if they
-// are missing. What is there stays as it is: that is somebody's decision.
-func makeDir(dir string) error {
-	if err := os.MkdirAll(filepath.Dir(filepath.Dir(dir)), 0o711); err != nil {
+// Make makes dir with a mode, and the directory above it, which is SALLYPORT_DATA,
+// with 0711, if they are missing: whatever the umask is, which a service often has at
+// 077. What root makes in the directory of another user is that user's. What is there
+// stays as it is: that is somebody's decision.
+func Make(dir string, mode fs.FileMode) error {
+	above := filepath.Dir(dir)
+	if err := os.MkdirAll(filepath.Dir(above), 0o711); err != nil {
 		return err
 	}
-	for _, d := range []string{filepath.Dir(dir), dir} {
-		err := os.Mkdir(d, 0o711)
-		if err == nil {
-			err = os.Chmod(d, 0o711) // a service often has the umask 077
-		} else if st, statErr := os.Stat(d); statErr == nil && st.IsDir() {
-			err = nil
-		}
-		if err != nil {
-			return err
-		}
+	if err := makeOne(above, 0o711); err != nil {
+		return err
 	}
-	return nil
+	return makeOne(dir, mode)
+}
+
+func makeOne(dir string, mode fs.FileMode) error {
+	if err := os.Mkdir(dir, mode); err != nil {
+		if st, statErr := os.Stat(dir); statErr == nil && st.IsDir() {
+			return nil
+		}
+		return err
+	}
+	// By what was opened: who may write above could put a link in its place.
+	f, err := os.OpenFile(dir, unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Chmod(mode), ownedLike(f, filepath.Dir(dir)), f.Close())
+}
+
+// ownedLike gives what root has opened to the owner of a directory.
+func ownedLike(f *os.File, dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || owner.Uid == 0 {
+		return nil
+	}
+	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
 // Release gives the directory up. The file stays: removing it would let two

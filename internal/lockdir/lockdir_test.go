@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -65,6 +66,33 @@ func TestUmaskLeavesTheSocketInReach(t *testing.T) {
 	_ = again.Release()
 	if st, err := os.Stat(shut); err != nil || st.Mode().Perm() != 0o700 {
 		t.Errorf("what was there became %v, %v", st.Mode(), err)
+	}
+}
+
+// What root makes for a service is the service's, the lock above all: it would not
+// start any more.
+func TestRootMakesItForTheOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	const user = 65534
+	data := t.TempDir()
+	if err := os.Chown(data, user, user); err != nil {
+		t.Fatal(err)
+	}
+	pki := filepath.Join(data, "pki")
+	if err := Make(pki, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	l, err := Acquire(pki)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Release() }()
+	for name, mode := range map[string]fs.FileMode{pki: 0o700, filepath.Join(pki, "lock"): 0o600} {
+		if st, err := os.Stat(name); err != nil || st.Sys().(*syscall.Stat_t).Uid != user || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v, %v", name, st, err)
+		}
 	}
 }
 
