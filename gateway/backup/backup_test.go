@@ -219,7 +219,10 @@ func TestRestoredIsTheGateways(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)
 	const user = 65534
-	if err := errors.Join(os.Chown(p.Gateway, user, user), os.Chown(p.PKI, user, user)); err != nil {
+	precious := filepath.Join(t.TempDir(), "precious")
+	put(t, precious, "root's", 0o600)
+	lock := p.Database + ".lock"
+	if err := errors.Join(os.Chown(p.Gateway, user, user), os.Chown(p.PKI, user, user), os.Remove(lock), os.Symlink(precious, lock)); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := Restore(t.Context(), p, file, ask); err != nil {
@@ -229,6 +232,9 @@ func TestRestoredIsTheGateways(t *testing.T) {
 		if st, err := os.Stat(name); err != nil || st.Sys().(*syscall.Stat_t).Uid != user {
 			t.Errorf("%s is not the user's, %v", name, err)
 		}
+	}
+	if st, err := os.Stat(precious); err != nil || st.Sys().(*syscall.Stat_t).Uid != 0 {
+		t.Errorf("what a link of the user's leads to is %v, %v", st, err)
 	}
 }
 

@@ -141,7 +141,7 @@ func (s *stage) lockPKI() error {
 	if s.pkiLock != nil {
 		return nil
 	}
-	if err := os.MkdirAll(s.place.PKI, 0o700); err != nil {
+	if err := lockdir.Make(s.place.PKI, 0o700); err != nil {
 		return err
 	}
 	lock, err := lockdir.Acquire(s.place.PKI)
@@ -271,9 +271,10 @@ func (s *stage) own() error {
 	if uid == 0 {
 		return nil
 	}
+	// Who owns the directories could have put links there, to files of others.
 	locks := []string{filepath.Join(s.place.Gateway, lockName), filepath.Join(s.place.PKI, lockName), s.place.Database + ".lock"}
 	for _, made := range append(locks, s.place.Gateway, s.place.PKI) {
-		if err := os.Chown(made, uid, gid); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Lchown(made, uid, gid); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}

@@ -256,7 +256,7 @@ func (db *DB) Close() error {
 // lockFile takes the lock for the life of the process; the kernel drops it at
 // kill -9. The file stays: removing it would race with the next to open it.
 func lockFile(path string) (*os.File, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
