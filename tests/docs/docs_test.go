@@ -294,6 +294,10 @@ func TestUnits(t *testing.T) {
 				t.Errorf("%s: no variable %s", base, m[1])
 			}
 		}
+		// Go ends with 2 as well, when a program panics or runs out of memory.
+		if !strings.Contains(unit, "\nRestart=always\n") || !strings.Contains(unit, "\nRestartPreventExitStatus=4\n") || !strings.Contains(unit, "\nLimitCORE=0\n") {
+			t.Errorf("%s is not started again after each end but 4, or leaves cores", base)
+		}
 		started := regexp.MustCompile(`(?m)^ExecStart=/usr/bin/(\S+)(.*)$`).FindStringSubmatch(unit)
 		if started == nil {
 			t.Errorf("%s starts nothing of ours", base)
