@@ -88,9 +88,14 @@ var leftOver = regexp.MustCompile(`^\..+[0-9]{12}$`)
 // command beside the authority, say) is told that it failed. What cannot be removed
 // stays until the next time.
 func Tidy(dir string) {
-	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+	root, err := os.OpenRoot(dir) // by names alone, links could lead out of it
+	if err != nil {
+		return
+	}
+	defer func() { _ = root.Close() }()
+	_ = fs.WalkDir(root.FS(), ".", func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.Type().IsRegular() && leftOver.MatchString(d.Name()) {
-			_ = os.Remove(path)
+			_ = root.Remove(path)
 		}
 		return nil //nolint:nilerr // see above
 	})
