@@ -151,7 +151,8 @@ func (l *localRole) disks(c config.Common, role wire.Role) []local.Check {
 		}
 		dirs = append(dirs, c.Dir("pki"))
 	}
-	checks := append(doctor.Disks(dirs...), doctor.Owners(c.Dir(string(role)))...)
+	checks := append(doctor.Disks(dirs...), doctor.Above(c.Data)...)
+	checks = append(checks, doctor.Owners(c.Dir(string(role)))...)
 	if role == wire.RoleGateway {
 		checks = append(checks, doctor.Owners(c.Dir("pki"))...)
 	}

@@ -51,13 +51,17 @@ func (l *localRole) operator() (config.Operator, error) {
 	if err != nil || slices.ContainsFunc(l.streams.Env, func(v string) bool { return strings.HasPrefix(v, dataVariable) && v != dataVariable }) {
 		return c, err
 	}
-	holds := func(data string) bool {
-		return slices.ContainsFunc(l.roles, func(r wire.Role) bool {
+	there := func(data string) (yes, hidden bool) {
+		for _, r := range l.roles {
 			_, err := os.Stat(filepath.Join(data, string(r)))
-			return err == nil || errors.Is(err, fs.ErrPermission)
-		})
+			yes, hidden = yes || err == nil, hidden || errors.Is(err, fs.ErrPermission)
+		}
+		return yes, hidden
 	}
-	if !holds(c.Data) && holds(systemData) {
+	// What is hidden is the system's, of which an error tells, and never his own: that is
+	// the home of somebody else, whose environment he was given.
+	own, _ := there(c.Data)
+	if system, hidden := there(systemData); !own && (system || hidden) {
 		l.streams.Env = append(slices.Clone(l.streams.Env), dataVariable+systemData)
 		return config.LoadOperator(l.streams.Env)
 	}

@@ -194,7 +194,7 @@ func (o *offline) role(said wire.Role) (wire.Role, error) {
 		choice = said
 	}
 	var may, here []wire.Role
-	c, err := config.LoadOperator(o.streams.Env)
+	c, err := o.operator()
 	if err != nil {
 		return "", err
 	}
@@ -249,7 +249,7 @@ func (o *offline) open(role wire.Role, td string, told bool) (*identity.Identity
 // errNoDirectory when there is none: what only works on what is there leaves nothing
 // behind where SALLYPORT_DATA was mistyped.
 func (o *offline) lock(role wire.Role, mayMake bool) (dir string, release func() error, err error) {
-	c, err := config.LoadOperator(o.streams.Env)
+	c, err := o.operator()
 	if err != nil {
 		return "", nil, err
 	}

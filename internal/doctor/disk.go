@@ -61,6 +61,9 @@ func Disks(dirs ...string) (checks []local.Check) {
 			checks = append(checks, c)
 			continue
 		}
+		if c, ok := shut(dir); !ok {
+			checks = append(checks, c)
+		}
 		r, known := roomIn(dir)
 		if !known || seen[r.device] { // it is not there, or not for this user to see
 			continue
@@ -71,9 +74,8 @@ func Disks(dirs ...string) (checks []local.Check) {
 	return checks
 }
 
-// writable looks at the directory's mode only, whether its owner may write there
-// and nobody else: who asks is perhaps not who runs the role, and root may write
-// everywhere.
+// writable looks at the directory's mode only: who asks is perhaps not who runs
+// the role, and root may write everywhere.
 func writable(dir string) (local.Check, bool) {
 	st, err := os.Stat(dir)
 	switch {
@@ -83,11 +85,30 @@ func writable(dir string) (local.Check, bool) {
 		return local.Check{Check: "disk", Detail: err.Error(), Fix: "see the kernel's log (dmesg) for what is wrong with the disk"}, false
 	case st.IsDir() && st.Mode().Perm()&0o300 != 0o300 && !ownedByRoot(st):
 		return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: its owner may not write there", dir, st.Mode().Perm()), Fix: "chmod u+rwx " + dir}, false
-	case st.IsDir() && st.Mode().Perm()&0o002 != 0: // the sticky bit does not keep them from making what we have not made yet
-		return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: every user of the host may put files there, and replace keys and database", dir, st.Mode().Perm()),
-			Fix: "chmod 711 " + dir + ", and see who owns what lies in it (ls -la)"}, false
 	}
 	return local.Check{}, true
+}
+
+// shut looks whether others than the owner of a role's directory may write there.
+func shut(dir string) (local.Check, bool) {
+	st, err := os.Stat(dir)
+	if err != nil || !st.IsDir() || st.Mode().Perm()&0o002 == 0 { // the sticky bit does not keep them from making what we have not made yet
+		return local.Check{}, true
+	}
+	return local.Check{Check: "disk", Detail: fmt.Sprintf("%s has mode %04o: every user of the host may put files there, and replace keys and database", dir, st.Mode().Perm()),
+		Fix: "chmod 711 " + dir + ", and see who owns what lies in it (ls -la)"}, false
+}
+
+// Above examines the directory that those of the roles are in: who may write there
+// can put others in their place, which in a container, where its volume often is like
+// that, is nobody.
+func Above(dir string) []local.Check {
+	st, err := os.Stat(dir)
+	if err != nil || st.Mode().Perm()&0o002 == 0 || st.Mode()&fs.ModeSticky != 0 {
+		return nil
+	}
+	return []local.Check{{Check: "disk", OK: true, Warning: true, Detail: fmt.Sprintf("%s has mode %04o: every user of the host may put another directory in the place of the role's", dir, st.Mode().Perm()),
+		Fix: "chmod 711 " + dir}}
 }
 
 func (r room) check(dir string) local.Check {

@@ -52,7 +52,15 @@ func TestDisks(t *testing.T) {
 	if err := os.Chmod(sub, 0o777); err != nil {
 		t.Fatal(err)
 	}
-	if got := Disks(sub); len(got) != 1 || got[0].OK || !strings.Contains(got[0].Detail, "every user of the host") {
+	if got := Disks(sub); len(got) != 2 || got[0].OK || !strings.Contains(got[0].Detail, "every user of the host") || !strings.Contains(got[1].Detail, "free for "+sub) {
 		t.Errorf("%+v", got)
+	}
+	for mode, want := range map[os.FileMode]int{0o777: 1, 0o777 | os.ModeSticky: 0, 0o775: 0} {
+		if err := os.Chmod(sub, mode); err != nil {
+			t.Fatal(err)
+		}
+		if got := Above(sub); len(got) != want || want > 0 && (!got[0].OK || !got[0].Warning) {
+			t.Errorf("above, with %v: %+v", mode, got)
+		}
 	}
 }

@@ -37,7 +37,10 @@ func Owners(dirs ...string) (checks []local.Check) {
 			if err != nil {
 				return nil // it went meanwhile
 			}
-			if uid, known := uidOf(info); known && uid != owner && (e.IsDir() || e.Type().IsRegular()) {
+			if e.IsDir() && e.Name() == "lost+found" { // of a file system of its own
+				return fs.SkipDir
+			}
+			if uid, known := uidOf(info); known && uid != owner && (e.IsDir() || e.Type().IsRegular()) && !lent(info, st) {
 				checks = append(checks, local.Check{Check: "owner", Detail: fmt.Sprintf("%s belongs to the user with uid %d, and %s to uid %d: the role, which runs as that one, may be unable to open it", path, uid, dir, owner),
 					Fix: "stop the role, `chown -R --reference=" + dir + " " + dir + "`, and start it as that user only"})
 				return errFound
@@ -49,6 +52,14 @@ func Owners(dirs ...string) (checks []local.Check) {
 		})
 	}
 	return checks
+}
+
+// lent tells whether a file is meant to be read by the owner of the directory it is
+// in, and to be another's, such as a join code that root has put there.
+func lent(file, dir fs.FileInfo) bool {
+	f, ok := file.Sys().(*syscall.Stat_t)
+	d, known := dir.Sys().(*syscall.Stat_t)
+	return file.Mode().IsRegular() && (file.Mode().Perm()&0o004 != 0 || ok && known && f.Gid == d.Gid && file.Mode().Perm()&0o040 != 0)
 }
 
 func uidOf(st fs.FileInfo) (uint32, bool) {

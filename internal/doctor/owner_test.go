@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,6 +31,13 @@ func TestOwners(t *testing.T) {
 		t.Errorf("root's file in a service's directory: %+v", got)
 	}
 	if err := os.Chown(filepath.Join(inside, "key.pem"), user, user); err != nil {
+		t.Fatal(err)
+	}
+	// What is root's and has to be: a code that the service's group may read, and what a
+	// file system of its own brings.
+	code := filepath.Join(dir, "code.join")
+	write(t, dir, "code.join", "")
+	if err := errors.Join(os.Chown(code, 0, user), os.Chmod(code, 0o640), os.Mkdir(filepath.Join(dir, "lost+found"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	if got := Owners(dir); got != nil {
