@@ -96,10 +96,12 @@ func (s *Server) reconcile(ctx context.Context, id wire.ID, hello *wire.Hello) e
 	case s.fleet.quarantined(id) != "":
 		return s.refused(ctx, id, want, "quarantined", s.fleet.quarantined(id))
 	case hello.Installation != "" && hello.Installation != s.store.Installation().UID:
-		if hello.State == wire.StateLocked || hello.Mode == "readonly" {
+		if hello.State == wire.StateLocked || hello.Mode == "readonly" || want.Refused == refusedLocked {
 			return s.foreign(ctx, id, want)
 		}
-		return s.push(ctx, id, want) // it refuses, and knows by that that it is locked: only then can it be unlocked there
+		// It refuses, and knows by that that it is locked: only then can it be unlocked there.
+		// Once: the gateway that it obeys frees it, and would have to again and again.
+		return s.push(ctx, id, want)
 	case hello.Applied.Compare(want.Revision()) > 0:
 		return s.ahead(ctx, id, want, hello.Applied)
 	case hello.Mode == "readonly":

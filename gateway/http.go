@@ -273,7 +273,12 @@ func listenSocket(path string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	shared := os.Getegid() == 0 // root's own group
+	st, err := os.Stat(path)
+	if err != nil {
+		return nil, errors.Join(err, ln.Close())
+	}
+	owner, ok := st.Sys().(*syscall.Stat_t) // the group may be the directory's
+	shared := ok && owner.Gid == 0
 	if g, err := user.LookupGroup("sallyport"); err == nil {
 		if gid, err := strconv.Atoi(g.Gid); err == nil && os.Chown(path, -1, gid) == nil {
 			shared = true

@@ -68,7 +68,7 @@ func (r *refusals) add(req *http.Request, no *noEntry) {
 	}
 	err := r.db.Raise(context.WithoutCancel(req.Context()), store.Internal{Severity: wire.SeverityWarning, Object: "api", Key: keyTokens, Text: text})
 	if err != nil {
-		r.log.Error("refused api tokens are not told", "error", err)
+		r.log.Error("refused api tokens are told in the log only", "text", text, "error", err)
 	}
 }
 

@@ -95,13 +95,16 @@ func (s *Server) writeChange(ctx context.Context, tx *store.Tx, c change) error 
 		}
 		return nil
 	}
-	if c.To == wire.StateRevoked { // the database said so first, and the node may have enrolled again since
-		return nil
-	}
-	if stands, err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil || !stands {
-		return err
+	revoked := c.To == wire.StateRevoked // the database said so first, and the node may have enrolled again since
+	if !revoked {
+		if stands, err := tx.SetNodePresence(ctx, c.ID, c.To, c.Reason); err != nil || !stands {
+			return err
+		}
 	}
 	for _, a := range c.Alarms {
+		if revoked && a.Lost { // no wonder
+			continue
+		}
 		in := store.Internal{NodeID: c.ID, Severity: wire.SeverityMajor, Object: "node " + c.Name, Key: keyNodeState,
 			Text: fmt.Sprintf("node %s is %s: %s", c.Name, a.State, a.Reason)}
 		if !a.Lost {

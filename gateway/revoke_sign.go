@@ -64,7 +64,7 @@ func (t *revocationTrouble) concern(now time.Time, patience time.Duration) conce
 	c := concern{keyCA + "revocations", wire.SeverityNormal, "every revocation is signed", ""}
 	if t.why != "" && now.Sub(t.since) >= patience {
 		c.severity = wire.SeverityMajor
-		c.text = fmt.Sprintf("a revocation could not be signed since %s: RCPs and nodes still trust who is revoked (%s)", t.since.UTC().Format(time.RFC3339), t.why)
+		c.text = fmt.Sprintf("the set of revocations could not be signed since %s: RCPs and nodes may still trust who is revoked (%s)", t.since.UTC().Format(time.RFC3339), t.why)
 		c.fix = "see what is wrong where the certificate authority runs, above all whether its disk has room; it is asked again each minute"
 	}
 	return c

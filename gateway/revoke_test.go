@@ -648,7 +648,7 @@ func TestNodeThatEnrolledAgainStaysSo(t *testing.T) {
 	w, r, n := running(t)
 	for _, c := range []change{
 		{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StateRunning, To: wire.StateRevoked, Reason: "revoked by an operator",
-			Alarms: []alarm{{Lost: true, State: wire.StateDown, Reason: "its channel ended"}}},
+			Alarms: []alarm{{Lost: false, State: wire.StateRunning}, {Lost: true, State: wire.StateDown, Reason: "its channel ended"}}},
 		{ID: r.id.ID(), Role: wire.RoleRCP, From: wire.StateRunning, To: wire.StateRevoked, Reason: "revoked"},
 	} {
 		w.update(func(ctx context.Context, tx *store.Tx) error { return w.s.writeChange(ctx, tx, c) })

@@ -396,7 +396,7 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("%v, and changed nothing: %v", errAway, err))
 		}
 		if !errors.Is(err, wire.ErrRollover) { // it would do it, and cannot
-			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("nothing is changed, and it can be repeated: %v", err))
+			return change, api.NewProblem(api.CodeUnavailable, fmt.Sprintf("the certificate authority could not do it; look at `sallyport ca show` before you repeat it: %v", err))
 		}
 		return change, api.NewProblem(api.CodeConflict, err.Error())
 	}

@@ -124,7 +124,9 @@ func (a *Authority) open(ctx context.Context) error {
 		}
 		a.log.InfoContext(ctx, did, "trust_domain", m.trustDomain, "root", wire.KeyOf(m.root).Fingerprint(), "dir", a.dir)
 	}
-	if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
+	if err := a.over(); err != nil { // a way out begins here: the next one is imported into what is open
+		a.log.ErrorContext(ctx, "the certificate authority certifies nothing", "error", err)
+	} else if left := time.Until(m.inter.NotAfter); left < 365*24*time.Hour {
 		a.log.WarnContext(ctx, "the SPIFFE intermediate ends soon", "not_after", m.inter.NotAfter)
 	}
 	return nil

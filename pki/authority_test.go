@@ -401,9 +401,15 @@ func TestIntermediateEnds(t *testing.T) {
 		if err := s.Ready(); err == nil || !strings.Contains(err.Error(), why) {
 			t.Errorf("ready: %v", err)
 		}
+		// The next one is made, or imported, by a process that starts with this.
+		closeIt(t, a)
+		a = open(t, dir)
+		if _, err := issue(); err == nil || !strings.Contains(err.Error(), why) {
+			t.Errorf("started again: %v", err)
+		}
 		rotate(t, a, wire.RolloverIntermediate)
-		if chain, err := issue(); err != nil || !leafOf(t, chain).NotAfter.After(time.Now()) || s.Ready() != nil {
-			t.Errorf("with the next one: %v, %v", err, s.Ready())
+		if chain, err := issue(); err != nil || !leafOf(t, chain).NotAfter.After(time.Now()) {
+			t.Errorf("with the next one: %v", err)
 		}
 	})
 }

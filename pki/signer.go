@@ -135,7 +135,7 @@ func (c *signerClient) ask(ctx context.Context, method, path string, in, out any
 		if wire.DecodeJSON(resp.Body, maxSigning, &p) != nil || p.Message == "" {
 			return errors.New(resp.Status)
 		}
-		return errors.New(p.Message[:min(len(p.Message), maxRefusal)])
+		return errors.New(strings.ToValidUTF8(p.Message[:min(len(p.Message), maxRefusal)], ""))
 	}
 	return wire.DecodeJSON(resp.Body, maxSigning, out)
 }
