@@ -476,6 +476,9 @@ func TestABackupHasItsNameWhenItIsWhole(t *testing.T) {
 	if _, err := Create(t.Context(), p, file, "test", pass); err == nil || !strings.Contains(err.Error(), "another backup writes") {
 		t.Errorf("while another is written: %v", err)
 	}
+	if st, err := d.Stat(); err != nil || st.Size() != 500_000 {
+		t.Errorf("the other holds %d bytes, %v", st.Size(), err)
+	}
 	if err := d.Close(); err != nil { // as a kill does it
 		t.Fatal(err)
 	}

@@ -21,7 +21,8 @@ const partial = ".partial"
 type draft struct {
 	*os.File
 
-	dest string
+	dest  string
+	whole bool // and has its name
 }
 
 // begin opens the draft of a new file, and takes over one that was cut off.
@@ -29,13 +30,27 @@ func begin(dest string) (*draft, error) {
 	if err := vacant(dest); err != nil {
 		return nil, err
 	}
+	name := dest + partial
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		d := &draft{File: f, dest: dest}
+		if err := d.lock(); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return d, nil
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
 	// Others may write in the directory too, and have laid out a link or a pipe.
-	f, err := os.OpenFile(dest+partial, os.O_WRONLY|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
-	if err != nil {
+	if f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0); err != nil {
 		return nil, err
 	}
 	d := &draft{File: f, dest: dest}
-	if err := d.empty(); err != nil {
+	if err = d.lock(); err == nil {
+		err = d.empty()
+	}
+	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	return d, nil
@@ -48,25 +63,32 @@ func vacant(dest string) error {
 	return nil
 }
 
-// empty locks the draft, makes sure that it is ours, and drops what is in it.
-func (d *draft) empty() error {
-	busy := fmt.Errorf("another backup writes %s", d.Name())
-	if unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-		return busy
+// lock keeps others from taking the draft over. Not every file system can; there,
+// who writes two backups of one name at a time is told of it by the second rename.
+func (d *draft) lock() error {
+	if err := unix.Flock(int(d.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("%w %s", errBusy, d.Name())
 	}
+	return nil
+}
+
+var errBusy = errors.New("another backup writes")
+
+// empty makes sure that a draft that was there is ours, and drops what is in it.
+func (d *draft) empty() error {
 	held, err := d.Stat()
 	if err != nil {
 		return err
 	}
 	named, err := os.Lstat(d.Name())
 	if err != nil || !os.SameFile(held, named) { // whoever had it locked has given it its name
-		return busy
+		return fmt.Errorf("%w %s", errBusy, d.Name())
 	}
 	owner, ok := held.Sys().(*syscall.Stat_t)
-	if !ok || !held.Mode().IsRegular() || owner.Nlink != 1 || int(owner.Uid) != os.Geteuid() {
+	if !ok || !held.Mode().IsRegular() || owner.Nlink != 1 || int(owner.Uid) != os.Geteuid() || held.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%s is no backup of this user that was cut off: remove it, or name another file", d.Name())
 	}
-	return errors.Join(d.Chmod(0o600), d.Truncate(0))
+	return d.Truncate(0)
 }
 
 // finish has the whole backup on disk, and gives it its name if nobody has that.
@@ -84,14 +106,14 @@ func (d *draft) finish() error {
 	if err != nil {
 		return &fs.PathError{Op: "create", Path: d.dest, Err: err}
 	}
+	d.whole = true
 	return atomicfile.SyncDir(filepath.Dir(d.dest))
 }
 
-// close ends the draft, which goes unless it was finished.
+// close ends the draft, which goes unless it is whole.
 func (d *draft) close() error {
-	err := d.Close()
-	if gone := os.Remove(d.Name()); !errors.Is(gone, fs.ErrNotExist) {
-		err = errors.Join(err, gone)
+	if d.whole {
+		return d.Close()
 	}
-	return err
+	return errors.Join(d.Close(), os.Remove(d.Name()))
 }
