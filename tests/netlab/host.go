@@ -172,12 +172,16 @@ func (h *Host) Capture(w io.Writer) (stop func() (frames, dropped int, err error
 	frames, done := 0, make(chan error, 1)
 	go func() {
 		buf := make([]byte, 64<<10)
+		var until time.Time // of traffic that does not pause
 		for {
 			n, err := file.Read(buf)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				// Stopped: from now on file.Read only says so, and what the
 				// card had seen by then may still wait in the socket.
-				if n, err = unix.Read(fd, buf); errors.Is(err, unix.EAGAIN) {
+				if until.IsZero() {
+					until = time.Now().Add(5 * time.Second)
+				}
+				if n, err = unix.Read(fd, buf); errors.Is(err, unix.EAGAIN) || time.Now().After(until) {
 					done <- nil
 					return
 				}
