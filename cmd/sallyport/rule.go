@@ -35,7 +35,11 @@ func (a *app) ruleCommand() *cobra.Command {
 				return err
 			}
 			defer c.Close()
-			return c.DeleteRule(cmd.Context(), args[0])
+			if err := c.DeleteRule(cmd.Context(), args[0]); err != nil {
+				return err
+			}
+			a.out.Note("deleted")
+			return nil
 		}}
 	return cli.Group("rule", "Rules by which certificate requests are granted", a.ruleApplyCommand(), list, remove)
 }
