@@ -217,7 +217,11 @@ func (a *Authority) Follow(ctx context.Context, sum []byte, alone bool, atLeast 
 		}
 		root, err := a.ra.askRoot(ctx, a.ra.do, sum)
 		if err != nil { // as text: it is not we who gave no answer
-			return nil, fmt.Errorf("%w at %s: its new root: %v (step-ca hands out the roots in `root` and `federatedRoots` of ca.json; it must still be below the old root)", ErrExternal, a.ra.URL, err) //nolint:errorlint // see above
+			kind := ErrExternal
+			if errors.Is(err, errNoSuchRoot) { // to repeat it does not help
+				kind = fmt.Errorf("%w: %w", ErrRollover, ErrExternal)
+			}
+			return nil, fmt.Errorf("%w at %s: its new root: %v (step-ca hands out the roots in `root` and `federatedRoots` of ca.json; it must still be below the old root)", kind, a.ra.URL, err) //nolint:errorlint // see above
 		}
 		n, err := a.trustNew(l, m, root)
 		if err != nil {

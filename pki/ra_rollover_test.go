@@ -73,6 +73,9 @@ func TestExternalRootIsFollowed(t *testing.T) {
 		t.Errorf("a root was named at a server that the old root does not vouch for: %v", err)
 	}
 	s.use(old)
+	if _, err := s.follow(a, newStranger(t).issuer().root, false); !errors.Is(err, pki.ErrRollover) || !strings.Contains(err.Error(), "knows none") {
+		t.Errorf("a root that it does not have was named: %v", err)
+	}
 
 	state, err := s.follow(a, next.root, false)
 	if err != nil {

@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"net/http"
 	"time"
@@ -67,6 +68,9 @@ func (r *registrar) fetchRoot(ctx context.Context) (*x509.Certificate, error) {
 	return r.askRoot(ctx, client.Do, r.Fingerprint)
 }
 
+// errNoSuchRoot says that an external CA has no root with a fingerprint.
+var errNoSuchRoot = errors.New("it knows none")
+
 // askRoot asks for the certificate with a fingerprint, as `step ca root` does.
 // Whoever answers cannot choose it: it is the SHA-256 of the answer.
 func (r *registrar) askRoot(ctx context.Context, do func(*http.Request) (*http.Response, error), want []byte) (*x509.Certificate, error) {
@@ -79,8 +83,11 @@ func (r *registrar) askRoot(ctx context.Context, do func(*http.Request) (*http.R
 		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode == http.StatusNotFound {
+		return nil, fmt.Errorf("%w with the fingerprint %x", errNoSuchRoot, want)
+	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("it knows none with the fingerprint %x (%s)", want, resp.Status)
+		return nil, fmt.Errorf("asked for the one with the fingerprint %x it answers %s", want, resp.Status)
 	}
 	var answer struct {
 		CA string `json:"ca"`
