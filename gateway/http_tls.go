@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"sallyport/internal/atomicfile"
+	"sallyport/internal/lockdir"
 )
 
 // The API's https certificate stands in two files. Without them the gateway
@@ -50,11 +51,8 @@ type apiCertificate struct {
 }
 
 func loadAPICertificate(dir, addr string, log *slog.Logger) (*apiCertificate, error) {
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		// Callers read the certificate, whatever the umask is.
-		if err := errors.Join(os.MkdirAll(dir, 0o711), os.Chmod(dir, 0o711)); err != nil {
-			return nil, err
-		}
+	if err := lockdir.Make(dir, 0o711); err != nil { // callers read the certificate
+		return nil, err
 	}
 	c := &apiCertificate{dir: dir, log: log}
 	if _, err := os.Stat(c.certFile()); errors.Is(err, fs.ErrNotExist) {

@@ -49,9 +49,10 @@ func (t *revocationTrouble) note(ctx context.Context, err error) {
 	case err == nil:
 		t.why = ""
 	case ctx.Err() != nil || !errors.Is(err, errAuthority): // whoever asked went away, or it is no fault of the authority
-	case t.why == "":
-		t.why, t.since = err.Error(), time.Now()
 	default:
+		if t.why == "" {
+			t.since = time.Now()
+		}
 		t.why = err.Error()
 	}
 }

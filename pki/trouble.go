@@ -28,33 +28,21 @@ func (t *trouble) problem() (why string, since time.Time) {
 	return t.why, t.since
 }
 
-func (t *trouble) refusing() bool {
+// due tells whether a signature is asked for to know: it was refused the last time, or
+// the last one is longer ago than while (zero: that does not count).
+func (t *trouble) due(while time.Duration) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.refuses
-}
-
-// idle tells whether the last signature is longer ago than that; zero asks for none.
-func (t *trouble) idle(than time.Duration) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return than > 0 && (t.signed.IsZero() || time.Since(t.signed) > than)
+	return t.refuses || while > 0 && time.Since(t.signed) > while
 }
 
 // asked notes what came of asking for a signature.
-func (t *trouble) asked(ctx context.Context, err error) {
-	t.note(ctx, err, true)
-	if err == nil {
-		t.mu.Lock()
-		t.signed = time.Now()
-		t.mu.Unlock()
-	}
-}
+func (t *trouble) asked(ctx context.Context, err error) { t.note(ctx, err, true) }
 
 // note takes over how it is now, but for what we did not wait for. Since when, and
 // the first words, stay while it lasts; that it refuses is over with the next
-// signature only.
-func (t *trouble) note(ctx context.Context, err error, refuses bool) {
+// signature only. signing says that one was asked for.
+func (t *trouble) note(ctx context.Context, err error, signing bool) {
 	if err != nil && stopping(ctx) {
 		return
 	}
@@ -63,9 +51,12 @@ func (t *trouble) note(ctx context.Context, err error, refuses bool) {
 	switch {
 	case err == nil:
 		t.why, t.since, t.refuses = "", time.Time{}, false
+		if signing {
+			t.signed = time.Now()
+		}
 	case t.why == "":
-		t.why, t.since, t.refuses = err.Error(), time.Now().UTC().Truncate(time.Second), refuses
-	case refuses && !t.refuses:
+		t.why, t.since, t.refuses = err.Error(), time.Now().UTC().Truncate(time.Second), signing
+	case signing && !t.refuses:
 		t.why, t.refuses = err.Error(), true
 	}
 }
@@ -74,7 +65,7 @@ func (t *trouble) note(ctx context.Context, err error, refuses bool) {
 // for a while (zero: for ever), for one: sign notes what comes of that.
 func (t *trouble) look(ctx context.Context, while time.Duration, healthy, sign func(context.Context) error) error {
 	err := healthy(ctx)
-	if err == nil && (t.refusing() || t.idle(while)) {
+	if err == nil && t.due(while) {
 		return sign(ctx)
 	}
 	t.note(ctx, err, false)

@@ -32,22 +32,15 @@ func begin(dest string) (*draft, error) {
 	}
 	name := dest + partial
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err == nil {
-		d := &draft{File: f, dest: dest}
-		if err := d.lock(); err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-		return d, nil
+	cutOff := errors.Is(err, fs.ErrExist)
+	if cutOff { // others may write in the directory too, and have laid out a link or a pipe
+		f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	}
-	if !errors.Is(err, fs.ErrExist) {
-		return nil, err
-	}
-	// Others may write in the directory too, and have laid out a link or a pipe.
-	if f, err = os.OpenFile(name, os.O_WRONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	d := &draft{File: f, dest: dest}
-	if err = d.lock(); err == nil {
+	if err = d.lock(); err == nil && cutOff {
 		err = d.empty()
 	}
 	if err != nil {

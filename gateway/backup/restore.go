@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"sallyport/gateway/store"
@@ -207,7 +206,7 @@ func exchange(dir, stamp string, stays func(rel string) bool) error {
 		if stays(e.Name()) {
 			continue
 		}
-		if err := keep(kept, dir); err != nil {
+		if err := lockdir.Make(kept, 0o700); err != nil {
 			return err
 		}
 		if err := os.Rename(filepath.Join(dir, e.Name()), filepath.Join(kept, e.Name())); err != nil {
@@ -227,22 +226,6 @@ func exchange(dir, stamp string, stays func(rel string) bool) error {
 		}
 	}
 	return atomicfile.SyncDir(dir)
-}
-
-// keep makes the directory for what was there. It is the owner's of dir, also
-// where root restores: whoever is to remove it can.
-func keep(kept, dir string) error {
-	if err := os.MkdirAll(kept, 0o700); err != nil || os.Geteuid() != 0 {
-		return err
-	}
-	st, err := os.Stat(dir)
-	if err != nil {
-		return err
-	}
-	if owner, ok := st.Sys().(*syscall.Stat_t); ok {
-		return os.Lchown(kept, int(owner.Uid), int(owner.Gid))
-	}
-	return nil
 }
 
 // sqliteFiles are what SQLite and our lock add to a database's name.

@@ -21,38 +21,29 @@ import (
 // crash it holds the old bytes or, once Write has returned, the new ones. The mode
 // of a file that is there stays.
 func Write(name string, b []byte, mode fs.FileMode) error {
-	return write(name, b, nil, renameio.WithPermissions(mode))
+	return write(name, b, renameio.WithPermissions(mode), false)
 }
 
 // WriteExactly is Write with a mode that no umask narrows.
 func WriteExactly(name string, b []byte, mode fs.FileMode) error {
-	return write(name, b, nil, renameio.WithStaticPermissions(mode))
+	return write(name, b, renameio.WithStaticPermissions(mode), false)
 }
 
 // WriteForOwner is WriteExactly for the directory of a service that has a user of
 // its own: where root writes, the file is that user's before it has its name.
 func WriteForOwner(name string, b []byte, mode fs.FileMode) error {
-	if os.Geteuid() != 0 {
-		return WriteExactly(name, b, mode)
-	}
-	info, err := os.Stat(filepath.Dir(name))
-	if err != nil {
-		return err
-	}
-	owner, _ := info.Sys().(*syscall.Stat_t)
-	return write(name, b, owner, renameio.WithStaticPermissions(mode))
+	return write(name, b, renameio.WithStaticPermissions(mode), true)
 }
 
-// write gives the file to the owner of another, if there is one.
-func write(name string, b []byte, owner *syscall.Stat_t, mode renameio.Option) (err error) {
+func write(name string, b []byte, mode renameio.Option, forOwner bool) (err error) {
 	dir := filepath.Dir(name)
 	f, err := renameio.NewPendingFile(name, renameio.WithTempDir(dir), renameio.WithExistingPermissions(), mode)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Cleanup()) }()
-	if owner != nil {
-		if err := f.Chown(int(owner.Uid), int(owner.Gid)); err != nil {
+	if forOwner {
+		if err := OwnedLike(f.File, dir); err != nil {
 			return err
 		}
 	}
@@ -63,6 +54,22 @@ func write(name string, b []byte, owner *syscall.Stat_t, mode renameio.Option) (
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// OwnedLike gives what root has opened to the owner of a directory, if that is another.
+func OwnedLike(f *os.File, dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner, ok := st.Sys().(*syscall.Stat_t)
+	if !ok || owner.Uid == 0 {
+		return nil
+	}
+	return f.Chown(int(owner.Uid), int(owner.Gid))
 }
 
 // SyncDir makes what was named, renamed and removed in a directory survive a power

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -144,19 +145,14 @@ func (l *localRole) files(c config.Common, role wire.Role, running bool) (checks
 
 // disks are the findings about where the role writes, and whose that is.
 func (l *localRole) disks(c config.Common, role wire.Role) []local.Check {
-	dirs := []string{c.Dir(string(role))}
+	dirs, own := []string{c.Dir(string(role))}, []string{c.Dir(string(role))}
 	if role == wire.RoleGateway {
 		if g, err := config.LoadGateway(l.streams.Env); err == nil && !strings.Contains(g.Database, "://") {
 			dirs = append(dirs, filepath.Dir(g.Database))
 		}
-		dirs = append(dirs, c.Dir("pki"))
+		dirs, own = append(dirs, c.Dir("pki")), append(own, c.Dir("pki"))
 	}
-	checks := append(doctor.Disks(dirs...), doctor.Above(c.Data)...)
-	checks = append(checks, doctor.Owners(c.Dir(string(role)))...)
-	if role == wire.RoleGateway {
-		checks = append(checks, doctor.Owners(c.Dir("pki"))...)
-	}
-	return checks
+	return slices.Concat(doctor.Disks(dirs...), doctor.Above(c.Data), doctor.Owners(own...))
 }
 
 // toReach lists the addresses that the role dials and is not connected with.

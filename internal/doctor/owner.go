@@ -1,7 +1,6 @@
 package doctor
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -16,21 +15,21 @@ import (
 // does not start without lies above it, and spools may be large.
 const ownerDepth = 2
 
-// errFound ends a walk.
-var errFound = errors.New("found")
-
 // Owners examines whether what lies in a role's directories is its user's, who owns
 // them: a role that was once started by root leaves files that its user cannot open.
 // Root opens everything.
 func Owners(dirs ...string) (checks []local.Check) {
 	for _, dir := range dirs {
 		st, err := os.Stat(dir)
-		if err != nil || ownedByRoot(st) {
+		if err != nil {
 			continue
 		}
-		owner, ok := uidOf(st)
+		owner, known := uidOf(st)
+		if !known || owner == 0 {
+			continue
+		}
 		_ = filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
-			if err != nil || !ok {
+			if err != nil {
 				return fs.SkipDir
 			}
 			info, err := e.Info()
@@ -43,7 +42,7 @@ func Owners(dirs ...string) (checks []local.Check) {
 			if uid, known := uidOf(info); known && uid != owner && (e.IsDir() || e.Type().IsRegular()) && !lent(info, st) {
 				checks = append(checks, local.Check{Check: "owner", Detail: fmt.Sprintf("%s belongs to the user with uid %d, and %s to uid %d: the role, which runs as that one, may be unable to open it", path, uid, dir, owner),
 					Fix: "stop the role, `chown -R --reference=" + dir + " " + dir + "`, and start it as that user only"})
-				return errFound
+				return fs.SkipAll
 			}
 			if e.IsDir() && strings.Count(path[len(dir):], string(filepath.Separator)) >= ownerDepth {
 				return fs.SkipDir

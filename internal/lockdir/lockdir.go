@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -44,7 +43,7 @@ func Acquire(dir string) (*Lock, error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock directory: %w (make it writable, or set SALLYPORT_DATA to a directory that is)", err)
 	}
-	if err := ownedLike(f, dir); err != nil {
+	if err := atomicfile.OwnedLike(f, dir); err != nil {
 		_ = f.Close()
 		return nil, fmt.Errorf("lock directory: %w", err)
 	}
@@ -92,23 +91,7 @@ func makeOne(dir string, mode fs.FileMode) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(f.Chmod(mode), ownedLike(f, filepath.Dir(dir)), f.Close())
-}
-
-// ownedLike gives what root has opened to the owner of a directory.
-func ownedLike(f *os.File, dir string) error {
-	if os.Geteuid() != 0 {
-		return nil
-	}
-	st, err := os.Stat(dir)
-	if err != nil {
-		return err
-	}
-	owner, ok := st.Sys().(*syscall.Stat_t)
-	if !ok || owner.Uid == 0 {
-		return nil
-	}
-	return f.Chown(int(owner.Uid), int(owner.Gid))
+	return errors.Join(f.Chmod(mode), atomicfile.OwnedLike(f, filepath.Dir(dir)), f.Close())
 }
 
 // Release gives the directory up. The file stays: removing it would let two
