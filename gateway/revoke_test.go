@@ -646,6 +646,10 @@ func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
 func TestNodeThatEnrolledAgainStaysSo(t *testing.T) {
 	t.Parallel()
 	w, r, n := running(t)
+	eventually(t, "it is written down that the node runs", func() bool {
+		row, err := w.db.Node(t.Context(), n.id.ID())
+		return err == nil && row.State == wire.StateRunning
+	})
 	for _, c := range []change{
 		{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StateRunning, To: wire.StateRevoked, Reason: "revoked by an operator",
 			Alarms: []alarm{{Lost: false, State: wire.StateRunning}, {Lost: true, State: wire.StateDown, Reason: "its channel ended"}}},
