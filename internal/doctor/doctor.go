@@ -50,6 +50,7 @@ const (
 	fixProxyTLS  = "; an HTTP proxy is on the way: if it opens TLS connections to look into them, or lets none through that is not HTTPS, have it leave this address alone"
 	fixFirewall  = "see whether a firewall between here and there lets TCP and UDP pass to that port, and whether it is the right address"
 	fixUntrusted = "the other side's certificate is of another CA: is it the right gateway or RCP? If the gateway was installed anew, enrol again with a new join code"
+	fixWaits     = "it waits for its own certificate, or is not the right RCP: `sallyport rcp list` and `sallyport request list` on the gateway say which"
 	fixProxyUser = "put the user and the password that the proxy wants into HTTPS_PROXY (http://user:password@host:port)"
 	fixProxyQUIC = "QUIC does not pass HTTP proxies: set the carrier to auto or h2 (SALLYPORT_NODE_CARRIER, SALLYPORT_RCP_CARRIER, SALLYPORT_GATEWAY_CARRIER), or name the address in NO_PROXY if no proxy leads there"
 	fixClock     = "set the clock of this host (chronyc tracking, timedatectl): certificates are good up to 72 hours before their issue, and no earlier"
@@ -404,6 +405,9 @@ func Channel(u wire.UpstreamStatus, waits bool) local.Check {
 // are those of the errors themselves.
 func Upstream(text string) string {
 	fix := upstream(text)
+	if fix == fixUntrusted && strings.Contains(text, identity.WaitsItself) {
+		return fixWaits
+	}
 	if strings.Contains(text, "through the HTTP proxy: ") && slices.Contains([]string{fixService, fixAuthority, fixUntrusted, fixFirewall}, fix) {
 		return fix + fixProxyTLS
 	}

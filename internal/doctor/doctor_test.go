@@ -308,13 +308,14 @@ func TestReach(t *testing.T) {
 
 func TestUpstream(t *testing.T) {
 	for text, want := range map[string]string{
-		"x: " + identity.ErrRevoked.Error() + " y":          "revoked",
-		"the other side refuses us (its log says why): tls": "revocation list",
-		identity.ErrWrongTrustDomain.Error():                "another installation",
-		identity.ErrUntrusted.Error():                       "another CA",
-		"remote error: tls: unknown certificate authority":  "right gateway",
-		"x509: certificate signed by unknown authority":     "right gateway",
-		identity.ErrExpired.Error():                         "clocks",
+		"x: " + identity.ErrRevoked.Error() + " y":                           "revoked",
+		"the other side refuses us (its log says why): tls":                  "revocation list",
+		identity.ErrWrongTrustDomain.Error():                                 "another installation",
+		identity.ErrUntrusted.Error():                                        "another CA",
+		identity.ErrUntrusted.Error() + ": the peer " + identity.WaitsItself: "it waits for its own certificate",
+		"remote error: tls: unknown certificate authority":                   "right gateway",
+		"x509: certificate signed by unknown authority":                      "right gateway",
+		identity.ErrExpired.Error():                                          "clocks",
 		"dial 192.0.2.1:9090: HTTP proxy http://192.0.2.2:3128: dial tcp 192.0.2.2:3128: connect: connection refused":           "the proxy itself",
 		"dial 192.0.2.1:9090: HTTP proxy http://p.invalid:3128: dial tcp: lookup p.invalid on 192.0.2.53:53: no such host":      "the proxy itself",
 		"dial 192.0.2.1:9090: HTTP proxy http://192.0.2.2:3128: it wants authentication: put user":                              "the user and the password",

@@ -51,6 +51,10 @@ func (i *Identity) Verify(cs tls.ConnectionState) (Peer, error) {
 	return i.checkChains(cs.VerifiedChains, time.Now())
 }
 
+// WaitsItself is what is wrong with a peer that should vouch for us and that
+// nobody vouches for: an RCP that was not granted yet, or whose leaf has ended.
+const WaitsItself = "has no valid certificate itself: it shows one of its own making"
+
 // VerifyPinned is the check while enrolling, when no root certificate is held
 // yet: the peer's own certificates must lead to the pinned root, whose
 // certificate is among them, and its role must be one of roles. The TLS
@@ -58,6 +62,9 @@ func (i *Identity) Verify(cs tls.ConnectionState) (Peer, error) {
 func (i *Identity) VerifyPinned(cs tls.ConnectionState, roles ...wire.Role) (Peer, error) {
 	if len(cs.PeerCertificates) == 0 || len(cs.PeerCertificates) > maxChain {
 		return Peer{}, fmt.Errorf("%w: the peer sent %d certificates", ErrUntrusted, len(cs.PeerCertificates))
+	}
+	if leaf := cs.PeerCertificates[0]; len(cs.PeerCertificates) == 1 && !leaf.IsCA && selfSigned(leaf) {
+		return Peer{}, fmt.Errorf("%w: the peer %s", ErrUntrusted, WaitsItself)
 	}
 	i.mu.RLock()
 	defer i.mu.RUnlock()
