@@ -327,13 +327,13 @@ func TestStalledStreamsDelayNobody(t *testing.T) {
 		}))
 		p.limits = channel.Limits{Streams: streams, StreamWindow: window}
 		up := p.connect(t)
+		stall.Add(2 * (streams - 1)) // both ends of each, before the first of them can be full
 		for range streams - 1 {
 			c, err := up.Connect(t.Context(), "stalled:443", nil)
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer func() { _ = c.Close() }()
-			stall.Add(2)
 			go func() {
 				fill(c)
 				stall.Done()
