@@ -30,6 +30,7 @@ type decision struct {
 	over    *store.Request    // the same key's last request, if an operator has denied or discarded it
 	fresh   bool              // a new request was written
 	rules   ruleVerdict       // what the rules say of it
+	spot    *spot             // where the party waits, as the rule that grants wants it; nil: where it was met
 	tags    map[string]string // that an operator gives with the grant
 	lapsed  time.Time         // end of the key's leaf, when the grace after it is over too
 }

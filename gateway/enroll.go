@@ -93,6 +93,8 @@ type enrolment struct {
 	returns func(id wire.ID) (wait func(context.Context))
 	// push asks for every connected node to be visited.
 	push func()
+	// ways are where a party waits now; nil: nowhere but where it is shown.
+	ways func(key wire.KeyHash) []pendingAt
 	// release ends the channel that we have to a party that waited.
 	release func(key wire.KeyHash)
 	// look asks for the party to be looked at now, if it is there.
@@ -117,28 +119,51 @@ type enrolment struct {
 // attempt remembers what became of a waiting party, so that it is not asked
 // over and over.
 type attempt struct {
-	since    time.Time // of its connection, as reported
+	arrivals []arrival // of its connections, as reported
 	next     time.Time
 	failures int
 	leaves   int       // that were made for its key
 	counted  time.Time // since when
 }
 
+// arrival is one connection of a waiting party, to one first hop.
+type arrival struct {
+	link  wire.ID // empty: our own
+	since time.Time
+}
+
 // pending looks at a party that waits for a certificate. It is called when the
 // party comes, and again while it is there.
 func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer) {
-	if !e.due(key, peer.Since) {
+	at := []pendingAt{{Peer: peer}}
+	if rcp != nil {
+		at[0].Link, at[0].Name = rcp.PartyID, rcp.Name
+	}
+	if e.ways != nil {
+		at = append(at, slices.DeleteFunc(e.ways(key), func(w pendingAt) bool { return w.Link == at[0].Link })...)
+	}
+	if !e.due(key, at) {
 		return
 	}
-	source := origin{address: peer.Source}
-	if rcp != nil {
-		source.rcp = e.waitsAt(ctx, rcp.Name, peer.Path)
-	}
+	spots := e.spots(ctx, at)
+	source := origin{spot: spots[0], also: spots[1:]}
 	state, err := e.ask(ctx, key, source)
 	if err != nil && ctx.Err() == nil {
 		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", peer.Source, "error", err)
 	}
 	e.asked(key, state, err)
+}
+
+// spots says where a party waits, as those say that report it.
+func (e *enrolment) spots(ctx context.Context, at []pendingAt) []spot {
+	out := make([]spot, len(at))
+	for i, w := range at {
+		out[i].address = w.Peer.Source
+		if w.Name != "" {
+			out[i].rcp = e.waitsAt(ctx, w.Name, w.Peer.Path)
+		}
+	}
+	return out
 }
 
 // waitsAt names the RCP where a party waits that a first hop reports: the last one
@@ -163,13 +188,17 @@ func (e *enrolment) waitsAt(ctx context.Context, first string, path []wire.ID) s
 	return first
 }
 
-// due tells whether it is time to ask a party, and claims the turn.
-func (e *enrolment) due(key wire.KeyHash, since time.Time) bool {
+// due tells whether it is time to ask a party, and claims the turn. One that has
+// come by a way that was not there when it was asked is asked at once.
+func (e *enrolment) due(key wire.KeyHash, at []pendingAt) bool {
+	now, arrivals := time.Now(), make([]arrival, len(at))
+	for i, w := range at {
+		arrivals[i] = arrival{w.Link, w.Peer.Since}
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	now := time.Now()
 	a := e.attempts[key]
-	if a != nil && now.Before(a.next) && (a.since.Equal(since) || a.leaves >= maxLeaves) {
+	if a != nil && now.Before(a.next) && (a.leaves >= maxLeaves || !slices.ContainsFunc(arrivals, func(w arrival) bool { return !a.knows(w) })) {
 		return false
 	}
 	if a == nil {
@@ -177,8 +206,12 @@ func (e *enrolment) due(key wire.KeyHash, since time.Time) bool {
 		e.prune(now)
 		e.attempts[key] = a
 	}
-	a.since, a.next = since, now.Add(retryRefused)
+	a.arrivals, a.next = arrivals, now.Add(retryRefused)
 	return true
+}
+
+func (a *attempt) knows(w arrival) bool {
+	return slices.ContainsFunc(a.arrivals, func(o arrival) bool { return o.link == w.link && o.since.Equal(w.since) })
 }
 
 // prune forgets parties that nobody has asked for some time; mu is held.
@@ -234,10 +267,14 @@ func (e *enrolment) again(key wire.KeyHash) {
 	e.look(key)
 }
 
-// origin is where a request came from, as far as that was said.
+// spot is where a party waits, as far as that was said.
+type spot struct{ rcp, address string }
+
+// origin is where a request came from.
 type origin struct {
-	rcp, address string
-	device       attested // that vouched for the party, in the session with it
+	spot
+	also   []spot   // where the party waits at the same time
+	device attested // that vouched for the party, in the session with it
 }
 
 // ask reads the request of a party in an enrolment session, decides, and tells

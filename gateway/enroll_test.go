@@ -605,8 +605,23 @@ func TestAttemptsAreBounded(t *testing.T) {
 	if asked != 2 {
 		t.Errorf("a new connection: asked %d times, want 2", asked)
 	}
+	// A party that waits at two RCPs is not asked anew whenever it is met at the other one.
+	here := []pendingAt{{Link: wire.NewID(), Name: "here", Peer: peer}, {Link: wire.NewID(), Name: "there", Peer: peer}}
+	here[1].Peer.Since = peer.Since.Add(time.Second)
+	d.ways = func(wire.KeyHash) []pendingAt { return slices.Clone(here) }
+	for n := range 6 {
+		d.pending(t.Context(), a.id.KeyHash(), &store.RCP{Name: here[n%2].Name, PartyID: here[n%2].Link}, here[n%2].Peer)
+	}
+	if asked != 3 {
+		t.Errorf("at two RCPs: asked %d times, want 3", asked)
+	}
+	here[1].Peer.Since = time.Now()
+	d.pending(t.Context(), a.id.KeyHash(), &store.RCP{Name: "here", PartyID: here[0].Link}, here[0].Peer)
+	if asked != 4 {
+		t.Errorf("a new connection to the other: asked %d times, want 4", asked)
+	}
 	for range maxAttempts + 10 {
-		d.due(wire.KeyHash(wire.NewID()), time.Now())
+		d.due(wire.KeyHash(wire.NewID()), []pendingAt{{Peer: wire.Peer{Since: time.Now()}}})
 	}
 	if n := len(d.attempts); n > maxAttempts {
 		t.Errorf("%d attempts are remembered", n)
@@ -661,7 +676,7 @@ func BenchmarkEnrolRows(b *testing.B) {
 		serial := wire.NewNonce()
 		key := wire.HashSPKI(serial[:])
 		req := &wire.EnrollRequest{Role: wire.RoleNode, ID: wire.NewID(), TokenID: code.TokenID, Token: code.Token, Versions: wire.OwnVersions, CSR: make([]byte, 400)}
-		grant, err := d.register(b.Context(), key, req, origin{rcp: "dmz"})
+		grant, err := d.register(b.Context(), key, req, origin{spot: spot{rcp: "dmz"}})
 		if err != nil {
 			return err
 		}

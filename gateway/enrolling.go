@@ -43,6 +43,7 @@ func (s *Server) wireEnrolment() {
 		first:   s.firstVisit,
 		returns: s.fleet.returns,
 		push:    func() { s.fleet.askAll(wantPush, wire.RoleNode) },
+		ways:    s.pendingAt,
 		release: func(key wire.KeyHash) {
 			s.links.mu.Lock()
 			p := s.links.pending[key]

@@ -39,7 +39,7 @@ func (e *enrolment) importRequest(ctx context.Context, in api.ImportRequest) (*s
 		return nil, p
 	}
 	r.Request.Token, r.Request.Expired = "", nil // a token is shown in a session with a gateway only
-	from := origin{address: sourceFile}
+	from := origin{spot: spot{address: sourceFile}}
 	var d *decision
 	var q *store.Request
 	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {

@@ -177,19 +177,28 @@ func (w *pendingWork) next(hop wire.ID) (key wire.KeyHash, ok bool) {
 // whereIs finds a way to a pending party whose first hop has room: our own
 // channel first. rcp is nil for one that dialled us.
 func (s *Server) whereIs(key wire.KeyHash, room func(hop wire.ID) bool) (rcp *store.RCP, hop wire.ID, peer wire.Peer, ok bool) {
-	s.links.mu.Lock()
-	p := s.links.pending[key]
-	s.links.mu.Unlock()
-	if p != nil && room("") {
-		peer = wire.Peer{Pending: key, Carrier: p.conn.Carrier(), Source: p.conn.RemoteAddr(), Dialled: p.conn.Dialled(), Since: p.conn.Since()}
-		return s.links.record(p.rcp), "", peer, true
-	}
-	for _, at := range s.fleet.pendingRoutes(key) {
-		if room(at.Link) {
+	for _, at := range s.pendingAt(key) {
+		switch {
+		case !room(at.Link):
+		case at.Link == "":
+			return s.links.record(at.Name), "", at.Peer, true
+		default:
 			return s.links.recordOf(at.Link), at.Link, at.Peer, true
 		}
 	}
 	return nil, "", wire.Peer{}, false
+}
+
+// pendingAt says where a party waits: at a channel of our own, then at the first
+// hops that report it, in no order.
+func (s *Server) pendingAt(key wire.KeyHash) (at []pendingAt) {
+	s.links.mu.Lock()
+	p := s.links.pending[key]
+	s.links.mu.Unlock()
+	if p != nil {
+		at = append(at, pendingAt{Name: p.rcp, Peer: wire.Peer{Pending: key, Carrier: p.conn.Carrier(), Source: p.conn.RemoteAddr(), Dialled: p.conn.Dialled(), Since: p.conn.Since()}})
+	}
+	return append(at, s.fleet.pendingRoutes(key)...)
 }
 
 // pendingWays are the ways to a party that waits for a certificate: a channel

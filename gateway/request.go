@@ -22,6 +22,9 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 	case d.known:
 		return nil
 	}
+	if d.spot != nil {
+		from.spot = *d.spot
+	}
 	q := d.prior
 	if q == nil {
 		if d.state == wire.EnrollPending {

@@ -37,8 +37,7 @@ type contender struct {
 	join   string // empty: none, or a code without a token
 	id     wire.ID
 	name   string
-	source string // address, as reported by the RCP
-	rcp    string
+	spots  []spot // all the places where it waits, as reported
 	tags   map[string]string
 	device attested
 }
@@ -93,12 +92,31 @@ func (r *rule) fits(c *contender) (against string) {
 		return "its UUIDs are others"
 	case len(r.Names) > 0 && !match(r.Names):
 		return fmt.Sprintf("the name %q is not among its names", c.name)
-	case len(r.RCPs) > 0 && !slices.Contains(r.RCPs, c.rcp):
-		return "its RCPs are others"
-	case len(r.prefixes) > 0 && !within(r.prefixes, c.source):
-		return fmt.Sprintf("the source %q, as reported, is outside its networks", wire.Quotable(c.source))
+	case r.spot(c) == nil:
+		return r.elsewhere(c.spots[0])
 	case !r.tags.Matches(c.tags):
 		return "the tags do not match " + r.Tags
+	}
+	return ""
+}
+
+// spot is the first place where a party waits that a rule takes it from; nil:
+// none. One that waits at several RCPs may be met at any of them.
+func (r *rule) spot(c *contender) *spot {
+	i := slices.IndexFunc(c.spots, func(s spot) bool { return r.elsewhere(s) == "" })
+	if i < 0 {
+		return nil
+	}
+	return &c.spots[i]
+}
+
+// elsewhere tells why a rule takes nobody from a place; nothing: it does.
+func (r *rule) elsewhere(s spot) string {
+	switch {
+	case len(r.RCPs) > 0 && !slices.Contains(r.RCPs, s.rcp):
+		return "its RCPs are others"
+	case len(r.prefixes) > 0 && !within(r.prefixes, s.address):
+		return fmt.Sprintf("the source %q, as reported, is outside its networks", wire.Quotable(s.address))
 	}
 	return ""
 }
@@ -190,11 +208,14 @@ func (e *enrolment) byRules(ctx context.Context, q store.Queries, d *decision, k
 	if err != nil || len(rules) == 0 {
 		return err
 	}
-	c := &contender{key: key, id: d.party.ID, name: d.name, source: from.address, rcp: from.rcp, tags: requestTags(req.Tags, d.join), device: from.device}
+	c := &contender{key: key, id: d.party.ID, name: d.name, spots: append([]spot{from.spot}, from.also...), tags: requestTags(req.Tags, d.join), device: from.device}
 	if d.join != nil && !d.join.Manual {
 		c.join = d.join.ID
 	}
 	d.rules = askRules(rules, c)
+	if d.rules.rule != nil {
+		d.spot = d.rules.rule.spot(c)
+	}
 	if d.rules.rule == nil || d.rules.rule.vouching == nil || d.protected() != nil {
 		return nil
 	}
@@ -312,7 +333,7 @@ func (e *enrolment) letFile(ctx context.Context, q *store.Request, grants []api.
 // its party will ever ask for that.
 func (e *enrolment) registerFile(ctx context.Context, q *store.Request) (*store.Request, error) {
 	req := &wire.EnrollRequest{Role: q.Role, ID: q.PartyID, Name: q.Name, Tags: q.Tags, TokenID: q.JoinID, CSR: q.CSR, Program: q.Program, Versions: wire.OwnVersions}
-	if _, err := e.register(ctx, q.KeyHash, req, origin{address: sourceFile}); err != nil {
+	if _, err := e.register(ctx, q.KeyHash, req, origin{spot: spot{address: sourceFile}}); err != nil {
 		return nil, err
 	}
 	return e.store.LastRequest(ctx, q.KeyHash)
@@ -374,7 +395,10 @@ func (e *enrolment) rehearse(ctx context.Context, q store.Queries, changed []man
 		if r.Role != wire.RoleNode || r.Tenant != store.DefaultTenant {
 			continue
 		}
-		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, source: r.Source, rcp: r.RCP, tags: r.Tags, device: attestedBefore(r)}
+		c := &contender{key: r.KeyHash, id: r.PartyID, name: r.Name, spots: []spot{{r.RCP, r.Source}}, tags: r.Tags, device: attestedBefore(r)}
+		if e.ways != nil {
+			c.spots = append(c.spots, e.spots(ctx, e.ways(r.KeyHash))...)
+		}
 		j, err := before.join(ctx, r.JoinID)
 		if err != nil {
 			return nil, nil, err

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -60,6 +61,49 @@ func TestRuleKnowsAnRCPBehindAnother(t *testing.T) {
 		if err != nil || q.RCP != tc.rcp || (q.Rule == "plant") != (tc.rcp == "edge") {
 			t.Errorf("%s by way of %s: request %+v, %v; want it at %s", tc.name, tc.first, q, err, tc.rcp)
 		}
+	}
+}
+
+// TestRuleKnowsEveryRCPWhereAPartyWaits: by which of them the gateway looks at it
+// first is chance.
+func TestRuleKnowsEveryRCPWhereAPartyWaits(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Uses: 10})
+	rule := fmt.Sprintf("kind: rule\nname: plant\njoins: [%s]\nrcps: [edge]\ncidrs: [10.7.0.0/16]\n", mustParse(t, code).TokenID)
+	d.rules(rule, false)
+	dmz, edge := &store.RCP{Name: "dmz", PartyID: wire.NewID()}, &store.RCP{Name: "edge", PartyID: wire.NewID()}
+	at := func(a *applicant, r *store.RCP, source string) pendingAt {
+		return pendingAt{Link: r.PartyID, Name: r.Name, Peer: wire.Peer{Pending: a.id.KeyHash(), Source: source, Since: time.Now()}}
+	}
+	waits := map[wire.KeyHash][]pendingAt{}
+	d.ways = func(key wire.KeyHash) []pendingAt { return slices.Clone(waits[key]) }
+	request := func(a *applicant) *store.Request {
+		t.Helper()
+		q, err := d.store.LastRequest(t.Context(), a.id.KeyHash())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return q
+	}
+	a := d.party(wire.RoleNode, code, "web-1")
+	waits[a.id.KeyHash()] = []pendingAt{at(a, edge, "10.7.0.1:4000"), at(a, dmz, "192.0.2.7:4000")}
+	d.pending(t.Context(), a.id.KeyHash(), dmz, waits[a.id.KeyHash()][1].Peer)
+	d.expect(a, enroll.StateEnrolled, "")
+	if q := request(a); q.Rule != "plant" || q.RCP != "edge" || q.Source != "10.7.0.1:4000" {
+		t.Errorf("request %+v; want it by the rule, at the RCP that this names", q)
+	}
+
+	// What one RCP says of the address does not count for another one.
+	b := d.party(wire.RoleNode, code, "web-2")
+	waits[b.id.KeyHash()] = []pendingAt{at(b, edge, "192.0.2.8:4000"), at(b, dmz, "10.7.0.2:4000")}
+	d.pending(t.Context(), b.id.KeyHash(), dmz, waits[b.id.KeyHash()][1].Peer)
+	d.expect(b, enroll.StateWaiting, wire.EnrollNoRule)
+	if out := d.rules(rule, true); len(out.Grants) != 1 || out.Grants[0].Why == "" {
+		t.Errorf("dry run of the rule as it is: %+v", out.Grants)
+	}
+	if out := d.rules(strings.Replace(rule, "10.7", "192.0", 1), true); len(out.Grants) != 1 || out.Grants[0].Why != "" {
+		t.Errorf("dry run of a rule that takes it from there: %+v", out.Grants)
 	}
 }
 

@@ -234,8 +234,8 @@ func (f *fleet) lastLink(id wire.ID) wire.ID {
 
 // pendingAt is where a pending party can be reached.
 type pendingAt struct {
-	Link wire.ID
-	Name string
+	Link wire.ID // empty: by a channel of our own
+	Name string  // of the RCP; empty: we know none
 	Peer wire.Peer
 }
 
