@@ -226,6 +226,65 @@ func TestNameInUseWaits(t *testing.T) {
 	}
 }
 
+// TestGrantThatIsTakenBack: who is removed, revoked or replaced before it has come
+// for its certificate gets none, and the request says so.
+func TestGrantThatIsTakenBack(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Manual: true})
+	parties := map[string]*applicant{}
+	for _, name := range []string{"removed", "revoked", "replaced", "other"} {
+		parties[name] = d.party(wire.RoleNode, code, name)
+		d.see(parties[name])
+	}
+	heir := d.party(wire.RoleNode, code, "replaced")
+	d.see(heir)
+	d.mu.Lock()
+	away := d.parties
+	d.parties = map[wire.KeyHash]*applicant{}
+	d.mu.Unlock()
+	for name, a := range parties {
+		if _, err := d.grant(t.Context(), name, api.Grant{Fingerprint: a.id.Fingerprint()}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"removed", "revoked"} {
+		n, err := d.store.NodeByName(t.Context(), store.DefaultTenant, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.revokeNode(t.Context(), n, name == "removed"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := d.grant(t.Context(), "replaced", api.Grant{Fingerprint: heir.id.Fingerprint(), Replace: true}); err != nil {
+		t.Fatal(err)
+	}
+	for name, a := range parties {
+		q, err := d.store.LastRequest(t.Context(), a.id.KeyHash())
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := api.RequestFailed
+		if name == "other" {
+			want = api.RequestGranted
+		}
+		if q.State != want || (q.Reason == "") != (name == "other") {
+			t.Errorf("request of %s is %s, %q; want %s", name, q.State, q.Reason, want)
+		}
+	}
+	if _, err := d.grant(t.Context(), "removed", api.Grant{}); err == nil || !strings.Contains(err.Error(), "its key was revoked first") {
+		t.Errorf("granted again: %v", err)
+	}
+	d.mu.Lock()
+	d.parties = away
+	d.mu.Unlock()
+	d.see(heir)
+	if q, err := d.store.LastRequest(t.Context(), heir.id.KeyHash()); err != nil || q.State != api.RequestDelivered {
+		t.Errorf("the one in its place: %+v %v", q, err)
+	}
+}
+
 func TestTwoRequestsOfOneName(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)

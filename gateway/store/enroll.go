@@ -218,7 +218,18 @@ func (tx *Tx) RevokeKeys(ctx context.Context, party wire.ID, reason string) (n i
 	if err != nil {
 		return 0, err
 	}
-	return res.RowsAffected()
+	if n, err = res.RowsAffected(); err != nil || n == 0 {
+		return n, err
+	}
+	return n, tx.failUncollected(ctx, party, reason)
+}
+
+// failUncollected ends the grants of revoked keys whose party has not come for
+// its certificate: it never gets one.
+func (tx *Tx) failUncollected(ctx context.Context, party wire.ID, reason string) error {
+	_, err := tx.q.NewRaw("UPDATE requests SET state = ?, reason = ? WHERE state = ? AND key_hash IN (SELECT key_hash FROM keys WHERE party_id = ? AND revoked_at IS NOT NULL)",
+		api.RequestFailed, "its key was revoked first, "+reason, api.RequestGranted, party).Exec(ctx)
+	return err
 }
 
 // RevokeOtherKeys ends the trust in every key of a party but one.
@@ -227,7 +238,10 @@ func (tx *Tx) RevokeOtherKeys(ctx context.Context, party wire.ID, keep wire.KeyH
 	if err != nil {
 		return 0, err
 	}
-	return res.RowsAffected()
+	if n, err = res.RowsAffected(); err != nil || n == 0 {
+		return n, err
+	}
+	return n, tx.failUncollected(ctx, party, reason)
 }
 
 // NextRevocations returns the number of the next revocation set: above every
