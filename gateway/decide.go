@@ -208,7 +208,7 @@ func (e *enrolment) decided(ctx context.Context, q store.Queries, d *decision, k
 	switch {
 	case prior.State == api.RequestPending:
 		d.prior = prior
-	case prior.JoinID != req.TokenID: // another code is another request
+	case req.TokenID != "" && prior.JoinID != req.TokenID: // another code is another request
 	case prior.State == api.RequestDenied:
 		d.over = prior
 		d.is(wire.EnrollDenied, wire.EnrollByOperator, "%s", prior.Reason)
@@ -220,17 +220,23 @@ func (e *enrolment) decided(ctx context.Context, q store.Queries, d *decision, k
 	return false, nil
 }
 
-// token judges the join code that the party shows.
+// token judges the join code that the party shows. One that was started again
+// without its file, while it waits, has shown it: its request and its key are the
+// same, so that name and tags of the code stay.
 func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key wire.KeyHash, req *wire.EnrollRequest) (bool, error) {
-	if req.TokenID == "" {
+	id, shown := req.TokenID, false
+	if id == "" && d.prior != nil {
+		id, shown = d.prior.JoinID, true
+	}
+	if id == "" {
 		return false, nil
 	}
-	j, err := q.Join(ctx, req.TokenID)
+	j, err := q.Join(ctx, id)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return false, err
 	}
 	switch {
-	case err != nil, !j.Manual && !tokenFits(j, req.Token):
+	case err != nil, !j.Manual && !shown && !tokenFits(j, req.Token):
 		d.is(wire.EnrollDenied, wire.EnrollTokenUnknown, joinUnknown)
 		return true, nil
 	case j.Role != req.Role:

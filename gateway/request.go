@@ -40,7 +40,7 @@ func (e *enrolment) write(ctx context.Context, tx *store.Tx, d *decision, key wi
 		d.fresh = true
 	}
 	q.Role, q.PartyID, q.KeyHash, q.Name, q.Tenant = d.party.Role, d.party.ID, key, clip(d.name), d.tenant
-	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), requestTags(req.Tags, d.join), req.TokenID, req.CSR, clip(req.Program)
+	q.RCP, q.Source, q.Tags, q.JoinID, q.CSR, q.Program = from.rcp, clip(from.address), requestTags(req.Tags, d.join), d.joinID(), req.CSR, clip(req.Program)
 	q.DeviceKey, q.DeviceChain = from.device.key(), from.device.stored()
 	q.State, q.Code, q.Reason, q.SeenAt = api.RequestPending, d.code, d.code, tx.Now()
 	if d.state == wire.EnrollGranted {

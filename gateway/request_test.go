@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/enroll"
+	"sallyport/internal/identity"
 	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 )
@@ -282,6 +284,63 @@ func TestGrantThatIsTakenBack(t *testing.T) {
 	d.see(heir)
 	if q, err := d.store.LastRequest(t.Context(), heir.id.KeyHash()); err != nil || q.State != api.RequestDelivered {
 		t.Errorf("the one in its place: %+v %v", q, err)
+	}
+}
+
+// TestCodeThatIsGoneWhileItsPartyWaits: a host that is started again while its
+// request waits may have its join code no more. What that says holds on, and so
+// does what an operator said.
+func TestCodeThatIsGoneWhileItsPartyWaits(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	again := func(a *applicant, name string) *applicant {
+		t.Helper()
+		id, err := identity.Open(a.id.Dir(), wire.RoleNode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := d.partyOf(id, "", name)
+		d.see(b)
+		return b
+	}
+	bound := d.join(api.CreateJoin{Uses: 2, Tags: map[string]string{"role": "db"}})
+	d.rules(fmt.Sprintf("kind: rule\nname: dbs\njoins: [%s]\nnames: [db]\n", mustParse(t, bound).TokenID), false)
+	for name, code := range map[string]string{"web": d.join(api.CreateJoin{Manual: true, Name: "web", Tags: map[string]string{"role": "db"}}), "wish": bound} {
+		a := d.party(wire.RoleNode, code, "wish")
+		d.see(a)
+		b := again(a, "wish")
+		if q := d.requests(api.RequestPending); len(q) != 1 || q[0].Name != name || q[0].Tags["role"] != "db" || q[0].JoinID == "" {
+			t.Fatalf("requests %+v; want one of %s with the tags of its code", q, name)
+		}
+		if _, err := d.grant(t.Context(), name, api.Grant{}); err != nil {
+			t.Fatal(err)
+		}
+		d.see(b)
+		d.expect(b, enroll.StateEnrolled, "")
+		if tags, err := d.store.NodeTags(t.Context(), b.id.ID()); err != nil || store.Effective(tags)["role"] != "db" {
+			t.Errorf("tags of %s: %v %v", name, tags, err)
+		}
+	}
+
+	// A rule that changes meanwhile takes such a party, as the dry run says.
+	a := d.party(wire.RoleNode, bound, "db-2")
+	d.see(a)
+	a = again(a, "db-2")
+	if out := d.rules(fmt.Sprintf("kind: rule\nname: dbs\njoins: [%s]\n", mustParse(t, bound).TokenID), false); len(out.Grants) != 1 || out.Grants[0].Why != "" {
+		t.Errorf("grants %+v", out.Grants)
+	}
+	d.see(a)
+	d.expect(a, enroll.StateEnrolled, "")
+
+	a = d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), "denied")
+	d.see(a)
+	if _, err := d.deny(t.Context(), "denied", api.Deny{Reason: "not ours"}); err != nil {
+		t.Fatal(err)
+	}
+	a = again(a, "denied")
+	d.expect(a, enroll.StateDenied, wire.EnrollByOperator)
+	if q := d.requests(api.RequestPending); len(q) != 0 {
+		t.Errorf("a denied party asks anew without another code: %+v", q[0])
 	}
 }
 
