@@ -115,9 +115,11 @@ type Applicant struct {
 	first   bool   // the first refresh is done
 }
 
-// joinMemory outlives the join code: which one made the certificate, and where
-// it said to go. It holds no secret.
+// joinMemory outlives the join code: with which one the key in use began to
+// enrol, which one made the certificate, and where it said to go. It holds no
+// secret.
 type joinMemory struct {
+	Began     string   `json:"began,omitempty"`
 	Used      string   `json:"used,omitempty"`
 	Addresses []string `json:"addresses,omitempty"`
 }
@@ -186,7 +188,7 @@ func (a *Applicant) loadMemory() error {
 
 // remember writes the memory; mu is held.
 func (a *Applicant) remember(m joinMemory) error {
-	if m.Used == a.memory.Used && slices.Equal(m.Addresses, a.memory.Addresses) {
+	if m.Began == a.memory.Began && m.Used == a.memory.Used && slices.Equal(m.Addresses, a.memory.Addresses) {
 		return nil
 	}
 	if a.id.Dir() == "" { // no directory, no memory: it costs the same superfluous attempt
@@ -315,6 +317,9 @@ func (a *Applicant) use(join *identity.Join, id string, enrolled bool) error {
 	}
 	m := a.memory
 	m.Addresses = join.Code.Addresses
+	if m.Began == "" && !enrolled {
+		m.Began = id
+	}
 	if err := a.remember(m); err != nil {
 		return err
 	}
@@ -337,7 +342,9 @@ func (a *Applicant) settle() {
 	_, enrolled := a.id.Party()
 	revoked := a.id.Revoked(a.id.KeyHash())
 	fresh := a.code != nil && a.codeID != a.memory.Used
-	if (revoked || a.gone || enrolled && a.refused != "") && fresh {
+	// A grant may have been taken back before we came for it: nobody can tell a
+	// party without a certificate why it is refused, and another code is its sign.
+	if another := a.memory.Began != "" && a.codeID != a.memory.Began; (revoked || a.gone || a.refused != "" && (enrolled || another)) && fresh {
 		old := a.id.Fingerprint()
 		if err := a.id.NewKey(); err != nil {
 			a.set(Status{State: StateRevoked, Reason: err.Error()})
@@ -345,6 +352,11 @@ func (a *Applicant) settle() {
 		}
 		a.cfg.Log.Info("the old key is no longer accepted; enrolling again with a new one", "old", old, "fingerprint", a.id.Fingerprint())
 		enrolled, revoked, a.gone, a.refused = false, false, false, ""
+		m := a.memory
+		m.Began = a.codeID
+		if err := a.remember(m); err != nil {
+			a.cfg.Log.Warn("the memory of the join code is not kept", "error", err)
+		}
 	}
 	_, pinned := a.id.Pinned()
 	switch {
@@ -367,6 +379,8 @@ func (a *Applicant) settle() {
 		if a.status.State != StateDenied {
 			a.set(Status{State: StateDenied, Reason: "refused", Retry: a.denied[a.codeID].Add(retryAfter)})
 		}
+	case a.refused != "" && a.status.Code == "":
+		a.set(Status{State: StateWaiting, Reason: a.refused})
 	case a.status.State != StateWaiting:
 		a.set(Status{State: StateWaiting, Reason: a.waiting()})
 	}
@@ -546,7 +560,11 @@ func (a *Applicant) Refused(cause error) {
 	was := a.refused
 	a.refused = ""
 	if cause != nil {
-		a.refused = "an upstream refuses this certificate (" + cause.Error() + "); if the gateway removed it, a new join code enrols it again"
+		what := "certificate"
+		if _, enrolled := a.id.Party(); !enrolled {
+			what = "key"
+		}
+		a.refused = "an upstream refuses this " + what + " (" + cause.Error() + "); if the gateway removed it, a new join code enrols it again"
 	}
 	if a.first && was != a.refused {
 		a.settle()

@@ -481,6 +481,53 @@ func TestRefusedKeyIsReplaced(t *testing.T) {
 	})
 }
 
+// TestGrantThatWasTakenBack: a party that was removed before it came for its first
+// certificate is refused by the RCPs, and told nothing. Another code is for
+// another key, also after a restart; the code that it has is not.
+func TestGrantThatWasTakenBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := identitytest.NewCA(t)
+		file := filepath.Join(t.TempDir(), "join")
+		put(t, file, code(t, ca, "t1"))
+		p := start(t, fresh(t), file)
+		key, dir := p.id.KeyHash(), p.id.Dir()
+		p.get(t)
+		p.put(t, wire.EnrollVerdict{State: wire.EnrollPending, Code: wire.EnrollManual, Reason: "wait"})
+		p.Refused(errors.New("bad certificate"))
+		if s := p.Status(); s.Code != wire.EnrollManual {
+			t.Errorf("status %+v; what the gateway said matters more", s)
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+
+		again, err := identity.Open(dir, wire.RoleNode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p = start(t, again, file)
+		p.Refused(errors.New("bad certificate"))
+		time.Sleep(time.Minute)
+		if s := p.Status(); p.id.KeyHash() != key || s.State != enroll.StateWaiting || !strings.Contains(s.Reason, "bad certificate") {
+			t.Errorf("status %+v, the same key: %v", s, p.id.KeyHash() == key)
+		}
+		put(t, file, code(t, ca, "t2"))
+		time.Sleep(time.Minute)
+		second := p.id.KeyHash()
+		if s := p.Status(); second == key || strings.Contains(s.Reason, "bad certificate") {
+			t.Errorf("with another code: status %+v, the same key: %v", s, second == key)
+		}
+		p.Refused(errors.New("bad certificate"))
+		time.Sleep(time.Minute)
+		if p.id.KeyHash() != second {
+			t.Error("one code made two keys")
+		}
+		if err := p.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestNewCodeAloneChangesNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ca := identitytest.NewCA(t)

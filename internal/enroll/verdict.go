@@ -48,6 +48,9 @@ func (a *Applicant) verdict(v wire.EnrollVerdict) error {
 		a.decide()
 		return nil
 	}
+	if _, enrolled := a.id.Party(); !enrolled {
+		a.refused = "" // of the upstreams one at least takes the key
+	}
 	switch v.State {
 	case wire.EnrollGranted:
 		return a.grant(v)
