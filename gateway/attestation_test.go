@@ -123,6 +123,38 @@ func TestDeviceVouches(t *testing.T) {
 	d.expect(again, enroll.StateEnrolled, "")
 }
 
+// TestDeviceGoesWithItsNode: what takes a node's place by a code for its name, as
+// after `node reidentify`, has the device of that node: a copy of the machine does
+// not come in by it beside the new one.
+func TestDeviceGoesWithItsNode(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	f := attesttest.NewFactory(t, "Acme")
+	d.rules(factoryRule(f, "allow: [env=*]\n"), false)
+	certFile, keyFile, leaf := f.Device(t, "pump-1", nil)
+	d.see(d.vouched(certFile, keyFile, "pump-1"))
+	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
+		device, err := attest.Load(certFile, keyFile)
+		if err != nil {
+			return nil, err
+		}
+		return device.Sign(s)
+	}
+	next := d.enrolled(d.join(api.CreateJoin{Name: "pump-1", Replace: true, AllowTags: []string{"env=*"}}), "")
+	d.device = nil
+	q, err := d.store.LastRequest(t.Context(), next.id.KeyHash())
+	if err != nil || q.Rule != "factory" || q.DeviceKey != wire.KeyOf(leaf) {
+		t.Errorf("request %+v %v", q, err)
+	}
+	if n, err := d.store.Node(t.Context(), next.id.ID()); err != nil || len(n.AllowTags) != 1 {
+		t.Errorf("node %+v %v", n, err)
+	}
+	d.rules(factoryRule(f, ""), false)
+	twin := d.vouched(certFile, keyFile, "pump-2")
+	d.see(twin)
+	d.expect(twin, enroll.StateWaiting, wire.EnrollDeviceInUse)
+}
+
 // TestRecordedStatementIsWorthNothing: whoever has seen a device vouch, in a
 // session or in a database, cannot use it for a key of his own, nor again.
 func TestRecordedStatementIsWorthNothing(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"sallyport/gateway/api"
@@ -380,6 +381,12 @@ func (e *enrolment) claimsRCP(ctx context.Context, q store.Queries, d *decision,
 		d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID is that of rcp %s", other.Name)
 	}
 	return nil
+}
+
+// succeeds tells whether a living node gives way to this party, as the code for
+// its name says: its device is the party's then, and lets in nobody else.
+func (d *decision) succeeds(n *store.Node) bool {
+	return slices.ContainsFunc(d.victims, func(v victim) bool { return v.id == n.ID && v.clash != "" && !v.ended })
 }
 
 // clash returns the first identity that does not give way of itself.

@@ -165,7 +165,7 @@ func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *
 		n.JoinID, n.AllowTags, tags = d.join.ID, d.join.AllowTags, d.join.Tags
 	}
 	if r := d.rules.rule; r != nil {
-		n.AllowTags = slices.Concat(n.AllowTags, r.Allow)
+		n.AllowTags = slices.Concat(n.AllowTags, slices.DeleteFunc(slices.Clone(r.Allow), func(g string) bool { return slices.Contains(n.AllowTags, g) }))
 		tags = maps.Clone(tags)
 		if tags == nil {
 			tags = map[string]string{}

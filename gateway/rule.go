@@ -219,7 +219,11 @@ func (e *enrolment) byRules(ctx context.Context, q store.Queries, d *decision, k
 	if d.rules.rule == nil || d.rules.rule.vouching == nil || d.protected() != nil {
 		return nil
 	}
-	why, err := taken(q.NodeOfDevice(ctx, from.device.key(), d.party.ID))
+	n, err := q.NodeOfDevice(ctx, from.device.key(), d.party.ID)
+	if err == nil && d.succeeds(n) {
+		return nil
+	}
+	why, err := taken(n, err)
 	if err != nil || why == "" {
 		return err
 	}
