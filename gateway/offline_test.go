@@ -126,6 +126,8 @@ func TestOfflineIssue(t *testing.T) {
 		}
 	}
 	d.exports(q.ID) // a lost file is written again, for the same key
+	_, err = d.grant(t.Context(), "vault-1", api.Grant{})
+	saysProblem(t, err, "its certificate was exported to a file")
 }
 
 // TestImportedCertificateRuns: what came by file is taken over by the role.

@@ -421,6 +421,9 @@ func became(r *store.Request) string {
 	case api.RequestGranted:
 		return fmt.Sprintf("was granted %s: its party gets the certificate when it comes, or by `sallyport request export`", by)
 	case api.RequestDelivered:
+		if r.Reason != "" { // by a file, of which nobody knows whether it arrived
+			return fmt.Sprintf("was granted %s, and its certificate was %s", by, r.Reason)
+		}
 		return fmt.Sprintf("was granted %s, and its party has the certificate", by)
 	case api.RequestFailed:
 		return fmt.Sprintf("was granted %s, and its party did not take the certificate (%s)", by, cmp.Or(r.Reason, r.Code))
