@@ -8,6 +8,7 @@ import (
 	"math/big"
 	"net"
 	"net/http"
+	"strings"
 
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
@@ -124,7 +125,7 @@ func (d *doorway) acmeRevoke(ctx context.Context, serial *big.Int, reason int) e
 		if err != nil {
 			return err
 		}
-		tx.Audit(ctx, "certificate.revoke", fmt.Sprint(c.Names), "serial "+c.Serial+", asked for by its holder")
+		tx.Audit(ctx, "certificate.revoke", strings.Join(c.Names, " "), "serial "+c.Serial+", asked for by its holder")
 		return tx.RevokeCertificate(ctx, c.Issuer, c.Serial, reason)
 	})
 }

@@ -490,12 +490,19 @@ func TestESTAnswers(t *testing.T) {
 	}
 	before := ca.sign(&x509.Certificate{SerialNumber: big.NewInt(0x20000000), NotAfter: time.Now().Add(time.Hour)}, ca.inter, parsed.PublicKey)
 	if err := k.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
-		return tx.AddCertificate(ctx, &store.Certificate{Issuer: wire.KeyOf(ca.inter), Serial: doors.Serial(before.SerialNumber), Door: "est", KeyHash: wire.KeyOf(before), NotAfter: before.NotAfter})
+		return tx.AddCertificate(ctx, &store.Certificate{Issuer: wire.KeyOf(ca.inter), Serial: doors.Serial(before.SerialNumber), Door: "est", Names: []string{"www.plant.example", "192.0.2.1"}, KeyHash: wire.KeyOf(before), NotAfter: before.NotAfter})
 	}); err != nil {
 		t.Fatal(err)
 	}
 	if err := e.stillGood(t.Context(), k.store.Queries, before); !errors.Is(err, errESTAuth) || !strings.Contains(err.Error(), "key-compromise") {
 		t.Errorf("another certificate of that key: %v", err)
+	}
+	// Whoever revokes it, the audit log calls it as it did when it was issued.
+	if err := e.d.acmeRevoke(t.Context(), before.SerialNumber, api.RevocationReasons["superseded"]); err != nil {
+		t.Fatal(err)
+	}
+	if rows, err := k.store.AuditLog(t.Context(), store.AuditFilter{What: "certificate.revoke", Limit: 1}); err != nil || len(rows) != 1 || rows[0].Object != "www.plant.example 192.0.2.1" {
+		t.Errorf("audit log %+v %v", rows, err)
 	}
 }
 
