@@ -86,7 +86,7 @@ func (r *rest) rcpSeen(p *store.RCP) api.RCP {
 		return v
 	}
 	seen := r.s.fleet.Presence(p.PartyID)
-	if seen.State != "" && p.State != api.RCPRevoked {
+	if seen.State != "" && seen.State != wire.StatePending && p.State != api.RCPRevoked { // who was never there is what the record says
 		v.State, v.StateReason, v.StateSince, v.Carrier = rcpState(seen.State), seen.Reason, utc(seen.Since), seen.Carrier
 	}
 	if v.State == api.RCPConnected && !seen.Connected { // it gets a moment before it counts as failed

@@ -356,6 +356,32 @@ func TestPendingRCPShowsWhyItIsNotReached(t *testing.T) {
 	}
 }
 
+// An RCP that was granted, and was never there, is what its record says: also after
+// its certificate went into a file (PK-07).
+func TestGrantedRCPIsWhatItsRecordSays(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.run()
+	w.update(func(ctx context.Context, tx *store.Tx) error {
+		return tx.AddRCP(ctx, &store.RCP{Name: "far", PartyID: wire.NewID(), KeyHash: wire.HashSPKI([]byte("far")), Source: store.RCPAdded})
+	})
+	for _, want := range []store.RCP{{State: api.RCPPending, StateReason: "granted"}, {State: api.RCPConnecting, StateReason: "exported to a file"}} {
+		w.update(func(ctx context.Context, tx *store.Tx) error {
+			return tx.SetRCPState(ctx, "far", want.State, want.StateReason)
+		})
+		if err := w.s.links.reload(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		rec, err := w.db.RCP(t.Context(), "far")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if v := (&rest{s: w.s}).rcpView(rec, nil); v.State != want.State || v.StateReason != want.StateReason {
+			t.Errorf("shown as %s, %q; want %s, %q", v.State, v.StateReason, want.State, want.StateReason)
+		}
+	}
+}
+
 // An RCP that waits for an operator says so, whatever dialling it meets meanwhile
 // (PK-12). One that is connected is not the party that asks under its name, and one
 // that is away need not be.
