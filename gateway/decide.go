@@ -153,6 +153,15 @@ func (e *enrolment) knownKey(ctx context.Context, q store.Queries, d *decision, 
 		if k.Role == wire.RoleRCP && d.name == "" {
 			d.name = k.Name // an RCP does not know its name: its record is found by it when an operator grants
 		}
+		if k.Role == wire.RoleNode { // it asks for what its host is called
+			n, err := q.Node(ctx, k.PartyID)
+			if err != nil && !errors.Is(err, store.ErrNotFound) {
+				return false, err
+			}
+			if err == nil && n.KeyHash == key {
+				d.name, d.tenant = n.Name, n.Tenant
+			}
+		}
 		return false, nil
 	}
 	var current wire.KeyHash

@@ -163,6 +163,11 @@ func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *
 	var tags map[string]string
 	if d.join != nil {
 		n.JoinID, n.AllowTags, tags = d.join.ID, d.join.AllowTags, d.join.Tags
+	} else {
+		var err error
+		if tags, err = e.stays(ctx, tx, n); err != nil {
+			return err
+		}
 	}
 	if r := d.rules.rule; r != nil {
 		n.AllowTags = slices.Concat(n.AllowTags, slices.DeleteFunc(slices.Clone(r.Allow), func(g string) bool { return slices.Contains(n.AllowTags, g) }))
@@ -186,6 +191,30 @@ func (e *enrolment) makeNode(ctx context.Context, tx *store.Tx, d *decision, q *
 		}
 	}
 	return tx.TagNode(ctx, n.ID, d.tags, nil)
+}
+
+// stays gives a node that comes back with its own key and without a code, since its
+// certificate ended too long ago, what the code before gave it; nil: it is new.
+func (e *enrolment) stays(ctx context.Context, tx *store.Tx, n *store.Node) (tags map[string]string, err error) {
+	old, err := tx.Node(ctx, n.ID)
+	if errors.Is(err, store.ErrNotFound) || err == nil && old.KeyHash != n.KeyHash {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	rows, err := tx.NodeTags(ctx, n.ID)
+	if err != nil {
+		return nil, err
+	}
+	tags = map[string]string{}
+	for _, t := range rows {
+		if t.Source == store.TagJoin {
+			tags[t.Key] = t.Value
+		}
+	}
+	n.JoinID, n.AllowTags = old.JoinID, old.AllowTags
+	return tags, nil
 }
 
 func (e *enrolment) makeRCP(ctx context.Context, tx *store.Tx, d *decision, q *store.Request) error {

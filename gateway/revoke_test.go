@@ -346,6 +346,35 @@ func TestRCPBeyondTheGraceIsGranted(t *testing.T) {
 	}
 }
 
+// TestNodeBeyondTheGraceStaysWhatItWas: it asks without a code and by the name of
+// its host, and is granted with the name, the tags and the limits that its code gave.
+func TestNodeBeyondTheGraceStaysWhatItWas(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web", Tags: map[string]string{"role": "web"}, AllowTags: []string{"env=*"}}), "host-7")
+	d.grace = -365 * 24 * time.Hour // as if it had been away for so long
+	b := d.partyOf(d.ca.CA.Worn(t, a.id, identitytest.NotAfter(time.Now().Add(-time.Hour))), "", "host-7")
+	d.see(b)
+	if q := d.requests(api.RequestPending); len(q) != 1 || q[0].Name != "web" {
+		t.Fatalf("waiting %+v, want it by its name", q)
+	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: b.id.Fingerprint()}); err != nil {
+		t.Fatal(err)
+	}
+	d.see(b)
+	if err := b.Ready(); err != nil {
+		t.Errorf("granted: %v", err)
+	}
+	n, err := d.store.NodeByName(t.Context(), store.DefaultTenant, "web")
+	if err != nil || n.ID != b.id.ID() || !slices.Equal(n.AllowTags, []string{"env=*"}) || n.JoinID == "" {
+		t.Errorf("node %+v %v", n, err)
+	}
+	tags, err := d.store.NodeTags(t.Context(), b.id.ID())
+	if err != nil || len(tags) != 1 || tags[0].Source != store.TagJoin || tags[0].Value != "web" {
+		t.Errorf("tags %+v %v", tags, err)
+	}
+}
+
 func TestRenewal(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
