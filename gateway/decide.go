@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -8,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"sallyport/gateway/api"
@@ -257,7 +259,7 @@ func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key
 		return true, nil
 	}
 	if code, why := e.over(j); why != "" {
-		d.is(wire.EnrollDenied, code, "%s", why)
+		d.spent(j, code, why)
 		return true, nil
 	}
 	d.join, d.tenant = j, j.Tenant
@@ -272,9 +274,23 @@ func (e *enrolment) token(ctx context.Context, q store.Queries, d *decision, key
 		return false, err
 	}
 	if !mine {
-		d.is(wire.EnrollDenied, wire.EnrollTokenUsed, "the join code is used up (%d of %d); ask for a new one", j.Used, j.MaxUses)
+		d.spent(j, wire.EnrollTokenUsed, fmt.Sprintf("the join code is used up (%d of %d)%s", j.Used, j.MaxUses, askAnew))
 	}
 	return !mine, nil
+}
+
+const askAnew = "; ask for a new one"
+
+// spent is for a code that is over, or that others have used up. It lets nobody in;
+// a party that has shown it in time waits on for an operator, as days may pass. That
+// a code was revoked is somebody's word.
+func (d *decision) spent(j *store.Join, code, why string) {
+	if d.prior == nil || d.prior.JoinID != j.ID || !j.RevokedAt.IsZero() {
+		d.is(wire.EnrollDenied, code, "%s", why)
+		return
+	}
+	d.join, d.tenant, d.name = j, j.Tenant, cmp.Or(j.Name, d.name, d.prior.Name)
+	d.is(wire.EnrollPending, code, "%s, and this request came before that; an operator has to grant it: sallyport request grant", strings.TrimSuffix(why, askAnew))
 }
 
 const joinUnknown = "the join code is not known here: it is of another gateway, or of one that was set up anew; ask for a new one"
@@ -284,11 +300,11 @@ const joinUnknown = "the join code is not known here: it is of another gateway, 
 func (e *enrolment) over(j *store.Join) (code, reason string) {
 	switch {
 	case !j.RevokedAt.IsZero():
-		return wire.EnrollTokenUnknown, fmt.Sprintf("the join code was revoked on %s; ask for a new one", j.RevokedAt.UTC().Format(time.RFC3339))
+		return wire.EnrollTokenUnknown, fmt.Sprintf("the join code was revoked on %s%s", j.RevokedAt.UTC().Format(time.RFC3339), askAnew)
 	case j.Generation != e.store.Installation().Generation:
-		return wire.EnrollTokenExpired, "the join code is void since this gateway was restored from a backup; ask for a new one"
+		return wire.EnrollTokenExpired, "the join code is void since this gateway was restored from a backup" + askAnew
 	case time.Now().After(j.ExpiresAt):
-		return wire.EnrollTokenExpired, fmt.Sprintf("the join code expired on %s; ask for a new one", j.ExpiresAt.UTC().Format(time.RFC3339))
+		return wire.EnrollTokenExpired, fmt.Sprintf("the join code expired on %s%s", j.ExpiresAt.UTC().Format(time.RFC3339), askAnew)
 	}
 	return "", ""
 }

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -203,6 +204,51 @@ func TestGrantReachesAPartyDaysLater(t *testing.T) {
 		d.see(never) // it is back: that is another request
 		if q := d.requests(api.RequestPending); len(q) != 1 {
 			t.Errorf("%d requests wait, want 1", len(q))
+		}
+	})
+}
+
+// TestRequestOutlivesItsCode: a code lives for a day, and requests wait for days. The
+// party goes on waiting where it is, so that its grant reaches it at once.
+func TestRequestOutlivesItsCode(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t)
+		code := mustParse(t, d.join(api.CreateJoin{Manual: true, Name: "web", Tags: map[string]string{"role": "web"}}))
+		a, told := d.asking("wish", code.TokenID, nil)
+		d.see(a)
+		time.Sleep(3 * 24 * time.Hour)
+		d.see(a)
+		if told.State != wire.EnrollPending || told.Code != wire.EnrollTokenExpired || !strings.Contains(told.Reason, "request grant") {
+			t.Errorf("told %+v", told)
+		}
+		q := d.requests("")
+		if len(q) != 1 || q[0].State != api.RequestPending || q[0].Code != wire.EnrollTokenExpired || q[0].Name != "web" || q[0].Tags["role"] != "web" {
+			t.Fatalf("requests %+v", q)
+		}
+		late, refused := d.asking("late", code.TokenID, nil) // who shows it now comes too late
+		d.see(late)
+		if refused.State != wire.EnrollDenied || len(d.requests("")) != 1 {
+			t.Errorf("told %+v", refused)
+		}
+		if _, err := d.grant(t.Context(), "web", api.Grant{}); err != nil {
+			t.Fatal(err)
+		}
+		d.see(a)
+		if told.State != wire.EnrollGranted || len(told.Chain) == 0 {
+			t.Errorf("told %+v", told)
+		}
+
+		// What an operator said of the code counts for those who wait, too.
+		code = mustParse(t, d.join(api.CreateJoin{Manual: true}))
+		b, told := d.asking("db", code.TokenID, nil)
+		d.see(b)
+		if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error { return tx.RevokeJoin(ctx, code.TokenID) }); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		d.see(b)
+		if told.State != wire.EnrollDenied {
+			t.Errorf("told %+v", told)
 		}
 	})
 }

@@ -460,10 +460,6 @@ func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join
 	if r.JoinID != "" && j == nil {
 		return joinUnknown, nil
 	}
-	switch r.Code {
-	case wire.EnrollTokenUnknown, wire.EnrollTokenForeign, wire.EnrollTokenExpired, wire.EnrollTokenUsed:
-		return "its party came back with a code that is no good: " + r.Reason, nil
-	}
 	uses := false
 	if j != nil {
 		if _, why := h.e.over(j); why != "" {
@@ -476,6 +472,10 @@ func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join
 		if uses = !j.Manual && !mine; uses && j.Used+h.used[j.ID] >= j.MaxUses {
 			return fmt.Sprintf("the join code is used up (%d of %d) by those before", j.Used+h.used[j.ID], j.MaxUses), nil
 		}
+	}
+	switch r.Code {
+	case wire.EnrollTokenUnknown, wire.EnrollTokenForeign, wire.EnrollTokenExpired, wire.EnrollTokenUsed:
+		return "its party came back with a code that is no good: " + r.Reason, nil
 	}
 	if by.vouching != nil {
 		if why, err := taken(h.q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil || why != "" {
