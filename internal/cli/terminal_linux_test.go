@@ -181,3 +181,58 @@ func TestNarrowTerminal(t *testing.T) {
 		t.Error("the caller's table was cut")
 	}
 }
+
+// TestProgress: a bar shows how far it is, also where the total is known later, and
+// leaves nothing behind.
+func TestProgress(t *testing.T) {
+	person, program := openTerminal(t)
+	if err := unix.IoctlSetWinsize(int(program.Fd()), unix.TIOCSWINSZ, &unix.Winsize{Row: 50, Col: 100}); err != nil {
+		t.Fatal(err)
+	}
+	came := make(chan []byte)
+	go func() {
+		for {
+			b := make([]byte, 4096)
+			n, err := person.Read(b)
+			if err != nil {
+				return
+			}
+			select {
+			case came <- b[:n]:
+			case <-t.Context().Done():
+				return
+			}
+		}
+	}()
+	var text []byte
+	until := func(want string) {
+		t.Helper()
+		for !bytes.Contains(text, []byte(want)) {
+			select {
+			case b := <-came:
+				text = append(text, b...)
+			case <-time.After(10 * time.Second):
+				t.Fatalf("no %q in %q", want, text)
+			}
+		}
+	}
+	streams := IO{Out: io.Discard, Err: program}
+	bar := NewProgress(streams, "nodes", 1)
+	bar.Set(5, 12)
+	until("nodes 5/12")
+	bar.Set(12, 12)
+	until("nodes 12/12")
+	bar.Done()
+	bar = NewProgressBytes(streams, "backup")
+	bar.SetBytes(3<<19, 3<<20)
+	until("backup 1.5 MiB/3.0 MiB")
+	bar.Done()
+	const clearLine = "\x1b[J"
+	if _, err := program.WriteString("the end"); err != nil {
+		t.Fatal(err)
+	}
+	until("the end")
+	if last := bytes.LastIndex(text, []byte(clearLine)); last < 0 || bytes.Contains(text[last:], []byte("MiB")) {
+		t.Errorf("the bar is still there: %q", text)
+	}
+}
