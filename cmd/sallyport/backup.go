@@ -9,6 +9,7 @@ import (
 	"os/user"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -24,6 +25,18 @@ const passphraseVariable = "SALLYPORT_BACKUP_PASSPHRASE_FILE"
 
 func gatewayPlace(c config.Gateway) backup.Place {
 	return backup.Place{Gateway: c.Dir("gateway"), PKI: c.Dir("pki"), Database: c.Database}
+}
+
+// watched shows a bar from the first byte on, after the passphrase was asked for,
+// until done.
+func (a *app) watched(p backup.Place, label string) (_ backup.Place, done func()) {
+	bar := &cli.Progress{}
+	var begin sync.Once
+	p.Watch = func(done, total int64) {
+		begin.Do(func() { bar = cli.NewProgressBytes(a.streams, label) })
+		bar.SetBytes(done, total)
+	}
+	return p, func() { bar.Done() }
 }
 
 // onThisHost names the user of a command that works on the gateway's files, for
@@ -58,7 +71,9 @@ func (a *app) backupCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			m, err := backup.Create(onThisHost(cmd.Context()), gatewayPlace(c), args[0], cli.BuildVersion(), passphrase)
+			place, done := a.watched(gatewayPlace(c), "backup")
+			m, err := backup.Create(onThisHost(cmd.Context()), place, args[0], cli.BuildVersion(), passphrase)
+			done()
 			if taken := (*fs.PathError)(nil); errors.As(err, &taken) && taken.Path == args[0] && errors.Is(err, fs.ErrExist) {
 				return cli.Fail(cli.ExitRefused, "%s is there already: name a new file", args[0])
 			}
@@ -99,9 +114,11 @@ func (a *app) restoreCommand() *cobra.Command {
 			if file == "" {
 				file = c.BackupPass
 			}
-			r, err := backup.Restore(cmd.Context(), gatewayPlace(c), args[0], func() ([]byte, error) {
+			place, done := a.watched(gatewayPlace(c), "restore")
+			r, err := backup.Restore(cmd.Context(), place, args[0], func() ([]byte, error) {
 				return cli.Passphrase(a.streams, file, passphraseVariable, false)
 			})
+			done()
 			switch {
 			case errors.Is(err, sealed.ErrOpen):
 				return cli.Fail(cli.ExitRefused, "restore %s: %w; nothing was changed", args[0], err)

@@ -30,11 +30,15 @@ import (
 	"sallyport/internal/sqldb"
 )
 
-// Place says where the parts of a gateway stand.
+// Place says where the parts of a gateway stand, and who looks on.
 type Place struct {
 	Gateway  string // $SALLYPORT_DATA/gateway
 	PKI      string // $SALLYPORT_DATA/pki; it need not exist where the CA is elsewhere
 	Database string
+
+	// Watch is told how many bytes of how many are done; one that is nil is not. The
+	// total is a guess that gets better.
+	Watch func(done, total int64)
 
 	quick bool // tests: a guess of the passphrase may be cheap
 }
@@ -120,7 +124,8 @@ func create(ctx context.Context, p Place, out io.Writer, program string, passphr
 	if err := RemoveDatabase(database); err != nil { // of a backup that was cut off
 		return m, err
 	}
-	if err := sqldb.Backup(ctx, p.Database, database); err != nil {
+	// Each byte of the database is copied first, and sealed then.
+	if err := sqldb.Backup(ctx, p.Database, database, func(done, total int64) { p.watch(done, 2*total) }); err != nil {
 		return m, err
 	}
 	// After the database: revocations that it does not know yet are merged into
@@ -142,7 +147,7 @@ func create(ctx context.Context, p Place, out io.Writer, program string, passphr
 	if err != nil {
 		return m, err
 	}
-	if err := archive(w, m, database, gateway, authority); err != nil {
+	if err := archive(ctx, p, w, m, database, gateway, authority); err != nil {
 		return m, err
 	}
 	return m, w.Close()
@@ -209,7 +214,7 @@ func open(ctx context.Context, path string) (*store.DB, error) {
 }
 
 // archive writes the parts in the order in which a restoration wants them.
-func archive(w io.Writer, m Manifest, database string, gateway, authority []entry) error {
+func archive(ctx context.Context, p Place, w io.Writer, m Manifest, database string, gateway, authority []entry) error {
 	t := tar.NewWriter(w)
 	about, err := json.Marshal(m)
 	if err != nil {
@@ -218,7 +223,7 @@ func archive(w io.Writer, m Manifest, database string, gateway, authority []entr
 	if err := addBytes(t, entry{name: nameManifest, mode: 0o600, data: about}); err != nil {
 		return err
 	}
-	if err := addFile(t, nameDatabase, database); err != nil {
+	if err := addFile(ctx, p, t, nameDatabase, database); err != nil {
 		return err
 	}
 	for tree, entries := range map[string][]entry{treeGateway: gateway, treePKI: authority} {
@@ -244,7 +249,7 @@ func addBytes(t *tar.Writer, e entry) error {
 	return err
 }
 
-func addFile(t *tar.Writer, name, path string) error {
+func addFile(ctx context.Context, p Place, t *tar.Writer, name, path string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
@@ -257,6 +262,29 @@ func addFile(t *tar.Writer, name, path string) error {
 	if err := t.WriteHeader(&tar.Header{Name: name, Mode: 0o600, Size: st.Size(), Typeflag: tar.TypeReg, Format: tar.FormatPAX}); err != nil {
 		return err
 	}
-	_, err = io.Copy(t, f)
+	_, err = io.Copy(t, p.meter(ctx, f, st.Size(), 2*st.Size()))
 	return err
 }
+
+func (p Place) watch(done, total int64) {
+	if p.Watch != nil {
+		p.Watch(done, total)
+	}
+}
+
+// meter reads in, tells how far it is, with done bytes before it, and ends with ctx.
+func (p Place) meter(ctx context.Context, in io.Reader, done, total int64) io.Reader {
+	return readFunc(func(b []byte) (int, error) {
+		if ctx.Err() != nil {
+			return 0, context.Cause(ctx)
+		}
+		n, err := in.Read(b)
+		done += int64(n)
+		p.watch(done, max(done, total))
+		return n, err
+	})
+}
+
+type readFunc func(b []byte) (int, error)
+
+func (f readFunc) Read(b []byte) (int, error) { return f(b) }

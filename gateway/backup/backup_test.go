@@ -366,6 +366,61 @@ func TestStopped(t *testing.T) {
 	}
 }
 
+// TestProgress: who looks on is told of each byte, of a restoration from the passphrase
+// on, and sees the end.
+func TestProgress(t *testing.T) {
+	p := live(t)
+	var last, of int64
+	asked, early := false, false
+	p.Watch = func(done, total int64) {
+		if done < last || done > total || early && !asked {
+			t.Errorf("%d of %d after %d, asked: %t", done, total, last, asked)
+		}
+		last, of = done, total
+	}
+	file, _ := backedUp(t, p)
+	if last == 0 || last != of {
+		t.Errorf("the backup ended at %d of %d", last, of)
+	}
+	st, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last, early = 0, true
+	if _, err := Restore(t.Context(), p, file, func() ([]byte, error) { asked = true; return ask() }); err != nil {
+		t.Fatal(err)
+	}
+	if last != st.Size() || of != last {
+		t.Errorf("the restoration of %d bytes ended at %d of %d", st.Size(), last, of)
+	}
+}
+
+// TestStoppedOnTheWay: neither waits for the end of what may be many gigabytes.
+func TestStoppedOnTheWay(t *testing.T) {
+	p := live(t)
+	file, _ := backedUp(t, p)
+	dest := filepath.Join(t.TempDir(), "b")
+	for name, run := range map[string]func(ctx context.Context, p Place) error{
+		"backup":  func(ctx context.Context, p Place) error { _, err := Create(ctx, p, dest, "test", pass); return err },
+		"restore": func(ctx context.Context, p Place) error { _, err := Restore(ctx, p, file, ask); return err },
+	} {
+		ctx, stop := context.WithCancelCause(t.Context())
+		defer stop(nil)
+		why, watched := errors.New("interrupted"), p
+		watched.Watch = func(done, total int64) {
+			if done > total/2 {
+				stop(why)
+			}
+		}
+		if err := run(ctx, watched); !errors.Is(err, why) || errors.Is(err, ErrNoBackup) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if left := tree(t, filepath.Dir(dest)); len(left) != 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
 func TestCutOff(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)

@@ -63,7 +63,10 @@ func Restore(ctx context.Context, p Place, file string, passphrase func() ([]byt
 	}
 	s := &stage{place: p, database: p.Database + restoring}
 	defer func() { err = errors.Join(err, s.clear()) }()
-	if err := s.fill(bufio.NewReader(in), passphrase); err != nil {
+	if err := s.fill(ctx, in, passphrase); err != nil {
+		if ctx.Err() != nil { // which says nothing of the file
+			err = fmt.Errorf("%w; nothing was changed", context.Cause(ctx))
+		}
 		return r, err
 	}
 	if r, err = s.raise(ctx, floor); err != nil {
@@ -81,7 +84,12 @@ func Restore(ctx context.Context, p Place, file string, passphrase func() ([]byt
 }
 
 // fill unpacks the file beside what is there.
-func (s *stage) fill(in *bufio.Reader, passphrase func() ([]byte, error)) error {
+func (s *stage) fill(ctx context.Context, file *os.File, passphrase func() ([]byte, error)) error {
+	st, err := file.Stat()
+	if err != nil {
+		return err
+	}
+	in := bufio.NewReader(file)
 	head, err := in.Peek(max(len(sqliteMagic), len(sealed.Magic)))
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
@@ -91,7 +99,7 @@ func (s *stage) fill(in *bufio.Reader, passphrase func() ([]byte, error)) error 
 		if err := RemoveDatabase(s.database); err != nil {
 			return err
 		}
-		return writeNew(s.database, 0o600, in)
+		return writeNew(s.database, 0o600, s.place.meter(ctx, in, 0, st.Size()))
 	case !strings.HasPrefix(string(head), sealed.Magic):
 		return ErrNoBackup
 	}
@@ -99,7 +107,7 @@ func (s *stage) fill(in *bufio.Reader, passphrase func() ([]byte, error)) error 
 	if err != nil {
 		return err
 	}
-	opened, err := sealed.NewReader(in, secret)
+	opened, err := sealed.NewReader(s.place.meter(ctx, in, 0, st.Size()), secret)
 	if err != nil {
 		return err
 	}
