@@ -147,6 +147,32 @@ func TestMoveToAnotherHost(t *testing.T) {
 	}
 }
 
+// TestMistakesLeaveNothing: no directory in a mistyped SALLYPORT_DATA, for a file that
+// is none and a passphrase that is another one.
+func TestMistakesLeaveNothing(t *testing.T) {
+	file, _ := backedUp(t, live(t))
+	text := filepath.Join(t.TempDir(), "text")
+	put(t, text, "no backup, though long enough for one", 0o600)
+	fresh, errNobody := newPlace(t), errors.New("nobody is there to ask")
+	for name, c := range map[string]struct {
+		file string
+		ask  func() ([]byte, error)
+		want error
+	}{
+		"no file":          {file + "x", ask, fs.ErrNotExist},
+		"no backup":        {text, ask, ErrNoBackup},
+		"no passphrase":    {file, func() ([]byte, error) { return nil, errNobody }, errNobody},
+		"wrong passphrase": {file, func() ([]byte, error) { return []byte("correct horse battery stapler"), nil }, sealed.ErrOpen},
+	} {
+		if r, err := Restore(t.Context(), fresh, c.file, c.ask); !errors.Is(err, c.want) {
+			t.Errorf("%s: %+v, %v, want %v", name, r, err, c.want)
+		}
+		if made, err := os.ReadDir(filepath.Dir(fresh.Gateway)); err != nil || len(made) != 0 {
+			t.Errorf("%s: it made %v, %v", name, made, err)
+		}
+	}
+}
+
 func TestRestoreOverWhatIsThere(t *testing.T) {
 	p := live(t)
 	file, _ := backedUp(t, p)

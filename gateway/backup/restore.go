@@ -47,27 +47,39 @@ var ErrInterrupted = errors.New("a restoration was cut off here: run `sallyport 
 // renames, of which there are few, leaves a mark: the gateway does not start
 // before the restoration was repeated ([Interrupted]).
 func Restore(ctx context.Context, p Place, file string, passphrase func() ([]byte, error)) (r Restored, err error) {
-	lock, err := lockdir.Acquire(p.Gateway)
-	if err != nil {
-		return r, err
+	s := &stage{place: p, database: p.Database + restoring}
+	var lock *lockdir.Lock
+	if _, err := os.Stat(p.Gateway); !errors.Is(err, fs.ErrNotExist) {
+		if lock, err = lockdir.Acquire(p.Gateway); err != nil { // before a passphrase is asked for in vain
+			return r, err
+		}
 	}
-	defer func() { err = errors.Join(err, lock.Release()) }()
+	defer func() {
+		if lock != nil {
+			err = errors.Join(err, lock.Release())
+		}
+	}()
 	in, err := os.Open(file)
 	if err != nil {
 		return r, err
 	}
 	defer func() { _ = in.Close() }()
+	content, err := s.open(ctx, in, passphrase)
+	if err != nil {
+		return r, stopped(ctx, err)
+	}
+	if lock == nil { // a mistyped file, directory or passphrase has left nothing
+		if lock, err = lockdir.Acquire(p.Gateway); err != nil {
+			return r, err
+		}
+	}
 	floor, err := p.generationInUse(ctx)
 	if err != nil {
 		return r, err
 	}
-	s := &stage{place: p, database: p.Database + restoring}
 	defer func() { err = errors.Join(err, s.clear()) }()
-	if err := s.fill(ctx, in, passphrase); err != nil {
-		if ctx.Err() != nil { // which says nothing of the file
-			err = fmt.Errorf("%w; nothing was changed", context.Cause(ctx))
-		}
-		return r, err
+	if err := s.fill(content); err != nil {
+		return r, stopped(ctx, err)
 	}
 	if r, err = s.raise(ctx, floor); err != nil {
 		return r, err
@@ -83,35 +95,56 @@ func Restore(ctx context.Context, p Place, file string, passphrase func() ([]byt
 	return r, err
 }
 
-// fill unpacks the file beside what is there.
-func (s *stage) fill(ctx context.Context, file *os.File, passphrase func() ([]byte, error)) error {
+// stopped says so in place of an error that says nothing of the file.
+func stopped(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return fmt.Errorf("%w; nothing was changed", context.Cause(ctx))
+	}
+	return err
+}
+
+// open begins to read the file: it is a backup, and the passphrase is that of it.
+func (s *stage) open(ctx context.Context, file *os.File, passphrase func() ([]byte, error)) (*bufio.Reader, error) {
 	st, err := file.Stat()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	in := bufio.NewReader(file)
 	head, err := in.Peek(max(len(sqliteMagic), len(sealed.Magic)))
 	if err != nil && !errors.Is(err, io.EOF) {
-		return err
+		return nil, err
 	}
 	switch {
 	case strings.HasPrefix(string(head), sqliteMagic):
-		if err := RemoveDatabase(s.database); err != nil {
-			return err
-		}
-		return writeNew(s.database, 0o600, s.place.meter(ctx, in, 0, st.Size()))
+		s.bare = true
+		return bufio.NewReader(s.place.meter(ctx, in, 0, st.Size())), nil
 	case !strings.HasPrefix(string(head), sealed.Magic):
-		return ErrNoBackup
+		return nil, ErrNoBackup
 	}
 	secret, err := passphrase()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	opened, err := sealed.NewReader(s.place.meter(ctx, in, 0, st.Size()), secret)
 	if err != nil {
+		return nil, err
+	}
+	content := bufio.NewReader(opened)
+	if _, err := content.Peek(1); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	return content, nil
+}
+
+// fill unpacks what was opened beside what is there.
+func (s *stage) fill(content io.Reader) error {
+	if !s.bare {
+		return s.unpack(content)
+	}
+	if err := RemoveDatabase(s.database); err != nil {
 		return err
 	}
-	return s.unpack(opened)
+	return writeNew(s.database, 0o600, content)
 }
 
 // raise opens the copy, which also migrates it, and begins a generation above
@@ -120,8 +153,8 @@ func (s *stage) raise(ctx context.Context, floor int64) (r Restored, err error) 
 	db, err := open(ctx, s.database)
 	switch {
 	case err == nil:
-	case ctx.Err() != nil: // which says nothing of the file
-		return r, fmt.Errorf("%w; nothing was changed", context.Cause(ctx))
+	case ctx.Err() != nil:
+		return r, stopped(ctx, err)
 	case errors.Is(err, sqldb.ErrNewer):
 		return r, err
 	default:

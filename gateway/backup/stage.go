@@ -34,6 +34,7 @@ type stage struct {
 	place    Place
 	database string
 	manifest Manifest
+	bare     bool // the file is a database alone
 
 	identity, authority bool
 	pkiLock             *lockdir.Lock
