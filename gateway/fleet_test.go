@@ -629,6 +629,29 @@ func TestNodesThatComeBackUnchangedWaitForTheirTurn(t *testing.T) {
 	})
 }
 
+// What an RCP counts is known while it is connected: nobody knows who still waits
+// at one that is away.
+func TestRCPThatIsAwayCountsNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		r, n := b.rcp("dmz"), b.node("web", wire.StateRunning)
+		peers := []wire.Peer{nodePeer(n), {Pending: wire.KeyHash(fmt.Sprintf("%064x", 1))}}
+		b.up(r)
+		b.snapshot(r, "e", peers...)
+		for _, want := range []counts{{Online: 1, Pending: 1}, {}} {
+			if got := b.f.behind(r); got != want {
+				t.Errorf("behind it are %+v, want %+v", got, want)
+			}
+			b.f.linkDown(r, "killed")
+		}
+		b.up(r)
+		b.snapshot(r, "e2", peers...)
+		if got := b.f.behind(r); got.Pending != 1 {
+			t.Errorf("back again it has %+v behind it", got)
+		}
+	})
+}
+
 // What a node answers to a desired state says how its hello changes: the signal
 // that follows calls for no visit, whether it comes before the answer is looked
 // at or after. Another change does.

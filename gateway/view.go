@@ -135,10 +135,11 @@ func (f *fleet) look(m *member) presence {
 // counts are the numbers that a table of RCPs and the metrics show.
 type counts struct {
 	Online  int // nodes that are connected by way of the RCP, as far as it says
-	Pending int
+	Pending int // parties that wait for a certificate there
 }
 
-// behind counts what an RCP reports, itself or through others.
+// behind counts what an RCP reports, itself or through others; nothing while its
+// channel is gone.
 func (f *fleet) behind(id wire.ID) (c counts) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -153,7 +154,9 @@ func (f *fleet) behind(id wire.ID) (c counts) {
 			}
 		}
 	}
-	c.Pending = f.waiting[id]
+	if l := f.links[id]; l != nil && l.up {
+		c.Pending = f.waiting[id]
+	}
 	return c
 }
 
