@@ -49,10 +49,25 @@ func (t *twin) stopped() error {
 	return superseded(inst, inst.SupersededBy, inst.SupersededAt)
 }
 
+const fixSuperseded = "if that is the one to keep, remove this one; if this one is to go on, run `sallyport backup FILE` and `sallyport restore FILE` here"
+
 func superseded(inst store.Installation, by int64, since time.Time) error {
-	return fmt.Errorf("%w: it has generation %d of installation %s, and since %s generation %d is in use, restored from a backup on another host or in another directory; "+
-		"if that is the one to keep, remove this one; if this one is to go on, run `sallyport backup FILE` and `sallyport restore FILE` here",
+	return fmt.Errorf("%w; %s", whySuperseded(inst, by, since), fixSuperseded)
+}
+
+func whySuperseded(inst store.Installation, by int64, since time.Time) error {
+	return fmt.Errorf("%w: it has generation %d of installation %s, and since %s generation %d is in use, restored from a backup on another host or in another directory",
 		ErrSuperseded, inst.Generation, inst.UID, since.UTC().Format(time.RFC3339), by)
+}
+
+// Stopped says why a gateway that does not run will not, and what to do; nothing
+// where its database does not say so.
+func Stopped(ctx context.Context, database string) (why, fix string) {
+	inst, err := store.SupersededAt(ctx, database)
+	if err != nil || inst.SupersededBy == 0 { // what is wrong with a database is said elsewhere
+		return "", ""
+	}
+	return whySuperseded(inst, inst.SupersededBy, inst.SupersededAt).Error(), fixSuperseded
 }
 
 // watch waits for the proof, writes it down, and ends the server with it.

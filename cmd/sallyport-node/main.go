@@ -42,7 +42,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 	})
 	out.AddFlag(root)
 	root.AddCommand(
-		cli.LocalCommand(out, streams, wire.RoleNode),
+		cli.LocalCommand(out, streams, nil, wire.RoleNode),
 		cli.ConfigCommand(out, streams, string(wire.RoleNode)),
 		cli.VersionCommand(out))
 	return root

@@ -42,7 +42,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 	})
 	out.AddFlag(root)
 	root.AddCommand(
-		cli.LocalCommand(out, streams, wire.RoleRCP),
+		cli.LocalCommand(out, streams, nil, wire.RoleRCP),
 		cli.ConfigCommand(out, streams, string(wire.RoleRCP)),
 		cli.VersionCommand(out))
 	return root

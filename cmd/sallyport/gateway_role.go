@@ -146,6 +146,15 @@ func (h *gatewayHost) elsewhere(id *identity.Identity) error {
 		"without either move %s away, and every party has to enrol again", td, dir, id.Dir())
 }
 
+// gatewayStopped tells the doctor why a gateway does not start again.
+func gatewayStopped(ctx context.Context, env []string, role wire.Role) (why, fix string) {
+	c, err := config.LoadGateway(env)
+	if role != wire.RoleGateway || err != nil {
+		return "", ""
+	}
+	return gateway.Stopped(ctx, c.Database)
+}
+
 // serve opens the doors on this host and runs the gateway behind them.
 func (h *gatewayHost) serve(ctx context.Context, dir string, server *gateway.Server, keep func(context.Context) error) error {
 	socket, err := local.Listen(dir, server, h.log)

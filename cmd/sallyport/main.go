@@ -30,7 +30,7 @@ func newRoot(streams cli.IO) *cobra.Command {
 		a.runCommand(), a.demoCommand(), a.simCommand(), a.backupCommand(), a.restoreCommand(),
 		a.applyCommand(), a.rcpCommand(), a.joinCommand(), a.requestCommand(), a.ruleCommand(), a.certificateCommand(), a.nodeCommand(), a.policyCommand(),
 		a.deploymentCommand(), a.actionCommand(), a.targetCommand(), a.eventCommand(), a.tokenCommand(), a.auditCommand(), a.revocationCommand(), a.caCommand(),
-		cli.LocalCommand(a.out, streams, wire.RoleNode, wire.RoleRCP, wire.RoleGateway),
+		cli.LocalCommand(a.out, streams, gatewayStopped, wire.RoleNode, wire.RoleRCP, wire.RoleGateway),
 		cli.ConfigCommand(a.out, streams, "gateway", "rcp", "node", "pki", "signer", "operator"),
 		cli.VersionCommand(a.out),
 	)

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"time"
 
@@ -40,6 +41,16 @@ func (db *DB) Installation() Installation { return db.inst }
 func GenerationAt(ctx context.Context, path string) (n int64, err error) {
 	err = sqldb.Peek(ctx, path, "SELECT max(generation, superseded_by) FROM installation WHERE id = 1", &n)
 	return n, err
+}
+
+// SupersededAt returns what the database at path, which nobody uses, knows of the
+// generation that took its place; SupersededBy is 0 where none has.
+func SupersededAt(ctx context.Context, path string) (inst Installation, err error) {
+	var at sql.NullTime
+	err = sqldb.Glance(ctx, path, "SELECT uid, generation, superseded_by, superseded_at FROM installation WHERE id = 1",
+		&inst.UID, &inst.Generation, &inst.SupersededBy, &at)
+	inst.SupersededAt = at.Time
+	return inst, err
 }
 
 // RaiseGeneration begins a new generation, which a database needs after it was

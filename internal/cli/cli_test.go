@@ -187,7 +187,7 @@ func TestExecuteReportsOnce(t *testing.T) {
 	root := Root("prog", "x", "", s)
 	o := NewOutput(s)
 	o.AddFlag(root)
-	root.AddCommand(VersionCommand(o), LocalCommand(o, s, wire.RoleNode))
+	root.AddCommand(VersionCommand(o), LocalCommand(o, s, nil, wire.RoleNode))
 	if code := Execute(t.Context(), root, s, []string{"version"}); code != 0 || !strings.HasPrefix(out.String(), "prog ") {
 		t.Errorf("version: %d, %q", code, out)
 	}
@@ -200,7 +200,7 @@ func TestExecuteReportsOnce(t *testing.T) {
 	}
 	s.Env = append(s.Env, "SALLYPORT_TYPO=1")
 	root = Root("prog", "x", "", s)
-	root.AddCommand(VersionCommand(o), LocalCommand(o, s, wire.RoleNode))
+	root.AddCommand(VersionCommand(o), LocalCommand(o, s, nil, wire.RoleNode))
 	if code := Execute(t.Context(), root, s, []string{"local", "status"}); code != ExitUsage {
 		t.Errorf("unknown variable: %d", code)
 	}

@@ -89,8 +89,7 @@ func (l *localRole) examineRole(ctx context.Context, c config.Common, role wire.
 	if mute {
 		checks = []local.Check{{Check: "running", Detail: err.Error(), Fix: "see its log, and what its process and its disk do; start it anew if it stays so"}}
 	} else if errors.Is(err, local.ErrNotRunning) {
-		checks = []local.Check{{Check: "running", Detail: "no " + string(role) + " runs in " + c.Dir(string(role)),
-			Fix: "start it (`sallyport run " + string(role) + "`); if it ends at once, its last words on stderr or in the journal say why"}}
+		checks = []local.Check{l.notRunning(ctx, c, role)}
 	} else if err != nil {
 		return nil, err
 	}
@@ -103,6 +102,17 @@ func (l *localRole) examineRole(ctx context.Context, c config.Common, role wire.
 		checks = append(checks, doctor.Reach(ctx, addr))
 	}
 	return checks, nil
+}
+
+func (l *localRole) notRunning(ctx context.Context, c config.Common, role wire.Role) local.Check {
+	found := local.Check{Check: "running", Detail: "no " + string(role) + " runs in " + c.Dir(string(role)),
+		Fix: "start it (`sallyport run " + string(role) + "`); if it ends at once, its last words on stderr or in the journal say why"}
+	if l.stopped != nil {
+		if why, fix := l.stopped(ctx, l.streams.Env, role); why != "" {
+			found.Detail, found.Fix = found.Detail+": "+why, fix
+		}
+	}
+	return found
 }
 
 // files are the findings about what is on disk. An ordinary user who asks a

@@ -25,12 +25,18 @@ type localRole struct {
 	streams IO
 	out     *Output
 	roles   []wire.Role // that this program may hold, the likeliest first
-	choice  string      // --role
+	stopped Stopped
+	choice  string // --role
 }
 
-// LocalCommand is `local`: what a person on the host of a role may ask it.
-func LocalCommand(out *Output, streams IO, roles ...wire.Role) *cobra.Command {
-	l := &localRole{streams: streams, out: out, roles: roles}
+// Stopped says why a role that does not run will not, and what to do; nothing where
+// that is not known.
+type Stopped func(ctx context.Context, env []string, role wire.Role) (why, fix string)
+
+// LocalCommand is `local`: what a person on the host of a role may ask it. stopped
+// may be nil.
+func LocalCommand(out *Output, streams IO, stopped Stopped, roles ...wire.Role) *cobra.Command {
+	l := &localRole{streams: streams, out: out, roles: roles, stopped: stopped}
 	cmd := Group("local", "Speak to the role that runs on this host",
 		l.statusCommand(), l.doctorCommand(), l.eventCommand(), l.unlockCommand(), l.joinCommand(), l.instanceCommand(), l.csrCommand(), l.certificateCommand(), l.rejoinCommand())
 	if len(roles) > 1 {
