@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"sync"
 	"time"
@@ -113,18 +114,23 @@ func (c *clones) forget(id wire.ID) {
 	delete(c.looked, id)
 }
 
-// greet asks a node for its hello, and follows what it proves. A process that
-// answers under a boot ID which others may have is given another in the same
-// session, and asked again.
+// greet asks a node for its hello, tells it whether it is quarantined, and follows
+// what it proves. A process that answers under a boot ID which others may have is
+// given another in the same session, and asked again.
 func (c *clones) greet(ctx context.Context, id wire.ID, conv *conversation) (*greeting, error) {
-	a, err := conv.greet(ctx, false)
+	tell := http.Header{}
+	if c.s.fleet.quarantined(id) != "" {
+		tell.Set(wire.HeaderQuarantined, "1")
+	}
+	a, err := conv.greet(ctx, tell)
 	if err != nil {
 		return nil, err
 	}
 	other, copied := c.saw(id, a)
 	if copied {
 		c.suspect(id, doubtTwo)
-		if a, err = conv.greet(ctx, true); err != nil {
+		tell.Set(wire.HeaderMark, "1")
+		if a, err = conv.greet(ctx, tell); err != nil {
 			return nil, err
 		}
 		if o, _ := c.saw(id, a); o != "" {
@@ -165,6 +171,7 @@ func (c *clones) quarantine(ctx context.Context, id wire.ID, boot, other string)
 		return err
 	}
 	c.s.tunnels.cut(id)
+	c.suspect(id, doubtTwo) // to tell them
 	return nil
 }
 

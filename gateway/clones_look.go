@@ -190,12 +190,17 @@ func (c *clones) suspicion(id wire.ID) *suspicion {
 
 // look asks a node for its hello by its ways in turn, each time in a session
 // of its own, until it is quarantined, or proven to be one process. It tells
-// whether to ask again later: by a single way, those behind it take turns.
+// whether to ask again later: by a single way, those behind it take turns. One that
+// is quarantined is told so by each way.
 func (c *clones) look(ctx context.Context, id wire.ID, s *suspicion) (more bool) {
 	run := unbroken{}
 	for ; s.asked < turnProbes; s.asked++ {
 		doors, reported := c.doors(id)
-		if len(doors) == 0 || reported < 2 && c.reason(s) == doubtWay || c.s.fleet.quarantined(id) != "" {
+		if c.s.fleet.quarantined(id) != "" {
+			c.tell(ctx, id, doors)
+			return false
+		}
+		if len(doors) == 0 || reported < 2 && c.reason(s) == doubtWay {
 			return false
 		}
 		if len(doors) == 1 && doors[0].conn != nil {
@@ -222,6 +227,14 @@ func (c *clones) look(ctx context.Context, id wire.ID, s *suspicion) (more bool)
 		}
 	}
 	return false
+}
+
+func (c *clones) tell(ctx context.Context, id wire.ID, doors []door) {
+	for _, d := range doors {
+		if _, err := c.ask(ctx, id, d); err != nil {
+			c.s.log.Debug("a quarantined node is not told by one way", "id", id, "way", d.route.name, "error", err)
+		}
+	}
 }
 
 func (c *clones) reason(s *suspicion) doubt {

@@ -129,6 +129,17 @@ func TestClonesAreQuarantined(t *testing.T) {
 	if told != 1 || len(auditOf(t, w.db, "node.quarantine")) != 1 {
 		t.Errorf("%d events, audit %v", told, auditOf(t, w.db, "node.quarantine"))
 	}
+	// Both hosts know, and their `local status` says so.
+	knows := func(n *fakeNode, want bool) {
+		t.Helper()
+		eventually(t, "the node is told whether it is quarantined", func() bool {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			return n.confined == want
+		})
+	}
+	knows(one, true)
+	knows(two, true)
 	// It gets nothing.
 	if a := w.done(w.act(one, time.Minute, "true")); a.State != wire.ActionRefused || !strings.Contains(a.Reason, "quarantined") {
 		t.Errorf("an action: %s, %s", a.State, a.Reason)
@@ -159,6 +170,7 @@ func TestClonesAreQuarantined(t *testing.T) {
 	if n, err = w.db.Node(t.Context(), id); err != nil || n.Quarantine != "" {
 		t.Errorf("%+v, %v", n, err)
 	}
+	knows(one, false)
 	// If the other one still lives, it is found again.
 	w.s.clones.forget(id)
 	rcps[1].holdBoot(two, "b2")

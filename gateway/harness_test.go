@@ -214,6 +214,7 @@ type fakeNode struct {
 	hello    wire.Hello
 	held     wire.Nonce // the last one brought; zero: too old to know
 	hellos   int
+	confined bool // as it was told
 	spool    string
 	events   []wire.Event
 	acked    int64
@@ -266,6 +267,7 @@ func (n *fakeNode) getHello(rw http.ResponseWriter, r *http.Request) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.hellos++
+	n.confined = r.Header.Get(wire.HeaderQuarantined) == "1"
 	previous := n.held
 	if brought, err := wire.ParseNonce(r.Header.Get(wire.HeaderNonce)); err == nil && !n.held.IsZero() {
 		n.held = brought

@@ -223,21 +223,21 @@ type greeting struct {
 // Hello reads what the party says of itself now, and how far its clock is
 // ahead of ours.
 func (c *conversation) Hello(ctx context.Context) (wire.Hello, time.Duration, error) {
-	a, err := c.greet(ctx, false)
+	a, err := c.greet(ctx, nil)
 	if err != nil {
 		return wire.Hello{}, 0, err
 	}
 	return a.hello, a.skew, nil
 }
 
-// greet reads what the party says of itself now, and brings it a nonce; with
-// mark it takes a boot ID of its own by that before it answers.
-func (c *conversation) greet(ctx context.Context, mark bool) (*greeting, error) {
+// greet reads what the party says of itself now, and brings it a nonce, and what else
+// is in header.
+func (c *conversation) greet(ctx context.Context, header http.Header) (*greeting, error) {
 	a := &greeting{nonce: wire.NewNonce(), sent: time.Now()}
-	header := http.Header{wire.HeaderNonce: {a.nonce.String()}}
-	if mark {
-		header.Set(wire.HeaderMark, "1")
+	if header == nil {
+		header = http.Header{}
 	}
+	header.Set(wire.HeaderNonce, a.nonce.String())
 	if err := c.callWith(ctx, http.MethodGet, wire.PathHello, header, nil, &a.hello, wire.MaxHello); err != nil {
 		return nil, err
 	}

@@ -33,11 +33,11 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 	}
 	var hello wire.Hello
 	err := do(ctx, s.party(t.role, t.id), func(ctx context.Context, c *conversation) error {
-		greet := c.greet
+		greet := func() (*greeting, error) { return c.greet(ctx, nil) }
 		if t.role == wire.RoleNode && t.known {
-			greet = func(ctx context.Context, _ bool) (*greeting, error) { return s.clones.greet(ctx, t.id, c) }
+			greet = func() (*greeting, error) { return s.clones.greet(ctx, t.id, c) }
 		}
-		a, err := greet(ctx, false)
+		a, err := greet()
 		if err != nil {
 			return err
 		}

@@ -1,11 +1,14 @@
 package node
 
 import (
+	"errors"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 
+	"sallyport/internal/local"
 	"sallyport/internal/wire"
 )
 
@@ -114,6 +117,41 @@ func TestCopiesGetBootIDsOfTheirOwn(t *testing.T) {
 		err := in.admitReidentify(&wire.Reidentify{Node: in.id.ID(), Boot: boot, Installation: installation})
 		if meant := err == nil || !strings.Contains(err.Error(), "it is for the process with boot ID"); meant != admitted {
 			t.Errorf("reidentify for boot %s: %v", boot, err)
+		}
+	}
+}
+
+// TestQuarantineIsSeenOnTheHost: what a gateway says in a session, and takes back, is
+// what the host's people see.
+func TestQuarantineIsSeenOnTheHost(t *testing.T) {
+	p := newPlant(t)
+	ag := p.node()
+	s := ag.session()
+	for _, want := range []bool{true, true, false} {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://peer"+wire.PathHello, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want {
+			req.Header.Set(wire.HeaderQuarantined, "1")
+		}
+		res, err := s.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var h wire.Hello
+		if err := errors.Join(wire.DecodeJSON(res.Body, wire.MaxHello, &h), res.Body.Close()); err != nil || h.State != wire.StateRunning {
+			t.Errorf("its hello says %s: %v", h.State, err) // what the gateway knows needs no saying
+		}
+		st := ag.a.Status(t.Context())
+		if got := st.State == string(wire.StateQuarantined) && strings.Contains(st.Reason, "another live host"); got != want {
+			t.Errorf("status %s (%s), want quarantined: %t", st.State, st.Reason, want)
+		}
+		i := slices.IndexFunc(ag.a.Doctor(t.Context()), func(c local.Check) bool {
+			return c.Check == "quarantine" && !c.OK && strings.Contains(c.Fix, "--boot "+st.Boot) && strings.Contains(c.Fix, "node resume")
+		})
+		if (i >= 0) != want {
+			t.Errorf("doctor: %+v", ag.a.Doctor(t.Context()))
 		}
 	}
 }

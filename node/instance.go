@@ -63,6 +63,7 @@ type instance struct {
 	dropped    chan int64
 	clock      local.Clock
 	copies     copies
+	quarantine atomic.Bool          // as a gateway said last
 	rebirth    sync.Mutex           // one change of identity at a time
 	reborn     chan []*channel.Conn // of the identity before: they are to end
 	join       *identity.JoinSource

@@ -24,6 +24,7 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
 		in.clock.Heard(r.Header)
+		in.hearQuarantine(r.Header.Get(wire.HeaderQuarantined) == "1")
 		previous, marked := in.copies.heard(r.Header)
 		h := in.hello()
 		h.Previous = previous
@@ -50,6 +51,22 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux.Handle(wire.PathParked, in.lot.API(in.td))
 	return mux
 }
+
+// hearQuarantine keeps what a gateway says in a session: nobody else is believed that
+// two hosts have this node's identity.
+func (in *instance) hearQuarantine(now bool) {
+	if in.quarantine.Swap(now) == now {
+		return
+	}
+	if now {
+		in.log.Warn("quarantined by the gateway", "reason", quarantined, "boot", in.copies.boot(in.boot))
+	} else {
+		in.log.Info("the gateway ended the quarantine")
+	}
+}
+
+// quarantined is the reason that is shown on the host.
+const quarantined = "the gateway found another live host with this node's identity: neither gets policies, actions or connections"
 
 func writeJSON(w http.ResponseWriter, v any) {
 	w.Header().Set("Content-Type", "application/json")

@@ -20,6 +20,9 @@ const (
 	// HeaderMark, set to "1" beside a nonce, makes the process take a boot ID
 	// of its own ([MarkBoot]) before it answers.
 	HeaderMark = "Sallyport-Mark"
+	// HeaderQuarantined, set to "1", tells a node that it is quarantined
+	// ([StateQuarantined]); without it, it is not.
+	HeaderQuarantined = "Sallyport-Quarantined"
 )
 
 // NonceSize is in bytes.
