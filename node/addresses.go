@@ -96,6 +96,15 @@ func (a *addresses) expire() (dropped []string, next time.Duration, err error) {
 	return dropped, 0, a.save(rcpLists{Good: a.lists.Good, Rejected: dropped})
 }
 
+// unlisted tells whether the gateway has sent a list that has worked, and does not
+// name an address: that of a join code whose RCP was removed since. It is dialled all
+// the same, for the day on which none of the list answers.
+func (a *addresses) unlisted(addr string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return len(a.lists.Good) > 0 && !slices.Contains(a.lists.Good, addr) && !slices.Contains(a.lists.Trial, addr)
+}
+
 // all is what to dial, beside the join addresses.
 func (a *addresses) all(join []string) []string {
 	a.mu.Lock()

@@ -27,6 +27,9 @@ func TestRCPList(t *testing.T) {
 			return a
 		}
 		a := open()
+		if a.unlisted("join:1") {
+			t.Error("before there is a list, it says nothing")
+		}
 		join := []string{"join:1"}
 		want := func(addrs ...string) {
 			t.Helper()
@@ -49,6 +52,11 @@ func TestRCPList(t *testing.T) {
 		}
 		a = open()
 		want("a:1", "b:1", "join:1")
+		for addr, unlisted := range map[string]bool{"a:1": false, "join:1": true} {
+			if a.unlisted(addr) != unlisted {
+				t.Errorf("%s is not in the gateway's list: %t, want %t", addr, !unlisted, unlisted)
+			}
+		}
 		// A list that leads nowhere.
 		offer(true, []string{"a:1"}, "wrong:1")
 		want("a:1", "b:1", "join:1", "wrong:1")

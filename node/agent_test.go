@@ -76,9 +76,9 @@ func (p *plant) listen(addr string) string {
 }
 
 // code is a join code for the plant without a token.
-func (p *plant) code() string {
+func (p *plant) code(besides ...string) string {
 	p.t.Helper()
-	code, err := wire.JoinCode{TrustDomain: p.ca.TrustDomain, Root: wire.KeyOf(p.ca.Root), Role: wire.RoleNode, Addresses: []string{p.addr}}.Encode()
+	code, err := wire.JoinCode{TrustDomain: p.ca.TrustDomain, Root: wire.KeyOf(p.ca.Root), Role: wire.RoleNode, Addresses: append(besides, p.addr)}.Encode()
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -711,6 +711,35 @@ func TestTwoGatewaysOfOneList(t *testing.T) {
 	lone := ag.a.all()[0].doctor(func(string) string { return "" })
 	if !slices.ContainsFunc(lone, func(c local.Check) bool { return !c.OK && strings.HasPrefix(c.Check, "upstream ") && c.Fix != "" }) {
 		t.Errorf("nobody else serves the other address, and nothing is wrong: %+v", lone)
+	}
+}
+
+// TestRemovedRCPOfAJoinCode: an address that nobody but the join code names is said to
+// be that, once the gateway's list leads somewhere; it is no failure.
+func TestRemovedRCPOfAJoinCode(t *testing.T) {
+	p := newPlant(t)
+	const gone = "127.0.0.1:1"
+	ag := p.node("SALLYPORT_NODE_JOIN=" + p.code(gone))
+	find := func() (c local.Check) {
+		for _, c = range ag.a.Doctor(t.Context()) {
+			if c.Check == "upstream "+gone && strings.Contains(c.Detail, "failed") {
+				return c
+			}
+		}
+		return local.Check{}
+	}
+	eventually(t, "one of the two is there", func() bool { return find().Check != "" && len(ag.in().upstreams.connected()) == 1 })
+	if c := find(); c.OK || strings.Contains(c.Detail, "join code") {
+		t.Errorf("before the gateway named its RCPs: %+v", c)
+	}
+	ag.in().takeRCPs(rcps(p.addr))
+	if c := find(); !c.OK || !c.Warning || !strings.Contains(c.Detail, "was that RCP removed?") || !strings.Contains(c.Fix, "nothing has to be done") {
+		t.Errorf("doctor: %+v", c)
+	}
+	for _, u := range ag.a.Status(t.Context()).Upstreams {
+		if (u.Address == gone) != strings.Contains(u.Error, ofJoinCode) {
+			t.Errorf("status: %+v", u)
+		}
 	}
 }
 

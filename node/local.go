@@ -217,6 +217,9 @@ func (in *instance) checkUpstreams(served func(addr string) string) []local.Chec
 		c := doctor.Channel(u, waits)
 		if td := served(u.Address); !c.OK && td != "" { // SALLYPORT_NODE_UPSTREAMS holds for all instances
 			c = local.Check{Check: c.Check, OK: true, Detail: "it leads to " + td + ", whose gateway this node serves too"}
+		} else if !c.OK && in.upstreams.up() > 0 && in.upstreams.unlisted(u.Address) {
+			c.OK, c.Warning = true, true
+			c.Fix = "nothing has to be done: the others are used, and it is tried now and then, for the day on which none of them answers; SALLYPORT_NODE_UPSTREAMS, if set, names all that is dialled"
 		}
 		checks = append(checks, c)
 		enrolling = enrolling || waits && u.State == "enrolling"

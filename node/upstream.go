@@ -218,6 +218,11 @@ func (u *upstreams) serve(ctx context.Context, c *channel.Conn, addr string) {
 	log.Info("upstream channel down", "reason", err)
 }
 
+// unlisted tells whether an address is of the join code alone.
+func (u *upstreams) unlisted(addr string) bool {
+	return len(u.in.cfg.Upstreams.Dialled()) == 0 && u.in.addresses.unlisted(addr)
+}
+
 // connected lists the addresses that certified channels were dialled to.
 func (u *upstreams) connected() (addrs []string) {
 	u.mu.Lock()
@@ -267,6 +272,9 @@ func (u *upstreams) cut(cause error, all bool) {
 	u.in.lanes.cut(func(p identity.Peer) bool { return all || u.in.id.Revoked(p.Key) }, cause)
 }
 
+// ofJoinCode is said of an address that nobody but the join code names.
+const ofJoinCode = "it is in the join code, and not in the gateway's list of RCPs: was that RCP removed?"
+
 // status lists every address and everybody who has dialled us.
 func (u *upstreams) status() []wire.UpstreamStatus {
 	u.mu.Lock()
@@ -286,6 +294,9 @@ func (u *upstreams) status() []wire.UpstreamStatus {
 		}
 		if d.state.Err != nil {
 			s.Error = d.state.Err.Error()
+			if u.unlisted(d.addr) {
+				s.Error += "; " + ofJoinCode
+			}
 		}
 		out = append(out, s)
 	}
