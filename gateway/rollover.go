@@ -385,6 +385,17 @@ const trustsOfAGeneration = 1000
 func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail string, turn func(context.Context, int64) (wire.CAState, error)) (api.CAChange, error) {
 	atLeast, _ := s.id.Trust()
 	atLeast = max(atLeast, (s.store.Installation().Generation-1)*trustsOfAGeneration)
+	audit := func(ctx context.Context, td, detail string) error {
+		return s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+			tx.Audit(ctx, what, td, detail)
+			return nil
+		})
+	}
+	// The change is in the authority's files, perhaps on another host: no transaction
+	// is held open for it. None is made without a trace of who asked for it.
+	if err := audit(ctx, s.id.TrustDomain(), detail+"; begun"); err != nil {
+		return change, err
+	}
 	state, err := turn(ctx, atLeast)
 	if unanswered(err) {
 		s.log.WarnContext(ctx, "the certificate authority gave no answer: it may have changed its issuers", "what", what, "detail", detail, "error", err)
@@ -401,14 +412,8 @@ func (s *Server) turnCA(ctx context.Context, change api.CAChange, what, detail s
 		return change, api.NewProblem(api.CodeConflict, err.Error())
 	}
 	ctx = context.WithoutCancel(ctx) // whoever asked may go away: what was changed is spread
-	// The change is in the authority's files, perhaps on another host: no
-	// transaction is held open for it.
-	err = s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-		tx.Audit(ctx, what, state.TrustDomain, fmt.Sprintf("%s; %s issues", detail, state.Issuing().Key.Fingerprint()))
-		return nil
-	})
-	if err != nil {
-		s.log.Error("a change of the certificate authority's issuers is not in the audit log", "what", what, "detail", detail, "error", err)
+	if err := audit(ctx, state.TrustDomain, fmt.Sprintf("%s; %s issues", detail, state.Issuing().Key.Fingerprint())); err != nil {
+		s.log.Error("of a change of the certificate authority's issuers only the beginning is in the audit log", "what", what, "detail", detail, "error", err)
 	}
 	if err := s.catchUp(ctx); err != nil { // whoever asked must know that the step is taken: an abort that is repeated turns it round
 		s.log.Error("renewal failed; it is tried again in a minute", "error", err)

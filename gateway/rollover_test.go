@@ -9,13 +9,17 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/uptrace/bun"
+
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
+	"sallyport/internal/sqldb"
 	"sallyport/internal/wire"
 )
 
@@ -248,6 +252,41 @@ func TestLostAnswerOfAStep(t *testing.T) {
 		if err == nil || strings.Contains(err.Error(), "may have changed") != c.lost || codeOfError(err) != c.code {
 			t.Errorf("%v: %v", c.fail, err)
 		}
+	}
+}
+
+// TestNoStepWithoutATrace: where the audit log cannot be written, the authority is not
+// asked to change its issuers.
+func TestNoStepWithoutATrace(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	if err := w.db.RaiseGeneration(t.Context(), 0); err != nil { // so that who is asked is told a number
+		t.Fatal(err)
+	}
+	ca := newDesk(t).rolls()
+	w.before = func(s *Server) { s.enrolment.ca = ca }
+	w.run()
+	defer w.stop()
+	sql := func(text string) {
+		t.Helper()
+		err := sqldb.Beside(t.Context(), filepath.Join(w.dir, "sallyport.db"), func(ctx context.Context, tx bun.Tx) error {
+			_, err := tx.ExecContext(ctx, text)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	sql("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room'); END")
+	if _, err := w.s.rotateCA(t.Context(), api.RotateCA{What: wire.RolloverRoot}); err == nil || ca.above != 0 {
+		t.Errorf("a step that cannot be audited: %v, the authority was asked: %t", err, ca.above != 0)
+	}
+	sql("DROP TRIGGER full")
+	if _, err := w.s.rotateCA(t.Context(), api.RotateCA{What: wire.RolloverRoot}); err != nil || ca.above == 0 {
+		t.Errorf("with room again: %v", err)
+	}
+	if rows := auditOf(t, w.db, "ca.rotate"); len(rows) != 2 {
+		t.Errorf("audit %v", rows)
 	}
 }
 
