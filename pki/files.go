@@ -28,6 +28,7 @@ const (
 	fileInterKey    = "intermediate.key"
 	fileTrustDomain = "trust-domain"
 	fileRevocations = "revocations.json"
+	fileRoom        = "room" // for a moment
 )
 
 // Lives of the certificates, counted from the moment of issue. The issuers

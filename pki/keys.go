@@ -63,6 +63,9 @@ func (k keyring) make(name string) (crypto.Signer, error) {
 		return nil, err
 	}
 	if k.signer != nil {
+		if err := k.room(); err != nil {
+			return nil, err
+		}
 		key, err := k.signer.make(name)
 		if err != nil {
 			return nil, err
@@ -85,6 +88,23 @@ func (k keyring) make(name string) (crypto.Signer, error) {
 		return nil, err
 	}
 	return key, k.write(name, der)
+}
+
+// spareRoom is more than a key, its certificate, and what is signed anew with them
+// take on disk, in bytes.
+const spareRoom = 64 << 10
+
+// room makes sure that there is room for what follows a new key: a signer keeps each
+// that it made, and nobody can ask it to forget one.
+func (k keyring) room() error {
+	probe := make([]byte, spareRoom)
+	if _, err := rand.Read(probe); err != nil { // some file systems give zeros no room
+		return err
+	}
+	if err := writeFile(k.dir, fileRoom, probe, 0o600); err != nil {
+		return err
+	}
+	return os.Remove(filepath.Join(k.dir, fileRoom))
 }
 
 // likeOthers refuses to leave a key open in its file where the others are in a

@@ -8,11 +8,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"sallyport/internal/wire"
 	"sallyport/pki"
@@ -158,5 +161,40 @@ func TestSignerThatHangs(t *testing.T) {
 	}
 	if s := a.State(); s.Problem != "" {
 		t.Errorf("problem %q", s.Problem)
+	}
+}
+
+// TestNoKeyWithoutRoom: a step that a full disk of the authority forbids leaves no key
+// at the signer, which keeps them for ever and takes a bounded number.
+func TestNoKeyWithoutRoom(t *testing.T) {
+	keys, dir := shortDir(t), t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=1m"); err != nil {
+		t.Skip(err) // only root has small disks
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, 0) })
+	socket, _ := signer(t, keys)
+	a := open(t, dir, pki.WithSigner(socket))
+	defer func() { closeIt(t, a) }()
+	before := names(t, dir)
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 2<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	for _, kind := range []string{wire.RolloverIntermediate, wire.RolloverRoot, wire.RolloverRoot} {
+		if _, err := a.Rotate(t.Context(), kind, 0); !errors.Is(err, unix.ENOSPC) {
+			t.Errorf("%s on a full disk: %v", kind, err)
+		}
+	}
+	if got := privateKeys(t, keys); len(got) != 2 {
+		t.Errorf("the signer has %v", got)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if after := names(t, dir); after != before {
+		t.Errorf("beside the authority there was %s, and is %s", before, after)
+	}
+	if _, err := a.Rotate(t.Context(), wire.RolloverRoot, 0); err != nil {
+		t.Errorf("with room again: %v", err)
 	}
 }
