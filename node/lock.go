@@ -26,8 +26,9 @@ type interlock struct {
 	dir   string
 	raise func(wire.Event)
 
-	mu    sync.Mutex
-	state lockState
+	mu      sync.Mutex
+	state   lockState
+	unsaved bool // a lock holds that is not on disk yet
 }
 
 // lockState outlives a restart.
@@ -84,8 +85,10 @@ func (l *interlock) obey(uid string) error {
 		reason := fmt.Sprintf("the gateway's installation is %s, this node belongs to %s: unlock it with `sallyport local unlock`, or bring back the gateway's database",
 			wire.Quotable(uid), known)
 		if l.state.Locked != reason {
-			if err := l.save(func(s *lockState) { s.Locked, s.Since = reason, time.Now().UTC() }); err != nil {
-				return err
+			lock := func(s *lockState) { s.Locked, s.Since = reason, time.Now().UTC() }
+			if err := l.save(lock); err != nil { // a full disk does not unlock it, nor does it have the gateway come again and again
+				lock(&l.state)
+				l.unsaved = true
 			}
 			l.raise(wire.Event{Severity: wire.SeverityMajor, Application: "sallyport", Object: "lock", Key: "lock", Text: "node locked: " + reason})
 		}
@@ -108,9 +111,14 @@ func (l *interlock) free(text string) error {
 	if l.state.Locked == "" {
 		return nil
 	}
-	if err := l.save(func(s *lockState) { s.Locked, s.Since = "", time.Time{} }); err != nil {
-		return err
+	open := func(s *lockState) { s.Locked, s.Since = "", time.Time{} }
+	if err := l.save(open); err != nil {
+		if !l.unsaved {
+			return err
+		}
+		open(&l.state) // on disk it never was locked
 	}
+	l.unsaved = false
 	l.raise(wire.Event{Severity: wire.SeverityNormal, Application: "sallyport", Object: "lock", Key: "lock", Text: text})
 	return nil
 }
@@ -139,6 +147,9 @@ func (l *interlock) locked() string {
 	defer l.mu.Unlock()
 	if l.state.Locked == "" {
 		return ""
+	}
+	if l.unsaved && l.save(func(*lockState) {}) == nil {
+		l.unsaved = false
 	}
 	if known, err := l.installation(); err == nil && known == "" {
 		if err := l.free("node unlocked: its uid file was deleted"); err == nil {
