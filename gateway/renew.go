@@ -76,6 +76,47 @@ func (c *issued) succeed(ctx context.Context, tx *store.Tx, party wire.Party, na
 	return tx.RevokeOtherKeys(ctx, party.ID, c.key, replacedBy+c.key.Fingerprint())
 }
 
+// lostAfter is when an answer that tells of a new key will not come any more.
+const lostAfter = visitTime
+
+// follow takes the key that a party has proven in a session for its key, when the
+// answer that told of it was lost: people compare fingerprints, and the key before is
+// promised to end.
+func (e *enrolment) follow(ctx context.Context, peer identity.Peer) error {
+	have, err := currentKey(ctx, e.store.Queries, peer.Party.Role, peer.Party.ID)
+	if errors.Is(err, store.ErrNotFound) || err == nil && have.KeyHash == peer.Key {
+		return nil
+	}
+	var ended int64
+	if err == nil {
+		err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+			k, err := tx.Key(ctx, peer.Key)
+			if errors.Is(err, store.ErrNotFound) || err == nil && (k.PartyID != peer.Party.ID || tx.Now().Sub(k.IssuedAt) < lostAfter) {
+				return nil
+			}
+			next, nextErr := succeeds(ctx, tx.Queries, peer.Party, peer.Key)
+			if err = errors.Join(err, nextErr); err != nil || !next {
+				return err
+			}
+			name, tenant, err := e.nameOf(ctx, peer.Party)
+			if err != nil {
+				return err
+			}
+			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s; its answer was lost", peer.Party, peer.Key.Fingerprint()))
+			c := issued{leaf: peer.Leaf, key: peer.Key, issuer: peer.Issuer}
+			ended, err = c.succeed(ctx, tx, peer.Party, name, tenant, false)
+			return err
+		})
+	}
+	if err == nil {
+		err = e.spreadEnded(ctx, peer.Party, ended)
+	}
+	if err != nil && !errors.Is(err, identity.ErrRevoked) { // then the session ends in a moment
+		return fmt.Errorf("take over the key of %s: %w", peer, err)
+	}
+	return nil
+}
+
 // spreadEnded tells everybody of a party's keys that ended.
 func (e *enrolment) spreadEnded(ctx context.Context, party wire.Party, ended int64) error {
 	if ended == 0 {

@@ -632,6 +632,64 @@ func TestLostRekeyEndsTheOldKeyLater(t *testing.T) {
 	}
 }
 
+// TestLostRekeyIsSeenInASession: nor does the list show the old fingerprint until the
+// next renewal. A rekey that is under way is left alone.
+func TestLostRekeyIsSeenInASession(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	a := d.enrolled(d.join(api.CreateJoin{Name: "web"}), "")
+	party, _ := a.id.Party()
+	first := a.id.KeyHash()
+	lost := errors.New("the connection broke")
+	d.answer = renews(a, &lost)
+	if err := d.renewNow(t.Context(), party.ID, true); !errors.Is(err, lost) {
+		t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(a.id.Chain()[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	peer := identity.Peer{Party: party, Name: "web", Tenant: "default", Key: a.id.KeyHash(), Issuer: wire.KeyOf(d.ca.Inter), Leaf: leaf}
+	shows := func(when string, want wire.KeyHash) {
+		t.Helper()
+		if err := d.follow(t.Context(), peer); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+		if n, err := d.store.Node(t.Context(), party.ID); err != nil || n.KeyHash != want {
+			t.Errorf("%s the list shows %s (%v), want %s", when, n.KeyHash.Fingerprint(), err, want.Fingerprint())
+		}
+	}
+	shows("while the answer may come", first)
+	ago := func(key wire.KeyHash, age time.Duration) {
+		t.Helper()
+		if err := d.store.Update(t.Context(), func(ctx context.Context, tx *store.Tx) error {
+			k, err := tx.Key(ctx, key)
+			if err != nil {
+				return err
+			}
+			k.IssuedAt = k.IssuedAt.Add(-age)
+			return tx.PutKey(ctx, k)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ago(first, time.Hour)
+	ago(peer.Key, 2*lostAfter)
+	shows("later", peer.Key)
+	if !d.id.Revoked(first) {
+		t.Error("the key before does not end")
+	}
+	renewals := d.audited("certificate.renew")
+	shows("once more", peer.Key)
+	peer.Key = first
+	shows("with the key that ended", a.id.KeyHash())
+	peer.Key = wire.KeyHash(strings.Repeat("ab", 32))
+	shows("with a key that nobody knows", a.id.KeyHash())
+	if d.audited("certificate.renew") != renewals || renewals != 1 {
+		t.Errorf("%d rows in the audit log", renewals)
+	}
+}
+
 // TestNodeLostInAWarmSession: the session was dead, and no other could be opened.
 func TestNodeLostInAWarmSession(t *testing.T) {
 	t.Parallel()

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"sallyport/gateway/store"
+	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 )
 
@@ -42,6 +43,11 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 			return err
 		}
 		hello = a.hello
+		if p, ok := c.rt.(interface{ Peer() identity.Peer }); ok && t.known && s.enrolment != nil {
+			if err := s.enrolment.follow(ctx, p.Peer()); err != nil { // it is tried again with the next
+				s.log.Warn("the key of a party is not taken over", "error", err)
+			}
+		}
 		return s.heard(ctx, t, &hello, a.skew)
 	})
 	if err != nil {
