@@ -210,20 +210,35 @@ func TestBoundsOnWhatAnRCPMayClaim(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused := 0
+	var madeUp wire.ID
 	for range maxUnknownPerLink + 100 {
-		if err := b.f.apply(r, wire.PeersLine{Peer: new(nodePeer(wire.NewID()))}); errors.Is(err, errBadLine) {
+		id := wire.NewID()
+		if err := b.f.apply(r, wire.PeersLine{Peer: new(nodePeer(id))}); errors.Is(err, errBadLine) {
 			refused++
+		} else {
+			madeUp = id
 		}
 	}
 	if refused != 100 {
 		t.Fatalf("%d of %d made-up nodes were refused, want 100", refused, maxUnknownPerLink+100)
 	}
+	// More ways to those are more of the same.
+	if err := b.f.apply(r, wire.PeersLine{Peer: new(nodePeer(madeUp, wire.NewID()))}); !errors.Is(err, errBadLine) {
+		t.Fatalf("another way to a made-up node: %v", err)
+	}
+	if err := b.f.apply(r, wire.PeersLine{Peer: new(nodePeer(madeUp))}); err != nil {
+		t.Fatalf("the same way once more: %v", err)
+	}
 	// Strangers make parties that wait, not an RCP: an honest one keeps its
 	// stream, and who comes last is known.
+	word := strings.Repeat("w", 2<<10)
 	for i := range maxPendingPerLink + 100 {
 		key := wire.KeyHash(fmt.Sprintf("%064x", i))
-		if err := b.f.apply(r, wire.PeersLine{Peer: &wire.Peer{Pending: key}}); err != nil {
+		if err := b.f.apply(r, wire.PeersLine{Peer: &wire.Peer{Pending: key, Boot: word, Digest: word, Hints: []string{word}}}); err != nil {
 			t.Fatal(err)
+		}
+		if kept, err := json.Marshal(b.f.pending[key]); err != nil || len(kept) > 512 {
+			t.Fatalf("%d bytes are kept of a party that waits, %v", len(kept), err)
 		}
 		if len(b.f.pendingRoutes(key)) != 1 || len(b.f.pending) > maxPendingPerLink {
 			t.Fatalf("the %dth that waits is not known, or %d are", i, len(b.f.pending))

@@ -276,10 +276,10 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 		return err
 	}
 	m := f.members[p.ID]
+	if f.full(l, m, p.Path) {
+		return fmt.Errorf("%w: rcp %s reports more parties than the limit", errBadLine, l.name)
+	}
 	if m == nil {
-		if l.peers >= maxPeersPerLink || l.unknown >= maxUnknownPerLink {
-			return fmt.Errorf("%w: rcp %s reports more parties than the limit", errBadLine, l.name)
-		}
 		m = f.add(p.ID, p.Role)
 	}
 	if m.role != p.Role {
@@ -317,6 +317,17 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	}
 	f.hint(m, w, p.Digest, p.Hints)
 	return nil
+}
+
+// full tells whether a first hop may not report one more way to m, which is nil
+// for a party that nobody has reported. Each way counts: the ways to one party
+// that is made up take as much memory as so many parties.
+func (f *fleet) full(l *firstHop, m *member, path []wire.ID) bool {
+	switch {
+	case l.peers < maxPeersPerLink && l.unknown < maxUnknownPerLink, m != nil && m.ways[wayKey(l.id, path)] != nil:
+		return false
+	}
+	return l.peers >= maxPeersPerLink || m == nil || !m.known
 }
 
 // same tells of a node that just came into reach again whether it can be taken
@@ -503,9 +514,8 @@ func (f *fleet) pendingPeer(l *firstHop, p wire.Peer) error {
 	if !there {
 		f.waiting[l.id]++
 	}
-	p.Draining = false
-	p.Source, p.Carrier, p.Since = clip(p.Source), carrierOf(p.Carrier), peerTime(p.Since)
-	by[l.id] = p
+	// A line may hold far more than is read of a party that waits.
+	by[l.id] = wire.Peer{Pending: p.Pending, Path: p.Path, Source: clip(p.Source), Carrier: carrierOf(p.Carrier), Dialled: p.Dialled, Since: peerTime(p.Since)}
 	if !there {
 		select {
 		case f.arrived <- p.Pending:
