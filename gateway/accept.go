@@ -21,9 +21,12 @@ import (
 )
 
 const (
-	// maxVisits is how many nodes are asked at once for what is parked there,
-	// maxAskedRCPs how many RCPs: a request waits at each of them.
+	// maxVisits is how many nodes are asked at once for what is parked there
+	// because one first hop hints so, maxAllVisits because any does: an RCP that
+	// lets every session hang delays only its own. maxAskedRCPs is how many RCPs
+	// are asked: a request waits at each of them.
 	maxVisits    = 64
+	maxAllVisits = 1024
 	maxAskedRCPs = 256
 	// maxAccepted bounds what is accepted, partyAccepted that of one party.
 	maxAccepted   = 1024
@@ -59,6 +62,7 @@ type acceptor struct {
 	mu      sync.Mutex
 	closed  bool
 	asked   map[wire.ID]bool // visits under way; true: there was another hint
+	visits  map[wire.ID]int  // likewise, by the first hop that hinted first
 	rcps    map[wire.ID]bool
 	busy    map[wire.ID]bool // parked connections that are being accepted
 	open    int
@@ -68,7 +72,7 @@ type acceptor struct {
 func newAcceptor(s *Server, services config.Services, reg prometheus.Registerer) (*acceptor, error) {
 	a := &acceptor{s: s, services: services,
 		metrics: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "sallyport_gateway_accepted_total", Help: "Connections of local clients at proxies of nodes and RCPs, by what became of them."}, []string{"result"}),
-		asked:   map[wire.ID]bool{}, rcps: map[wire.ID]bool{}, busy: map[wire.ID]bool{}, byParty: map[wire.ID]int{},
+		asked:   map[wire.ID]bool{}, visits: map[wire.ID]int{}, rcps: map[wire.ID]bool{}, busy: map[wire.ID]bool{}, byParty: map[wire.ID]int{},
 		strangers: rate.NewLimiter(1, 10), failures: rate.NewLimiter(1, 10)}
 	a.ctx, a.end = context.WithCancelCause(context.Background())
 	if len(services) > 0 || s.doors != nil {
@@ -104,24 +108,25 @@ func (a *acceptor) goLocked(f func()) bool {
 }
 
 // hint is told by the fleet, with its lock held, that a node may have parked
-// connections. It may be made up: then a visit finds nothing.
-func (a *acceptor) hint(node wire.ID) {
+// connections, as a first hop says. It may be made up: then a visit finds nothing.
+func (a *acceptor) hint(node, hop wire.ID) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if _, ok := a.asked[node]; ok {
 		a.asked[node] = true
 		return
 	}
-	if len(a.asked) >= maxVisits {
+	if a.visits[hop] >= maxVisits || len(a.asked) >= maxAllVisits {
 		return // the client hears 504 and comes again
 	}
-	if a.goLocked(func() { a.visit(node) }) {
+	if a.goLocked(func() { a.visit(node, hop) }) {
 		a.asked[node] = false
+		a.visits[hop]++
 	}
 }
 
 // visit accepts what is parked at a node, and stays while more comes.
-func (a *acceptor) visit(node wire.ID) {
+func (a *acceptor) visit(node, hop wire.ID) {
 	party := a.s.party(wire.RoleNode, node)
 	for {
 		err := a.collect(party, 0, burst)
@@ -132,6 +137,9 @@ func (a *acceptor) visit(node wire.ID) {
 		again := a.asked[node] && err == nil && !a.closed
 		if !again {
 			delete(a.asked, node)
+			if a.visits[hop]--; a.visits[hop] == 0 {
+				delete(a.visits, hop)
+			}
 			a.mu.Unlock()
 			return
 		}

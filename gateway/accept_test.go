@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -198,5 +199,42 @@ func TestAcceptLiar(t *testing.T) {
 	})
 	if asked.Load() != 1 {
 		t.Errorf("asked %d times although the list repeats", asked.Load())
+	}
+}
+
+// TestAcceptBesideAHostileRCP: one that hints that connections wait at all of its
+// nodes, and lets no session with them through, delays nobody behind another.
+func TestAcceptBesideAHostileRCP(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = ln.Close() }()
+	w := newWorld(t)
+	w.cfg.Accept = config.Services{{Name: "files", Addr: ln.Addr().String()}}
+	evil, good := w.rcp("evil"), w.rcp("dmz-1")
+	evil.hang = make(chan struct{})
+	defer close(evil.hang)
+	n := w.enrolled(w.node("web-1"))
+	var held []*fakeNode
+	for i := range maxVisits + 4 {
+		held = append(held, w.enrolled(w.node(fmt.Sprintf("held-%d", i))))
+	}
+	w.run()
+	good.hold(n)
+	w.state(n.id.ID(), wire.StateRunning)
+	_, proxy := proxied(t, n, func() { good.hint(n, "", wire.HintParked) })
+	for _, h := range held {
+		evil.hint(h, "", wire.HintParked)
+	}
+	eventually(t, "the gateway asks as many of them as it may", func() bool {
+		w.s.acceptor.mu.Lock()
+		defer w.s.acceptor.mu.Unlock()
+		return len(w.s.acceptor.asked) == maxVisits
+	})
+	began := time.Now()
+	if _, _, status := connectTo(t, proxy, "files:443"); status != http.StatusOK {
+		t.Errorf("status %d after %s", status, time.Since(began))
 	}
 }

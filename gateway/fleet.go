@@ -60,7 +60,7 @@ type fleet struct {
 	installation string
 	started      time.Time
 	onChannel    func(node wire.ID, why doubt) // hears that a node has another channel, or seems to be two, under mu; nil: nobody does
-	onParked     func(node wire.ID)            // hears hints, under mu; nil: nobody does
+	onParked     func(node, hop wire.ID)       // hears hints of a first hop, under mu; nil: nobody does
 
 	mu      sync.Mutex
 	members map[wire.ID]*member

@@ -230,6 +230,6 @@ func (f *fleet) hint(m *member, w *way, digest string, hints []string) {
 		f.want(m, wantActions, true)
 	}
 	if f.onParked != nil && m.role == wire.RoleNode && m.known && m.revoked == "" && slices.Contains(hints, wire.HintParked) {
-		f.onParked(m.id)
+		f.onParked(m.id, w.link)
 	}
 }
