@@ -54,11 +54,12 @@ type clones struct {
 	seen     map[wire.ID][]sighting
 	suspects map[wire.ID]*suspicion
 	looked   map[wire.ID]time.Time
+	places   map[wire.ID]int // looks under way, by the first hop that gave the reason
 	wake     chan struct{}
 }
 
 func newClones(s *Server) *clones {
-	return &clones{s: s, seen: map[wire.ID][]sighting{}, suspects: map[wire.ID]*suspicion{}, looked: map[wire.ID]time.Time{}, wake: make(chan struct{}, 1)}
+	return &clones{s: s, seen: map[wire.ID][]sighting{}, suspects: map[wire.ID]*suspicion{}, looked: map[wire.ID]time.Time{}, places: map[wire.ID]int{}, wake: make(chan struct{}, 1)}
 }
 
 // saw takes an answer over. It returns the other boot when the two prove two
@@ -128,7 +129,7 @@ func (c *clones) greet(ctx context.Context, id wire.ID, conv *conversation) (*gr
 	}
 	other, copied := c.saw(id, a)
 	if copied {
-		c.suspect(id, doubtTwo)
+		c.suspect(id, "", doubtTwo)
 		tell.Set(wire.HeaderMark, "1")
 		if a, err = conv.greet(ctx, tell); err != nil {
 			return nil, err

@@ -16,7 +16,8 @@ import (
 const (
 	// suspectAfter lets a node that was restarted lose its old channels before
 	// two boots are suspicious; suspectEvery bounds the work that an RCP can
-	// cause by making things up, for one node; probers for all.
+	// cause by making things up, for one node; probers for all that it doubts. An
+	// RCP that lets every session hang delays none that another one doubts.
 	suspectAfter = 3 * time.Second
 	suspectEvery = time.Minute
 	probers      = 4
@@ -47,20 +48,27 @@ type suspicion struct {
 	at    time.Time // of the next session
 	asked int
 	busy  bool
-	moved bool // a channel changed while busy
+	moved bool      // a channel changed while busy
+	by    []wire.ID // first hops that gave a reason; empty for one that we found
+	place wire.ID   // of these, whose place it takes while busy
 }
 
-// suspect is told of a reason to look. It does not wait: the fleet calls it.
-func (c *clones) suspect(id wire.ID, why doubt) {
+// suspect is told of a reason to look, by a first hop or, if that is empty, by
+// what we found. It does not wait: the fleet calls it.
+func (c *clones) suspect(id, hop wire.ID, why doubt) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
 	s := c.suspects[id]
+	if s != nil && why != doubtNone && !slices.Contains(s.by, hop) {
+		s.by = append(s.by, hop)
+		wake(c.wake)
+	}
 	switch {
 	case s == nil && why == doubtNone:
 		return
 	case s == nil:
-		s = &suspicion{why: why, at: c.earliest(id, now.Add(after(why)))}
+		s = &suspicion{why: why, at: c.earliest(id, now.Add(after(why))), by: []wire.ID{hop}}
 		c.suspects[id] = s
 	case s.busy:
 		s.moved = true
@@ -97,12 +105,12 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
-// due returns the suspects whose time has come, and says when the next is.
-// Each is given back with done.
-func (c *clones) due(now time.Time) (ids []wire.ID, next time.Duration) {
+// due returns the suspects whose time has come and for which there is a place,
+// and says when the next is. Each is given back with done.
+func (c *clones) due(now time.Time) (looks map[wire.ID]*suspicion, next time.Duration) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	next = time.Hour
+	looks, next = map[wire.ID]*suspicion{}, time.Hour
 	for id, s := range c.suspects {
 		if s.busy {
 			continue
@@ -111,11 +119,16 @@ func (c *clones) due(now time.Time) (ids []wire.ID, next time.Duration) {
 			next = min(next, wait)
 			continue
 		}
+		i := slices.IndexFunc(s.by, func(hop wire.ID) bool { return c.places[hop] < probers })
+		if i < 0 {
+			continue // done wakes us
+		}
 		if s.asked == 0 {
 			c.looked[id] = now
 		}
-		s.busy, s.moved = true, false
-		ids = append(ids, id)
+		s.busy, s.moved, s.place = true, false, s.by[i]
+		c.places[s.place]++
+		looks[id] = s
 	}
 	for id, at := range c.looked {
 		if now.Sub(at) > suspectEvery {
@@ -127,13 +140,17 @@ func (c *clones) due(now time.Time) (ids []wire.ID, next time.Duration) {
 			delete(c.seen, id)
 		}
 	}
-	return ids, next
+	return looks, next
 }
 
 // done ends a look, or plans its next session.
 func (c *clones) done(id wire.ID, s *suspicion, more bool, now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.places[s.place]--; c.places[s.place] == 0 {
+		delete(c.places, s.place)
+	}
+	wake(c.wake)
 	if c.suspects[id] != s {
 		return // forgotten meanwhile
 	}
@@ -146,28 +163,18 @@ func (c *clones) done(id wire.ID, s *suspicion, more bool, now time.Time) {
 	default:
 		s.at = now.Add(turnEvery)
 	}
-	wake(c.wake)
 }
 
 // run looks at suspects until ctx ends.
 func (c *clones) run(ctx context.Context) error {
 	var looking sync.WaitGroup
 	defer looking.Wait()
-	places := make(chan struct{}, probers)
 	for {
-		ids, next := c.due(time.Now())
-		for _, id := range ids {
-			select {
-			case places <- struct{}{}:
-			case <-ctx.Done():
-				return nil
-			}
+		looks, next := c.due(time.Now())
+		for id, s := range looks {
 			looking.Go(func() {
-				defer func() { <-places }()
-				if s := c.suspicion(id); s != nil {
-					more := c.look(ctx, id, s)
-					c.done(id, s, more, time.Now())
-				}
+				more := c.look(ctx, id, s)
+				c.done(id, s, more, time.Now())
 			})
 		}
 		timer := time.NewTimer(next)
@@ -180,12 +187,6 @@ func (c *clones) run(ctx context.Context) error {
 		case <-timer.C:
 		}
 	}
-}
-
-func (c *clones) suspicion(id wire.ID) *suspicion {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.suspects[id]
 }
 
 // look asks a node for its hello by its ways in turn, each time in a session

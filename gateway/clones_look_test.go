@@ -224,13 +224,13 @@ func TestAFlakyNetworkIsNoReason(t *testing.T) {
 func TestALookAtOneWayEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newClones(nil)
-		c.suspect("n", doubtTwo)
+		c.suspect("n", "evil", doubtTwo)
 		began := time.Now()
 		var longest time.Duration
 		last := began
 		for asked := 0; ; {
-			ids, next := c.due(time.Now())
-			if len(ids) == 0 {
+			due, next := c.due(time.Now())
+			if len(due) == 0 {
 				if next == time.Hour {
 					if asked != turnProbes {
 						t.Errorf("%d sessions", asked)
@@ -239,30 +239,30 @@ func TestALookAtOneWayEnds(t *testing.T) {
 				}
 				time.Sleep(next)
 				if asked == 5 {
-					c.suspect("n", doubtNone) // a channel changed
+					c.suspect("n", "evil", doubtNone) // a channel changed
 				}
 				continue
 			}
 			longest, last = max(longest, time.Since(last)), time.Now()
-			s := c.suspicion("n")
+			s := due["n"]
 			s.asked++
 			asked++
-			c.suspect("n", doubtTwo) // while busy
+			c.suspect("n", "evil", doubtTwo) // while busy
 			c.done("n", s, s.asked < turnProbes, time.Now())
 		}
 		if longest > turnEvery || time.Since(began) > 2*time.Minute {
 			t.Errorf("%v between two sessions, %v in all", longest, time.Since(began))
 		}
-		c.suspect("n", doubtNone)
+		c.suspect("n", "evil", doubtNone)
 		if !c.idle() {
 			t.Error("a channel that changes is a reason to look")
 		}
-		c.suspect("m", doubtWay)
-		if s := c.suspicion("m"); time.Until(s.at) < wayAfter || time.Until(s.at) > 2*wayAfter {
+		c.suspect("m", "evil", doubtWay)
+		if s := c.suspects["m"]; time.Until(s.at) < wayAfter || time.Until(s.at) > 2*wayAfter {
 			t.Errorf("another way: asked in %v", time.Until(s.at))
 		}
-		c.suspect("m", doubtTwo)
-		if s := c.suspicion("m"); time.Until(s.at) > suspectAfter {
+		c.suspect("m", "evil", doubtTwo)
+		if s := c.suspects["m"]; time.Until(s.at) > suspectAfter {
 			t.Errorf("two boots: asked in %v", time.Until(s.at))
 		}
 	})

@@ -1,6 +1,8 @@
 package gateway
 
 import (
+	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -55,13 +57,13 @@ func TestSuspectsAreLookedAtNowAndThen(t *testing.T) {
 		c := newClones(nil)
 		looks := 0
 		for range 180 { // an RCP makes up boots, every second
-			c.suspect("n", doubtTwo)
+			c.suspect("n", "evil", doubtTwo)
 			time.Sleep(time.Second)
-			ids, _ := c.due(time.Now())
-			for _, id := range ids {
-				c.done(id, c.suspicion(id), false, time.Now())
+			due, _ := c.due(time.Now())
+			for id, s := range due {
+				c.done(id, s, false, time.Now())
 			}
-			looks += len(ids)
+			looks += len(due)
 		}
 		if looks < 2 || looks > 4 {
 			t.Errorf("%d looks in three minutes", looks)
@@ -72,6 +74,42 @@ func TestSuspectsAreLookedAtNowAndThen(t *testing.T) {
 		c.due(time.Now())
 		if len(c.looked) > 0 || len(c.seen) > 0 {
 			t.Errorf("remembered for ever: %d, %d", len(c.looked), len(c.seen))
+		}
+	})
+}
+
+// TestOneRCPsDoubtsDelayNoOthers: an RCP that doubts all of its nodes, and lets
+// the sessions with them hang, has its own places and no others.
+func TestOneRCPsDoubtsDelayNoOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newClones(nil)
+		for i := range 100 {
+			c.suspect(wire.ID(fmt.Sprint(i)), "evil", doubtTwo)
+		}
+		time.Sleep(suspectAfter)
+		hung, next := c.due(time.Now())
+		if len(hung) != probers || next != time.Hour {
+			t.Fatalf("%d looks for one RCP at once, the next in %v", len(hung), next)
+		}
+		c.suspect("42", "good", doubtTwo) // whoever doubted it first
+		c.suspect("n", "good", doubtTwo)
+		time.Sleep(suspectAfter)
+		looks, _ := c.due(time.Now())
+		if looks["n"] == nil || hung["42"] == nil && looks["42"] == nil || len(looks) > 2 {
+			t.Fatalf("looks at %v behind those that hang", slices.Collect(maps.Keys(looks)))
+		}
+		for id, s := range looks {
+			c.done(id, s, false, time.Now())
+		}
+		for id, s := range hung { // an operator has looked at them meanwhile
+			c.forget(id)
+			c.done(id, s, false, time.Now())
+		}
+		if len(c.places) > 0 {
+			t.Errorf("places are taken for ever: %v", c.places)
+		}
+		if looks, _ = c.due(time.Now()); len(looks) != probers {
+			t.Errorf("%d looks follow", len(looks))
 		}
 	})
 }

@@ -59,8 +59,8 @@ type fleet struct {
 	log          *slog.Logger
 	installation string
 	started      time.Time
-	onChannel    func(node wire.ID, why doubt) // hears that a node has another channel, or seems to be two, under mu; nil: nobody does
-	onParked     func(node, hop wire.ID)       // hears hints of a first hop, under mu; nil: nobody does
+	onChannel    func(node, hop wire.ID, why doubt) // hears from a first hop, or from us, that a node has another channel, or seems to be two, under mu; nil: nobody does
+	onParked     func(node, hop wire.ID)            // hears hints of a first hop, under mu; nil: nobody does
 
 	mu      sync.Mutex
 	members map[wire.ID]*member

@@ -92,7 +92,7 @@ func (f *fleet) linkUp(info linkInfo) {
 	}
 	w.carrier, w.source, w.since, w.dialled = info.Carrier, info.Address, info.Since, !info.Dialled
 	if info.Role == wire.RoleNode && m.known && !fresh && f.onChannel != nil {
-		f.onChannel(m.id, doubtWay)
+		f.onChannel(m.id, "", doubtWay)
 	}
 	f.arrive(m, w, "", fresh, now)
 }
@@ -309,7 +309,7 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 		why = doubtTwo
 	}
 	if watched && (renewed || why != doubtNone) {
-		f.onChannel(m.id, why)
+		f.onChannel(m.id, l.id, why)
 	}
 	if held := m.held | m.retry; renewed && held != 0 { // the limit on hints still holds
 		m.held, m.retry = 0, 0

@@ -155,7 +155,7 @@ func (l *links) serveNode(ctx context.Context, c *channel.Conn, link *channel.Li
 	leave := l.enter(id, c, link, stop)
 	defer leave()
 	if len(l.conns(id)) > 1 { // for a moment, unless they are of two
-		l.s.clones.suspect(id, doubtTwo)
+		l.s.clones.suspect(id, "", doubtTwo)
 	}
 	l.s.fleet.linkUp(linkInfo{ID: id, Role: wire.RoleNode, Name: peer.Name, Carrier: c.Carrier(), Address: c.RemoteAddr(), Dialled: c.Dialled(), Since: c.Since(), RTT: c.RTT})
 	pause := time.Second
