@@ -108,25 +108,34 @@ func (x *externalStatus) one(ctx context.Context, issuer wire.KeyHash) (st wire.
 // serveCRL answers for an issuer of the external CA; false if there is none of
 // that name.
 func (x *externalStatus) serveCRL(w http.ResponseWriter, name string) bool {
-	if x == nil {
+	st, ok := x.named(name)
+	if !ok {
 		return false
+	}
+	if st.CRL == nil || time.Now().After(st.Next) {
+		http.Error(w, "no CRL now: the external CA, which signs it, has none that is good; `sallyport ca show` says why", http.StatusServiceUnavailable)
+		return true
+	}
+	w.Header().Set("Content-Type", "application/pkix-crl")
+	w.Header().Set("Cache-Control", statusCache)
+	_, _ = w.Write(st.CRL) // the client is gone, or not
+	return true
+}
+
+// named finds the CRL that a client asks for. It is written without the lock:
+// nobody waits for a client that does not read.
+func (x *externalStatus) named(name string) (st wire.CAStatus, ok bool) {
+	if x == nil {
+		return st, false
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	for key, st := range x.lists {
-		if name != doors.KeyName(key)+".crl" {
-			continue
+		if name == doors.KeyName(key)+".crl" {
+			return st, true
 		}
-		if st.CRL == nil || time.Now().After(st.Next) {
-			http.Error(w, "no CRL now: the external CA, which signs it, has none that is good; `sallyport ca show` says why", http.StatusServiceUnavailable)
-			return true
-		}
-		w.Header().Set("Content-Type", "application/pkix-crl")
-		w.Header().Set("Cache-Control", statusCache)
-		_, _ = w.Write(st.CRL) // the client is gone, or not
-		return true
 	}
-	return false
+	return st, false
 }
 
 // noOCSP is said of parties' certificates that an external CA issues.

@@ -32,6 +32,19 @@ func (c *delegate) ExternalCRL(_ context.Context, _ wire.KeyHash, revoked []door
 	return c.answer, c.err
 }
 
+// stuckWriter is a client that reads nothing until read is closed.
+type stuckWriter struct {
+	*httptest.ResponseRecorder
+
+	writes, read chan struct{}
+}
+
+func (s stuckWriter) Write(b []byte) (int, error) {
+	close(s.writes)
+	<-s.read
+	return s.ResponseRecorder.Write(b)
+}
+
 // Where an external CA issues it is told what is revoked, its CRL is handed on as
 // long as it is good, and there is no OCSP.
 func TestExternalCRLIsHandedOn(t *testing.T) {
@@ -79,6 +92,20 @@ func TestExternalCRLIsHandedOn(t *testing.T) {
 	x.turn(t.Context())
 	if code, text := get(name); code != http.StatusOK || text != "list" {
 		t.Errorf("with one: %d %q", code, text)
+	}
+	// A client that does not read it keeps nobody else waiting.
+	slow := stuckWriter{httptest.NewRecorder(), make(chan struct{}), make(chan struct{})}
+	served := make(chan struct{})
+	go func() { defer close(served); x.serveCRL(slow, name) }()
+	<-slow.writes
+	free := x.mu.TryLock()
+	if free {
+		x.mu.Unlock()
+	}
+	close(slow.read)
+	<-served
+	if !free {
+		t.Error("the lists are locked while a client is served")
 	}
 	// The one that is there is good until it ends, whatever becomes of the CA.
 	ca.answer, ca.err = wire.CAStatus{}, errors.New("away")
