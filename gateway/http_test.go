@@ -703,8 +703,11 @@ func TestNetworkNeedsATokenAlsoOnLoopback(t *testing.T) {
 // TestWhatAPartyRefusesIsTold: the gateway has not failed, and its log says no more.
 func TestWhatAPartyRefusesIsTold(t *testing.T) {
 	t.Parallel()
+	const dir = "/var/lib/sallyport/node/2d0cfc0a86e7a73a.sallyport/identity/"
+	full := "certificate: write " + dir + "chain.pem: rename " + dir + ".chain.pem3033218672998175759 " + dir + "chain.pem: no space left on device"
 	for status, want := range map[int]api.Code{422: api.CodeConflict, 500: api.CodeUnavailable} {
-		p := new(rest).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", &statusError{Status: status, Reason: "no space left on device"}))
+		err := refusal(&http.Response{StatusCode: status, Body: io.NopCloser(strings.NewReader(full))})
+		p := new(rest).problem(t.Context(), "node.renew", fmt.Errorf("renew: %w", err))
 		if p.Code != want || !strings.Contains(p.Error(), "no space left on device") {
 			t.Errorf("status %d: %s %v", status, p.Code, p)
 		}

@@ -31,6 +31,9 @@ const (
 	openAll = 20 * time.Second
 	// sessionAnswer bounds the time to the headers of one answer.
 	sessionAnswer = 15 * time.Second
+	// maxRefusal bounds the reason of a refusal, in bytes: the paths of a node's
+	// files come before what is wrong with them.
+	maxRefusal = 512
 )
 
 // errSessionsClosed says that the server is stopping.
@@ -206,10 +209,10 @@ func refusal(res *http.Response) error {
 	}
 	reason := res.Header.Get(wire.HeaderError)
 	if reason == "" {
-		b, _ := io.ReadAll(io.LimitReader(res.Body, 512)) // what there is of an explanation
+		b, _ := io.ReadAll(io.LimitReader(res.Body, maxRefusal)) // what there is of an explanation
 		reason = strings.Join(strings.Fields(string(b)), " ")
 	}
-	return &statusError{Status: res.StatusCode, Reason: wire.Quotable(reason)}
+	return &statusError{Status: res.StatusCode, Reason: reason[:min(len(reason), maxRefusal)]}
 }
 
 // greeting is what a party says of itself.
