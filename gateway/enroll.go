@@ -37,8 +37,9 @@ const (
 	maxUncollected = 365 * 24 * time.Hour
 	// maxAttempts bounds the memory of parties that were asked.
 	maxAttempts = 50_000
-	// maxLeaves is how many leaves one key is given within retryGranted. Each is
-	// kept, and audited: who has a key could fill our disk by coming anew.
+	// maxLeaves is how many leaves one key is given within retryGranted, and how
+	// often a party's renewal is tried. Each is kept, and audited: who has a key
+	// could fill our disk by coming anew, or by refusing what is brought.
 	maxLeaves = 8
 	// maxCSR bounds what is kept of each party that waits, in bytes. Ours have 400;
 	// others may have names in them, which nobody reads.
@@ -107,8 +108,9 @@ type enrolment struct {
 
 	mu       sync.Mutex
 	attempts map[wire.KeyHash]*attempt
-	rules    map[string]*rule // parsed, by their text
-	heard    map[wire.ID]bool // RCPs whose revocation set was looked at since this gateway started
+	renewals map[wire.ID]*attempt // of parties whose renewal was due and failed
+	rules    map[string]*rule     // parsed, by their text
+	heard    map[wire.ID]bool     // RCPs whose revocation set was looked at since this gateway started
 
 	unsigned revocationTrouble
 

@@ -15,7 +15,8 @@ import (
 
 // renewDue renews a party's leaf, after a verified hello, when two thirds of
 // its life are over, or when its intermediate is given up. The clock is ours and so is the record of when it began:
-// a party cannot ask for one leaf after the other.
+// a party cannot ask for one leaf after the other. Nor does it have one made with
+// each hello by refusing them: the hello after that minute is soon enough.
 func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello) error {
 	due := hello.RenewAfter
 	switch k, err := currentKey(ctx, e.store.Queries, hello.Party.Role, id); {
@@ -29,7 +30,33 @@ func (e *enrolment) renewDue(ctx context.Context, id wire.ID, hello *wire.Hello)
 			return err
 		}
 	}
-	return e.renew(ctx, hello.Party, false)
+	if !e.mayRenew(id) {
+		return nil
+	}
+	err := e.renew(ctx, hello.Party, false)
+	if err == nil {
+		e.mu.Lock()
+		delete(e.renewals, id)
+		e.mu.Unlock()
+	}
+	return err
+}
+
+// mayRenew counts a renewal that is due, and tells whether it is one too many.
+func (e *enrolment) mayRenew(id wire.ID) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	now := time.Now()
+	a := e.renewals[id]
+	if a == nil || now.Sub(a.counted) >= retryGranted {
+		if e.renewals == nil || len(e.renewals) >= maxAttempts {
+			e.renewals = map[wire.ID]*attempt{}
+		}
+		a = &attempt{counted: now}
+		e.renewals[id] = a
+	}
+	a.leaves++
+	return a.leaves <= maxLeaves
 }
 
 // currentKey is what is known of the key in a party's leaf.

@@ -408,9 +408,29 @@ func TestRenewal(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A party that takes none of them has no leaf made with each of its hellos.
+	take := d.answer
+	d.answer = func(p wire.Party, method, path string, in, out any) error {
+		if path == wire.PathCertificate {
+			return &statusError{Status: http.StatusUnprocessableEntity, Reason: "not that one"}
+		}
+		return take(p, method, path, in, out)
+	}
+	made := len(d.ca.issued)
+	for range 10 * maxLeaves {
+		_ = d.renewDue(t.Context(), party.ID, hello)
+	}
+	if n := len(d.ca.issued) - made; n != maxLeaves {
+		t.Errorf("%d leaves for a party that refuses them, want %d", n, maxLeaves)
+	}
+	d.answer, d.told[party.ID] = take, nil
+	d.renewals[party.ID].counted = time.Now().Add(-retryGranted) // a minute later
 	before := a.id.NotAfter()
 	if err := d.renewDue(t.Context(), party.ID, hello); err != nil || installed != nil {
 		t.Fatalf("%v %v", err, installed)
+	}
+	if len(d.renewals) > 0 {
+		t.Error("it is counted although it was renewed")
 	}
 	if got := d.told[party.ID]; !slices.Equal(got, []string{"POST /v1/csr", "PUT /v1/certificate"}) || a.id.NotAfter().Before(before) {
 		t.Errorf("told %v", got)
