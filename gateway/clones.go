@@ -172,7 +172,7 @@ func (c *clones) quarantine(ctx context.Context, id wire.ID, boot, other string)
 		return err
 	}
 	c.s.tunnels.cut(id)
-	c.suspect(id, doubtTwo) // to tell them
+	c.suspect(id, "", doubtTwo) // to tell them
 	return nil
 }
 

@@ -72,8 +72,9 @@ type enrolment struct {
 	ca    registrar
 	id    *identity.Identity
 	log   *slog.Logger
-	// open opens a session with the holder of a key; rcp names the way.
-	open func(ctx context.Context, key wire.KeyHash) (s endToEnd, rcp string, err error)
+	// open opens a session with the holder of a key, by a first hop if it is there;
+	// rcp names the way.
+	open func(ctx context.Context, key wire.KeyHash, hop wire.ID) (s endToEnd, rcp string, err error)
 	// keepPlace is for a party whose request waits for an operator; nil: no place is kept.
 	keepPlace func(ctx context.Context, key wire.KeyHash)
 	// changed is told of parties that were made, replaced or revoked.
@@ -148,7 +149,7 @@ func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, rcp *store.RC
 		return
 	}
 	spots := e.spots(ctx, at)
-	source := origin{spot: spots[0], also: spots[1:]}
+	source := origin{spot: spots[0], also: spots[1:], hop: at[0].Link}
 	state, err := e.ask(ctx, key, source)
 	if err != nil && ctx.Err() == nil {
 		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", peer.Source, "error", err)
@@ -276,13 +277,14 @@ type spot struct{ rcp, address string }
 type origin struct {
 	spot
 	also   []spot   // where the party waits at the same time
+	hop    wire.ID  // the first on the way to it; empty for a channel of ours
 	device attested // that vouched for the party, in the session with it
 }
 
 // ask reads the request of a party in an enrolment session, decides, and tells
 // the party.
 func (e *enrolment) ask(ctx context.Context, key wire.KeyHash, from origin) (state string, err error) {
-	session, via, err := e.open(ctx, key)
+	session, via, err := e.open(ctx, key, from.hop)
 	if err != nil {
 		return "", err
 	}

@@ -111,7 +111,7 @@ func newDeskOn(t testing.TB, ca *memoryCA, path string, id *identity.Identity) *
 	t.Cleanup(func() { _ = db.Close() })
 	d := &desk{t: t, ca: ca, parties: map[wire.KeyHash]*applicant{}, told: map[wire.ID][]string{}}
 	d.enrolment = &enrolment{store: db, ca: ca, id: id, log: slog.New(slog.DiscardHandler), attempts: map[wire.KeyHash]*attempt{}, grace: 365 * 24 * time.Hour}
-	d.open = func(_ context.Context, key wire.KeyHash) (endToEnd, string, error) {
+	d.open = func(_ context.Context, key wire.KeyHash, _ wire.ID) (endToEnd, string, error) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		if p := d.parties[key]; p != nil {

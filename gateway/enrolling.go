@@ -63,10 +63,10 @@ func (s *Server) wireEnrolment() {
 	s.hooks.met = append(s.hooks.met, s.enrolment.deliverTrust, s.enrolment.deliverRevocations, s.enrolment.renewDue)
 }
 
-// openEnrolment opens an enrolment session with whoever holds the key; rcp
-// names the RCP by way of which it goes.
-func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash) (c endToEnd, rcp string, err error) {
-	return openPending(ctx, key, s.pendingWays(key), func(ctx context.Context, stream net.Conn) (endToEnd, error) {
+// openEnrolment opens an enrolment session with whoever holds the key, by hop if
+// it is there; rcp names the RCP by way of which it goes.
+func (s *Server) openEnrolment(ctx context.Context, key wire.KeyHash, hop wire.ID) (c endToEnd, rcp string, err error) {
+	return openPending(ctx, key, s.pendingWays(key, hop), func(ctx context.Context, stream net.Conn) (endToEnd, error) {
 		return session.DialEnroll(ctx, stream, s.id, key)
 	})
 }

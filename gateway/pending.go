@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -25,8 +26,10 @@ const (
 	pendingTime = 30 * time.Second
 	pendingOpen = 8 * time.Second
 	// pendingSlow is how long one of them may take before its party has to let
-	// the others go first.
+	// the others go first, and keepTime what of it an RCP gets that is to keep the
+	// party's place.
 	pendingSlow = 2 * time.Second
+	keepTime    = time.Second
 )
 
 // watchPending shows every party that waits for a certificate to the
@@ -202,9 +205,10 @@ func (s *Server) pendingAt(key wire.KeyHash) (at []pendingAt) {
 }
 
 // pendingWays are the ways to a party that waits for a certificate: a channel
-// of our own first, then those by way of RCPs, in no order, so that an RCP that
-// lets sessions hang is not the first one every time.
-func (s *Server) pendingWays(key wire.KeyHash) (ways []pendingWay) {
+// of our own first, then that of the first hop whose place the look takes, then
+// the others in no order. So an RCP that lets sessions hang does it in its own
+// places, also with parties that wait elsewhere too.
+func (s *Server) pendingWays(key wire.KeyHash, hop wire.ID) (ways []pendingWay) {
 	authority := wire.PendingAuthority(key)
 	s.links.mu.Lock()
 	p := s.links.pending[key]
@@ -212,7 +216,11 @@ func (s *Server) pendingWays(key wire.KeyHash) (ways []pendingWay) {
 	if p != nil {
 		ways = append(ways, pendingWay{p.rcp, func(ctx context.Context) (net.Conn, error) { return p.conn.Connect(ctx, authority, nil) }})
 	}
-	for _, r := range s.fleet.pendingRoutes(key) {
+	routes := s.fleet.pendingRoutes(key)
+	if i := slices.IndexFunc(routes, func(r pendingAt) bool { return r.Link == hop }); i > 0 {
+		routes[0], routes[i] = routes[i], routes[0]
+	}
+	for _, r := range routes {
 		ways = append(ways, pendingWay{r.Name, func(ctx context.Context) (net.Conn, error) { return s.links.connect(ctx, r.Link, authority) }})
 	}
 	return ways
@@ -222,15 +230,19 @@ func (s *Server) pendingWays(key wire.KeyHash) (ways []pendingWay) {
 // request: strangers who come later do not push it out there. An RCP that cannot be
 // told now is told when the party is looked at again.
 func (s *Server) keepPlace(ctx context.Context, key wire.KeyHash) {
+	ctx, cancel := context.WithTimeout(ctx, keepTime)
+	defer cancel()
+	var telling sync.WaitGroup
+	defer telling.Wait()
 	for _, r := range s.fleet.pendingRoutes(key) {
-		within, cancel := context.WithTimeout(ctx, pendingOpen)
-		stream, err := s.links.connectWith(within, r.Link, wire.PendingAuthority(key), http.Header{wire.HeaderRequested: {"1"}})
-		if err == nil {
-			_ = stream.Close()
-		} else {
-			s.log.Debug("RCP not told that a waiting party keeps its place", "rcp", r.Name, "fingerprint", key.Fingerprint(), "error", err)
-		}
-		cancel()
+		telling.Go(func() {
+			stream, err := s.links.connectWith(ctx, r.Link, wire.PendingAuthority(key), http.Header{wire.HeaderRequested: {"1"}})
+			if err == nil {
+				_ = stream.Close()
+			} else {
+				s.log.Debug("RCP not told that a waiting party keeps its place", "rcp", r.Name, "fingerprint", key.Fingerprint(), "error", err)
+			}
+		})
 	}
 }
 

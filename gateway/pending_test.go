@@ -77,5 +77,38 @@ func TestPendingPartyIsLookedAtByWayOfAHopWithRoom(t *testing.T) {
 		if _, hop, _, ok := s.whereIs(key, func(hop wire.ID) bool { return hop != evil }); !ok || hop != good {
 			t.Fatalf("looked at by way of %s, %v", hop, ok)
 		}
+		// And the session goes that way first: the other one has no say in how
+		// long the place is taken.
+		if ways := s.pendingWays(key, good); len(ways) != 2 || ways[0].rcp != "good" {
+			t.Fatalf("%d ways, the first by %s", len(ways), ways[0].rcp)
+		}
+	}
+}
+
+// TestPlacesAreKeptBesideAHostileRCP: one that lets nothing through does not hold
+// the look at a party that waits at another one too.
+func TestPlacesAreKeptBesideAHostileRCP(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	evil, good := w.rcp("evil"), w.rcp("good")
+	evil.hang = make(chan struct{})
+	defer close(evil.hang)
+	key := wire.KeyHash(strings.Repeat("ef", 32))
+	w.run()
+	for _, r := range []*fakeRCP{evil, good} {
+		r.say(wire.PeersLine{Peer: &wire.Peer{Pending: key}})
+	}
+	eventually(t, "both report it", func() bool { return len(w.s.fleet.pendingRoutes(key)) == 2 })
+	began := time.Now()
+	w.s.keepPlace(t.Context(), key)
+	if took := time.Since(began); took >= pendingOpen {
+		t.Errorf("it took %v", took)
+	}
+	for _, r := range []*fakeRCP{evil, good} {
+		r.mu.Lock()
+		if r.asked[wire.PendingAuthority(key)] == 0 {
+			t.Errorf("rcp %s was not told", r.name)
+		}
+		r.mu.Unlock()
 	}
 }
