@@ -136,7 +136,6 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Party, err
 	}
 	err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) (err error) {
 		set.Number, err = tx.NextRevocations(ctx, max(held.Number, mine))
-		tx.Audit(ctx, "revocations.sign", "", fmt.Sprintf("number %d, %d keys", set.Number, len(set.Revoked)))
 		return err
 	})
 	if err != nil {
@@ -144,9 +143,22 @@ func (e *enrolment) sign(ctx context.Context) (*wire.Envelope, []wire.Party, err
 	}
 	env, err := e.ca.SignRevocations(ctx, set, held.Number)
 	if err != nil {
-		err = fmt.Errorf("%w: %w", errAuthority, err)
+		return nil, nil, fmt.Errorf("%w: %w", errAuthority, err)
 	}
-	return &env, news, err
+	e.auditSigned(context.WithoutCancel(ctx), set) // whoever asked may go away
+	return &env, news, nil
+}
+
+// auditSigned notes a set that was signed: until the authority does, it is asked
+// each minute.
+func (e *enrolment) auditSigned(ctx context.Context, set wire.Revocations) {
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		tx.Audit(ctx, "revocations.sign", "", fmt.Sprintf("number %d, %d keys", set.Number, len(set.Revoked)))
+		return nil
+	})
+	if err != nil { // it is in force all the same
+		e.log.Error("audit log not written", "what", "revocations.sign", "error", err)
+	}
 }
 
 // authorityBehind tells whether an authority in another process has lost the last

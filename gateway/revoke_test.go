@@ -191,10 +191,21 @@ func TestRevocationIsSignedLater(t *testing.T) {
 	if p := (*api.Problem)(nil); !errors.As(err, &p) || p.Code != api.CodeUnavailable || !strings.Contains(p.Detail, "revoked here") {
 		t.Errorf("an operator is told %v", err)
 	}
-	d.see(a) // not in the signed set, and refused all the same
+	d.see(a)      // not in the signed set, and refused all the same
+	for range 3 { // it is asked each minute
+		if err := d.publish(t.Context(), nil); !errors.Is(err, errAuthority) {
+			t.Errorf("while the authority is away: %v", err)
+		}
+	}
+	if n := d.audited("revocations.sign"); n != 0 {
+		t.Errorf("the audit log has %d sets that nobody signed", n)
+	}
 	d.ca.fail = nil
 	if err := d.publish(t.Context(), nil); err != nil || !d.id.Revoked(a.id.KeyHash()) {
 		t.Errorf("after the authority came back: %v", err)
+	}
+	if n := d.audited("revocations.sign"); n != 1 {
+		t.Errorf("the audit log has %d signed sets, want 1", n)
 	}
 }
 
