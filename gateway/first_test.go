@@ -122,6 +122,7 @@ func TestLentSession(t *testing.T) {
 			}
 		}
 	})
+	s.closing.Wait()
 	if rt.closed != 1 {
 		t.Fatalf("it was closed %d times", rt.closed)
 	}

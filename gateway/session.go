@@ -61,6 +61,7 @@ type sessions struct {
 	opening map[wire.ID]*try // those that others wait for
 	tries   map[*try]bool    // all that are under way
 	over    []*conversation  // to be closed by unlock
+	closing sync.WaitGroup   // those that are being closed; grows with mu held, until closed
 }
 
 // try is a session that is being opened, or that nobody else knows of yet.
@@ -384,7 +385,9 @@ func (s *sessions) lastWord(ctx context.Context, party wire.Party, fn func(ctx c
 		return err
 	}
 	err = fn(ctx, c)
-	_ = c.rt.Close() // it is over either way
+	s.mu.Lock()
+	defer s.unlock()
+	s.over = append(s.over, c)
 	return err
 }
 
@@ -438,18 +441,21 @@ func (s *sessions) removeLocked(c *conversation) {
 	s.over = append(s.over, c)
 }
 
-// unlock gives mu up and then closes what was removed: to close a session
-// writes to its stream, which takes seconds where an RCP lets nothing through,
-// and no other session waits for that.
+// unlock gives mu up and has what was removed closed: to close a session writes
+// to its stream, which takes seconds where an RCP lets nothing through. No other
+// session waits for that, nor who cuts a party that is revoked: there is more to
+// be done about it. Run waits, and whoever closes what is left after it.
 func (s *sessions) unlock() {
-	over := s.over
+	closing := &s.closing
+	if s.closed {
+		closing = new(sync.WaitGroup)
+		defer closing.Wait()
+	}
+	for _, c := range s.over {
+		closing.Go(func() { _ = c.rt.Close() }) // it is over either way
+	}
 	s.over = nil
 	s.mu.Unlock()
-	var wg sync.WaitGroup
-	for _, c := range over {
-		wg.Go(func() { _ = c.rt.Close() }) // it is over either way
-	}
-	wg.Wait()
 }
 
 // evictLocked holds the bound on warm sessions; those in use stay.
@@ -483,11 +489,12 @@ func (s *sessions) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			s.mu.Lock()
-			defer s.unlock()
 			s.closed = true
 			for _, c := range s.warm {
 				s.removeLocked(c)
 			}
+			s.unlock()
+			s.closing.Wait()
 			return nil
 		case now := <-sweep.C:
 			s.mu.Lock()

@@ -89,3 +89,52 @@ func TestCutEndsASessionThatIsBeingOpened(t *testing.T) {
 		})
 	}
 }
+
+// lingeringSession takes as long to close as TLS waits for a stream that takes
+// nothing.
+type lingeringSession struct{ nopSession }
+
+func (lingeringSession) Close() error { time.Sleep(5 * time.Second); return nil }
+
+// An RCP that lets nothing through delays neither the session with another
+// party, which takes the place of the one that hangs, nor a revocation.
+func TestNobodyWaitsForASessionToClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		evil, good := b.rcp("evil"), b.rcp("good")
+		held, next, web := b.node("held", wire.StateRunning), b.node("next", wire.StateRunning), b.node("web", wire.StateRunning)
+		b.up(evil)
+		b.up(good)
+		b.snapshot(evil, "e", nodePeer(held), nodePeer(next))
+		b.snapshot(good, "g", nodePeer(web))
+		s := b.sessions(t, func(_ context.Context, link wire.ID) (endToEnd, error) {
+			if link == evil {
+				return lingeringSession{}, nil
+			}
+			return nopSession{}, nil
+		})
+		s.most = 1
+		began := time.Now()
+		for _, id := range []wire.ID{held, web, next} {
+			if err := s.Do(t.Context(), wire.Party{Role: wire.RoleNode, ID: id}, func(context.Context, *conversation) error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.cut(next)
+		b.f.members[held].revoked = "by a test"
+		if err := s.lastWord(t.Context(), wire.Party{Role: wire.RoleNode, ID: held}, func(context.Context, *conversation) error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %v", took)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := s.Run(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took != 5*time.Second {
+			t.Errorf("the end came after %v, with sessions that were not closed", took)
+		}
+	})
+}
