@@ -323,11 +323,11 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 // for a party that nobody has reported. Each way counts: the ways to one party
 // that is made up take as much memory as so many parties.
 func (f *fleet) full(l *firstHop, m *member, path []wire.ID) bool {
-	switch {
-	case l.peers < maxPeersPerLink && l.unknown < maxUnknownPerLink, m != nil && m.ways[wayKey(l.id, path)] != nil:
+	if m != nil && m.ways[wayKey(l.id, path)] != nil {
 		return false
 	}
-	return l.peers >= maxPeersPerLink || m == nil || !m.known
+	known := m != nil && m.known
+	return l.peers >= maxPeersPerLink || !known && l.unknown >= maxUnknownPerLink
 }
 
 // same tells of a node that just came into reach again whether it can be taken
