@@ -34,14 +34,13 @@ const (
 )
 
 var chores = [choreCount]struct {
-	name   string
 	wants  want
 	atOnce int // per first hop
 }{
-	choreVisit:    {"visit", wantHello | wantProve | wantPush | wantNews, 128},
-	choreStranger: {"stranger", wantHello | wantProve | wantNews, 2},
-	choreOutbox:   {"outbox", wantOutbox, 64},
-	choreAction:   {"action", wantActions, 16},
+	choreVisit:    {wantHello | wantProve | wantPush | wantNews, 128},
+	choreStranger: {wantHello | wantProve | wantNews, 2},
+	choreOutbox:   {wantOutbox, 64},
+	choreAction:   {wantActions, 16},
 }
 
 // choreBits says for each chore whether a party is queued or busy in it.

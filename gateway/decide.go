@@ -40,13 +40,12 @@ type decision struct {
 
 // victim is an identity that ends because another takes its name or UUID.
 type victim struct {
-	role   wire.Role
-	id     wire.ID
-	name   string
-	tenant string // of a node
-	keep   bool   // tags that the gateway set, and history, go to the successor
-	clash  string
-	ended  bool // it was revoked or removed: nobody lives there
+	role  wire.Role
+	id    wire.ID
+	name  string
+	keep  bool // tags that the gateway set, and history, go to the successor
+	clash string
+	ended bool // it was revoked or removed: nobody lives there
 }
 
 // what describes a victim for people.
@@ -343,7 +342,7 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 			d.is(wire.EnrollDenied, wire.EnrollUUIDInUse, "the UUID belongs to a node of another tenant: delete the identity directory of this one, which makes it a new UUID")
 			return nil
 		}
-		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, tenant: n.Tenant, clash: wire.EnrollUUIDInUse, keep: true, ended: ended(n)})
+		d.victims = append(d.victims, victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollUUIDInUse, keep: true, ended: ended(n)})
 	}
 	n, err := q.NodeByName(ctx, d.tenant, d.name)
 	if errors.Is(err, store.ErrNotFound) || err == nil && n.ID == d.party.ID {
@@ -352,7 +351,7 @@ func (e *enrolment) claims(ctx context.Context, q store.Queries, d *decision, ke
 	if err != nil {
 		return err
 	}
-	v := victim{role: wire.RoleNode, id: n.ID, name: n.Name, tenant: n.Tenant, clash: wire.EnrollNameInUse, keep: true}
+	v := victim{role: wire.RoleNode, id: n.ID, name: n.Name, clash: wire.EnrollNameInUse, keep: true}
 	if n.State == wire.StateRevoked { // nobody lives there: the name is free
 		v.clash, v.keep = "", false
 	}

@@ -64,7 +64,7 @@ func TestDoorsOfARootThatIsGivenUp(t *testing.T) {
 		}
 		return errors.Join(append(errs, tx.RevokeCertificate(ctx, before, "a4", 0))...)
 	})
-	s := &Server{store: w.db, log: testLog(t), fleet: newFleet(defaultTimings, "", testLog(t)), doors: &doorway{ca: turningDoors{cas: []*identitytest.CA{next, old}}}}
+	s := &Server{store: w.db, log: testLog(t), fleet: newFleet(defaultTimings, ""), doors: &doorway{ca: turningDoors{cas: []*identitytest.CA{next, old}}}}
 	told := func(root *x509.Certificate, now bool) (serials string, c api.CAChange) {
 		t.Helper()
 		if err := s.tellDoors(t.Context(), &c, wire.KeyOf(root), now); err != nil {

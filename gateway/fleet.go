@@ -3,7 +3,6 @@ package gateway
 import (
 	"container/heap"
 	"errors"
-	"log/slog"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -56,7 +55,6 @@ type firstHop struct {
 // must learn. It starts nothing: its owner calls tick when due says so.
 type fleet struct {
 	t            timings
-	log          *slog.Logger
 	installation string
 	started      time.Time
 	onChannel    func(node, hop wire.ID, why doubt) // hears from a first hop, or from us, that a node has another channel, or seems to be two, under mu; nil: nobody does
@@ -88,7 +86,6 @@ type change struct {
 	From   wire.NodeState
 	To     wire.NodeState
 	Reason string
-	Since  time.Time
 	Alarms []alarm // oldest first
 }
 
@@ -97,7 +94,6 @@ type alarm struct {
 	Lost   bool // or back
 	State  wire.NodeState
 	Reason string
-	At     time.Time
 }
 
 // maxAlarms bounds the alarms of one party that wait for the database.
@@ -109,9 +105,9 @@ type seen struct {
 	Role wire.Role
 }
 
-func newFleet(t timings, installation string, log *slog.Logger) *fleet {
+func newFleet(t timings, installation string) *fleet {
 	f := &fleet{
-		t: t, log: log, installation: installation, started: time.Now(),
+		t: t, installation: installation, started: time.Now(),
 		members: make(map[wire.ID]*member),
 		links:   make(map[wire.ID]*firstHop),
 		pending: make(map[wire.KeyHash]map[wire.ID]wire.Peer),
@@ -254,11 +250,11 @@ func (f *fleet) publish(m *member, v verdict, now time.Time) {
 		c = &change{ID: m.id, Role: m.role, From: m.state}
 		f.changed[m.id] = c
 	}
-	c.Name, c.Known, c.To, c.Reason, c.Since = m.name, m.known, v.state, v.reason, now
+	c.Name, c.Known, c.To, c.Reason = m.name, m.known, v.state, v.reason
 	lost := v.state == wire.StateDown || v.state == wire.StateUnreachable && len(f.liveWays(m)) > 0
 	if m.known && (lost && !m.alarmed || up(v.state) && m.alarmed) {
 		m.alarmed = !m.alarmed
-		c.Alarms = append(c.Alarms, alarm{Lost: m.alarmed, State: v.state, Reason: v.reason, At: now})
+		c.Alarms = append(c.Alarms, alarm{Lost: m.alarmed, State: v.state, Reason: v.reason})
 		if len(c.Alarms) > maxAlarms { // the database is stuck: the oldest pair goes
 			c.Alarms = c.Alarms[2:]
 		}
@@ -333,8 +329,7 @@ func (f *fleet) verifiedHello(id wire.ID, role wire.Role, hello wire.Hello, skew
 		m = f.add(id, role)
 	}
 	now := time.Now()
-	m.digest, m.skew = hello.Digest(), skew
-	m.hello = bounded(&hello)
+	m.digest, m.hello = hello.Digest(), bounded(&hello)
 	wrong := skew.Abs() > maxSkew
 	skewChanged = wrong != m.skewed
 	m.skewed = wrong

@@ -3,7 +3,6 @@ package gateway
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -24,7 +23,7 @@ type bench struct {
 }
 
 func newBench(t *testing.T) *bench {
-	return &bench{t: t, f: newFleet(defaultTimings, "inst", slog.New(slog.DiscardHandler)),
+	return &bench{t: t, f: newFleet(defaultTimings, "inst"),
 		visits: map[wire.ID]int{}, broken: map[wire.ID]bool{}, hellos: map[wire.ID]wire.Hello{}}
 }
 

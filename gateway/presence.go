@@ -81,8 +81,6 @@ type way struct {
 	why   string    // the reported reason
 
 	failures int // sessions in a row that could not be opened this way
-	failedAt time.Time
-	lastErr  string
 }
 
 // wayKey tells the ways of one party apart.
@@ -120,7 +118,6 @@ type member struct {
 	verified time.Time   // end of the last session that succeeded
 	hello    *wire.Hello // what it said in it
 	digest   string
-	skew     time.Duration
 	skewed   bool
 	notice   string  // something an operator must know although the state is good
 	failures int     // sessions in a row that failed, by any way

@@ -105,7 +105,7 @@ func New(cfg Config, d Deps) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, store: d.Store, bus: d.Bus, ca: d.CA, id: d.Identity, log: d.Log, settling: make(chan struct{}, 1), started: time.Now()}
 	s.room = room{look: d.Store.Room, every: roomEvery}
-	s.fleet = newFleet(defaultTimings, d.Store.Installation().UID, d.Log)
+	s.fleet = newFleet(defaultTimings, d.Store.Installation().UID)
 	var err error
 	if s.metrics, err = newMetrics(d.Metrics, s.fleet); err != nil {
 		return nil, fmt.Errorf("gateway: register metrics: %w", err)

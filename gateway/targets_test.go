@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -251,7 +252,7 @@ func TestCatalogFollowsWhatNodesSay(t *testing.T) {
 func TestPickPrefersTheLeastBusyNode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t)
-		c := newCatalog(b.f, nil, b.f.log)
+		c := newCatalog(b.f, nil, slog.New(slog.DiscardHandler))
 		ids := make([]wire.ID, 5)
 		for i := range ids {
 			ids[i] = b.node(fmt.Sprint("n", i), wire.StateDown)
@@ -369,7 +370,7 @@ func TestLimitOfOneTarget(t *testing.T) {
 
 // BenchmarkPick is the choice of a node among ten thousand.
 func BenchmarkPick(b *testing.B) {
-	f := newFleet(defaultTimings, "inst", nil)
+	f := newFleet(defaultTimings, "inst")
 	c := newCatalog(f, nil, nil)
 	o := &offer{specs: map[wire.ID]*wire.TargetSpec{}}
 	for i := range 10_000 {

@@ -54,7 +54,6 @@ type traceWay struct {
 	path []wire.ID
 	way  way // to the party itself
 	mids []way
-	live bool
 }
 
 // traceWays returns the live ways to a party, or the ones that it was last
@@ -67,8 +66,7 @@ func (f *fleet) traceWays(id wire.ID) []traceWay {
 		return nil
 	}
 	ways := f.liveWays(m)
-	live := len(ways) > 0
-	if !live {
+	if len(ways) == 0 {
 		for _, w := range m.ways {
 			ways = append(ways, w)
 		}
@@ -76,7 +74,7 @@ func (f *fleet) traceWays(id wire.ID) []traceWay {
 	}
 	out := make([]traceWay, 0, len(ways))
 	for _, w := range ways {
-		t := traceWay{link: w.link, path: w.path, way: *w, live: live}
+		t := traceWay{link: w.link, path: w.path, way: *w}
 		for i, mid := range w.path {
 			var mw way
 			if hop := f.members[mid]; hop != nil {

@@ -17,7 +17,6 @@ const directHop = "direct"
 // presence is what the fleet knows of one party at one moment.
 type presence struct {
 	ID        wire.ID
-	Role      wire.Role
 	Name      string
 	Known     bool // it has a row in the database
 	State     wire.NodeState
@@ -26,10 +25,8 @@ type presence struct {
 	Connected bool // some connected first hop reports it
 	RCPs      []string
 	Carrier   string
-	LastSeen  time.Time     // end of the last session that succeeded
-	Hello     *wire.Hello   // what it said in it; nil if there was none since we started
-	Skew      time.Duration // its clock less ours
-	LastError string        // of the last session that failed
+	LastSeen  time.Time   // end of the last session that succeeded
+	Hello     *wire.Hello // what it said in it; nil if there was none since we started
 	Paths     []api.NodePath
 }
 
@@ -106,8 +103,8 @@ func (f *fleet) strangers() []presence {
 
 func (f *fleet) look(m *member) presence {
 	live := f.liveWays(m)
-	p := presence{ID: m.id, Role: m.role, Name: m.name, Known: m.known, State: m.state, Reason: m.reason, Since: m.since,
-		Connected: len(live) > 0, RCPs: []string{}, LastSeen: m.verified, Hello: m.hello, Skew: m.skew, LastError: m.lastErr}
+	p := presence{ID: m.id, Name: m.name, Known: m.known, State: m.state, Reason: m.reason, Since: m.since,
+		Connected: len(live) > 0, RCPs: []string{}, LastSeen: m.verified, Hello: m.hello}
 	for i, w := range live {
 		if i == 0 {
 			p.Carrier = w.carrier
@@ -217,11 +214,10 @@ func (f *fleet) tried(id wire.ID, r route, err error) {
 	switch {
 	case w == nil:
 	case err == nil:
-		w.failures, w.lastErr = 0, ""
+		w.failures = 0
 		m.lastLink = r.link
 	default:
 		w.failures++
-		w.failedAt, w.lastErr = time.Now(), clip(err.Error())
 	}
 }
 
@@ -289,18 +285,16 @@ func (f *fleet) totals() (states map[wire.NodeState]int, rcps, linksUp, pending 
 
 // hopView is one first hop for trace and for tables.
 type hopView struct {
-	Up       bool
-	Role     wire.Role
-	Name     string
-	Since    time.Time
-	LastErr  string
-	Carrier  string
-	Address  string
-	Dialled  bool
-	RTT      time.Duration
-	Draining bool
-	Synced   bool
-	Refused  int64
+	Up      bool
+	Role    wire.Role
+	Since   time.Time
+	LastErr string
+	Carrier string
+	Address string
+	Dialled bool
+	RTT     time.Duration
+	Synced  bool
+	Refused int64
 }
 
 // hop returns what is known of the link to a first hop.
@@ -311,8 +305,8 @@ func (f *fleet) hop(id wire.ID) (hopView, bool) {
 	if l == nil {
 		return hopView{}, false
 	}
-	v := hopView{Up: l.up, Role: l.role, Name: f.nameOf(id), Since: l.since, LastErr: l.lastErr, Carrier: l.carrier,
-		Address: l.address, Dialled: l.dialled, Draining: l.draining, Synced: l.synced, Refused: l.refused}
+	v := hopView{Up: l.up, Role: l.role, Since: l.since, LastErr: l.lastErr, Carrier: l.carrier,
+		Address: l.address, Dialled: l.dialled, Synced: l.synced, Refused: l.refused}
 	if l.up && l.rtt != nil {
 		v.RTT = l.rtt()
 	}

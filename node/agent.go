@@ -54,7 +54,6 @@ type Agent struct {
 	listening chan struct{} // closed when addr and adminAddr are known
 	addr      net.Addr
 	adminAddr net.Addr
-	proxyAddr net.Addr
 
 	mu        sync.Mutex
 	instances map[string]*instance

@@ -37,7 +37,6 @@ func (a *Agent) listenProxy() (port, error) {
 	if err != nil {
 		return port{}, fmt.Errorf("listen on %s: %w (SALLYPORT_NODE_PROXY_LISTEN)", a.cfg.ProxyListen, err)
 	}
-	a.proxyAddr = p.Addr()
 	return port{p.Run, p.Close}, nil
 }
 

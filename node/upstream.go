@@ -109,7 +109,7 @@ func (u *upstreams) reconcile(ctx context.Context, wg *sync.WaitGroup) {
 		if u.diallers[addr] != nil {
 			continue
 		}
-		d := &dialler{up: u, addr: addr, expect: expect, state: channel.State{Addr: addr, Since: time.Now()}}
+		d := &dialler{up: u, addr: addr, expect: expect, state: channel.State{Since: time.Now()}}
 		u.diallers[addr] = d
 		var dctx context.Context
 		dctx, d.cancel = context.WithCancel(ctx)

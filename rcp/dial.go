@@ -45,7 +45,7 @@ func newDiallers(r *Relay) diallers {
 		for _, e := range endpoints.Dialled() {
 			all = append(all, &dialler{
 				r: r, addr: e.Addr, expect: wire.ID(e.ID), peer: peer,
-				state: channel.State{Addr: e.Addr, Since: r.started}, live: map[*channel.Conn]struct{}{},
+				state: channel.State{Since: r.started}, live: map[*channel.Conn]struct{}{},
 			})
 		}
 	}

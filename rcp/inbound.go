@@ -32,7 +32,6 @@ func (r *Relay) listenProxy() (port, error) {
 	if err != nil {
 		return port{}, fmt.Errorf("listen on %s: %w (SALLYPORT_RCP_PROXY_LISTEN)", r.cfg.ProxyListen, err)
 	}
-	r.proxyAddr = p.Addr()
 	return port{p.Run, p.Close}, nil
 }
 

@@ -78,8 +78,6 @@ type Relay struct {
 
 	listening chan struct{} // closed when addrs is complete
 	addrs     []net.Addr
-	adminAddr net.Addr
-	proxyAddr net.Addr
 }
 
 // New does no I/O.
@@ -232,7 +230,6 @@ func (r *Relay) listen(dir string) (ports []port, err error) {
 		if err != nil {
 			return ports, err
 		}
-		r.adminAddr = adm.Addr()
 		ports = append(ports, port{adm.Run, adm.Close})
 	}
 	if r.lot != nil {

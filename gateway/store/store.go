@@ -61,7 +61,6 @@ type DB struct {
 	Queries
 	sql  *sqldb.DB
 	path string
-	log  *slog.Logger
 	bus  bus.Bus
 	now  func() time.Time
 	inst Installation
@@ -90,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open database %s: %w", cfg.Path, err), s.Close())
 	}
-	db := &DB{Queries: Queries{q: s.Read(), prepared: hot}, sql: s, path: cfg.Path, log: cfg.Log, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
+	db := &DB{Queries: Queries{q: s.Read(), prepared: hot}, sql: s, path: cfg.Path, bus: cfg.Bus, now: cfg.Now, outbox: sqldb.NewQueue[*outboxJob]()}
 	if db.now == nil {
 		db.now = time.Now
 	}

@@ -57,7 +57,6 @@ type Dialer struct {
 
 // State is what Run knows of its address.
 type State struct {
-	Addr     string
 	Conn     *Conn     // nil while not connected
 	Instead  *Conn     // by which the party is there meanwhile: see Dialer.Elsewhere
 	Err      error     // of the last attempt or connection; nil while all is well

@@ -121,7 +121,7 @@ func (k *keeper) elsewhere(ctx context.Context) error {
 	k.tries++
 	k.failures, k.since = 0, time.Now()
 	k.d.Log.Info("the party is there by another channel", "address", k.d.Addr, "peer", other.Peer().String(), "by", other.RemoteAddr(), "dialled", other.Dialled(), "retry_in", wait.Round(time.Second))
-	k.tell(State{Addr: k.d.Addr, Instead: other, Next: k.since.Add(wait), Since: k.since})
+	k.tell(State{Instead: other, Next: k.since.Add(wait), Since: k.since})
 	if left, err := k.wait(ctx, wait, other); !left || err != nil {
 		return err
 	}
@@ -284,7 +284,7 @@ func (k *keeper) report(err error, next time.Time) {
 	if errors.Is(err, ErrReplaced) {
 		err = nil
 	}
-	k.tell(State{Addr: k.d.Addr, Conn: k.current, Err: err, Failures: k.failures, Next: next, Since: k.since})
+	k.tell(State{Conn: k.current, Err: err, Failures: k.failures, Next: next, Since: k.since})
 }
 
 func (k *keeper) tell(s State) {

@@ -512,7 +512,7 @@ func (e *Engine) runProgram(ctx context.Context, command []string, limit int) (O
 	}
 	stdout, stderr := &proc.Buffer{Limit: limit}, &proc.Buffer{Limit: limit}
 	exit, err := proc.Run(ctx, proc.Command{Path: path, Args: command, Stdout: stdout, Stderr: stderr})
-	return Output{Exit: exit, Stdout: stdout.String(), Stderr: stderr.String(), Truncated: stdout.Truncated || stderr.Truncated}, err
+	return Output{Exit: exit, Stdout: stdout.String(), Stderr: stderr.String()}, err
 }
 
 // strictJSON refuses keys that this version does not know: they would be

@@ -207,8 +207,7 @@ func lastLine(out Output) string {
 
 // Output is what a command of a policy said.
 type Output struct {
-	Exit      proc.Exit
-	Stdout    string
-	Stderr    string
-	Truncated bool
+	Exit   proc.Exit
+	Stdout string
+	Stderr string
 }

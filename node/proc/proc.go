@@ -182,16 +182,14 @@ func signal(cmd *exec.Cmd, sig syscall.Signal) {
 
 // Buffer keeps the first Limit bytes that are written to it.
 type Buffer struct {
-	Limit     int
-	Truncated bool
-	b         []byte
+	Limit int
+	b     []byte
 }
 
 // Write never fails: a program must not break because it says too much.
 func (b *Buffer) Write(p []byte) (int, error) {
 	n := min(len(p), b.Limit-len(b.b))
 	b.b = append(b.b, p[:n]...)
-	b.Truncated = b.Truncated || n < len(p)
 	return len(p), nil
 }
 
