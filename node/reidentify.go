@@ -21,7 +21,7 @@ var errReidentified = errors.New("this node has another identity now")
 // before the old identity goes.
 func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxEnrollBody, &env) {
+	if !channel.Decode(w, r, wire.MaxEnrollBody, &env) {
 		return
 	}
 	// Of two words that come at once the second finds that its node is gone: the

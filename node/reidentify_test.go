@@ -72,7 +72,7 @@ func TestNoRenewalForWhoItWas(t *testing.T) {
 				t.Fatal(err)
 			}
 			w := httptest.NewRecorder()
-			in.takeCSR(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, wire.PathCSR, bytes.NewReader(body)))
+			in.newSessionAPI().ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, wire.PathCSR, bytes.NewReader(body)))
 			return w
 		}
 		if w := ask(); w.Code != http.StatusOK {

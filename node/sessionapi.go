@@ -1,34 +1,31 @@
 package node
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strconv"
 	"time"
 
 	"sallyport/internal/channel"
 	"sallyport/internal/identity"
+	"sallyport/internal/session"
 	"sallyport/internal/wire"
 )
-
-// maxEcho bounds the body of POST /v1/echo, in bytes.
-const maxEcho = 64 << 10
 
 // newSessionAPI is what a gateway can ask inside a session, which has proved
 // its role. What changes the host comes in signed documents besides: they hold
 // after the session, and name the node and the installation they are for.
 func (in *instance) newSessionAPI() http.Handler {
 	mux := http.NewServeMux()
+	session.Party{Identity: in.id, Log: in.log, Changed: in.signals.wake}.Register(mux)
 	mux.HandleFunc("GET "+wire.PathHello, func(w http.ResponseWriter, r *http.Request) {
 		in.clock.Heard(r.Header)
 		in.hearQuarantine(r.Header.Get(wire.HeaderQuarantined) == "1")
 		previous, marked := in.copies.heard(r.Header)
 		h := in.hello()
 		h.Previous = previous
-		writeJSON(w, h)
+		channel.Answer(w, h)
 		if marked {
 			in.log.Warn("a gateway found that this process was copied while it ran, and gave this one of the copies a boot ID of its own", "boot", h.Boot)
 			in.changed()
@@ -38,16 +35,11 @@ func (in *instance) newSessionAPI() http.Handler {
 	mux.HandleFunc("POST "+wire.PathOutbox, in.outbox)
 	mux.HandleFunc("POST "+wire.PathActions, in.takeAction)
 	mux.HandleFunc("DELETE "+wire.PathActionID+"{id}", in.cancelAction)
-	mux.HandleFunc("POST "+wire.PathCSR, in.takeCSR)
-	mux.HandleFunc("PUT "+wire.PathCertificate, in.takeCertificate)
 	mux.HandleFunc("PUT "+wire.PathRevocations, in.takeRevocations)
-	mux.HandleFunc("GET "+wire.PathRevocations, in.showRevocations)
-	mux.HandleFunc("PUT "+wire.PathTrust, in.takeTrust)
 	mux.HandleFunc("POST "+wire.PathUnlock, in.takeUnlock)
 	mux.HandleFunc("POST "+wire.PathReidentify, in.takeReidentify)
 	mux.HandleFunc("POST "+wire.PathDrain, in.startDrain)
 	mux.HandleFunc("DELETE "+wire.PathDrain, in.endDrain)
-	mux.HandleFunc("POST "+wire.PathEcho, echo)
 	mux.Handle(wire.PathParked, in.lot.API(in.td))
 	return mux
 }
@@ -68,28 +60,9 @@ func (in *instance) hearQuarantine(now bool) {
 // quarantined is the reason that is shown on the host.
 const quarantined = "the gateway found another live host with this node's identity: neither gets policies, actions or connections"
 
-func writeJSON(w http.ResponseWriter, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v) // the session died: the gateway asks again
-}
-
-// decode reads a body, or answers why it cannot.
-func decode(w http.ResponseWriter, r *http.Request, limit int64, v any) bool {
-	err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, limit+1), limit, v)
-	if err == nil {
-		return true
-	}
-	status := http.StatusBadRequest
-	if errors.Is(err, wire.ErrTooLarge) {
-		status = http.StatusRequestEntityTooLarge
-	}
-	channel.Refuse(w, status, r.URL.Path+": "+err.Error())
-	return false
-}
-
 func (in *instance) takeDesired(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxDesired, &env) {
+	if !channel.Decode(w, r, wire.MaxDesired, &env) {
 		return
 	}
 	res, err := in.desired.put(r.Context(), env)
@@ -100,13 +73,13 @@ func (in *instance) takeDesired(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	res.State, _ = in.state()
-	writeJSON(w, res)
+	channel.Answer(w, res)
 }
 
 // takeAction begins an action or joins its run, and streams its frames.
 func (in *instance) takeAction(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxActionBody, &env) {
+	if !channel.Decode(w, r, wire.MaxActionBody, &env) {
 		return
 	}
 	after, err := strconv.ParseInt(firstOf(r.URL.Query().Get("after"), "0"), 10, 64)
@@ -197,43 +170,9 @@ func (in *instance) cancelAction(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// takeCSR begins a renewal: the gateway pulls the request and puts the chain.
-func (in *instance) takeCSR(w http.ResponseWriter, r *http.Request) {
-	var q wire.CSRRequest
-	if !decode(w, r, wire.MaxEnrollBody, &q) {
-		return
-	}
-	der, err := in.id.RenewalCSR(q.Rekey)
-	if errors.Is(err, identity.ErrNoCertificate) {
-		channel.Refuse(w, http.StatusConflict, "csr: "+err.Error())
-		return
-	}
-	if err != nil {
-		in.log.Error("certificate request not made", "error", err)
-		channel.Refuse(w, http.StatusInternalServerError, "csr: "+err.Error())
-		return
-	}
-	writeJSON(w, wire.CSR{DER: der})
-}
-
-func (in *instance) takeCertificate(w http.ResponseWriter, r *http.Request) {
-	var c wire.Certificate
-	if !decode(w, r, wire.MaxEnrollBody, &c) {
-		return
-	}
-	if err := in.id.Install(c.Chain); err != nil {
-		in.log.Warn("new certificate refused", "error", err)
-		channel.Refuse(w, http.StatusUnprocessableEntity, "certificate: "+err.Error())
-		return
-	}
-	in.log.Info("certificate renewed", "not_after", in.id.NotAfter(), "fingerprint", in.id.Fingerprint())
-	in.signals.wake()
-	w.WriteHeader(http.StatusNoContent)
-}
-
 func (in *instance) takeRevocations(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxRevocations, &env) {
+	if !channel.Decode(w, r, wire.MaxRevocations, &env) {
 		return
 	}
 	_, err := in.id.ApplyRevocations(env)
@@ -248,43 +187,11 @@ func (in *instance) takeRevocations(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// takeTrust changes the roots that are trusted here.
-func (in *instance) takeTrust(w http.ResponseWriter, r *http.Request) {
-	var env wire.Envelope
-	if !decode(w, r, wire.MaxEnrollBody, &env) {
-		return
-	}
-	newer, err := in.id.ApplyTrust(env)
-	switch {
-	case errors.Is(err, identity.ErrOlder):
-		channel.Refuse(w, http.StatusConflict, err.Error())
-	case err != nil:
-		in.log.Warn("trust document refused", "error", err)
-		channel.Refuse(w, http.StatusUnprocessableEntity, err.Error())
-	default:
-		if newer {
-			number, _ := in.id.Trust()
-			in.log.Info("the gateway's certificate authority changed its roots", "number", number)
-		}
-		in.signals.wake()
-		w.WriteHeader(http.StatusNoContent)
-	}
-}
-
-func (in *instance) showRevocations(w http.ResponseWriter, _ *http.Request) {
-	_, env := in.id.Revocations()
-	if env == nil {
-		channel.Refuse(w, http.StatusNotFound, "no revocation set is held")
-		return
-	}
-	writeJSON(w, env)
-}
-
 // takeUnlock makes the node obey another installation, on a gateway's signed
 // word that names this node.
 func (in *instance) takeUnlock(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxEnrollBody, &env) {
+	if !channel.Decode(w, r, wire.MaxEnrollBody, &env) {
 		return
 	}
 	var u wire.Unlock
@@ -309,7 +216,7 @@ func (in *instance) takeUnlock(w http.ResponseWriter, r *http.Request) {
 // deadline.
 func (in *instance) startDrain(w http.ResponseWriter, r *http.Request) {
 	var d wire.Drain
-	if !decode(w, r, wire.MaxEnrollBody, &d) {
+	if !channel.Decode(w, r, wire.MaxEnrollBody, &d) {
 		return
 	}
 	var until time.Time
@@ -330,13 +237,4 @@ func (in *instance) answerChange(w http.ResponseWriter, err error) {
 	}
 	in.signals.wake()
 	w.WriteHeader(http.StatusNoContent)
-}
-
-func echo(w http.ResponseWriter, r *http.Request) {
-	b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxEcho))
-	if err != nil {
-		channel.Refuse(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("echo: the limit is %d bytes", maxEcho))
-		return
-	}
-	_, _ = w.Write(b)
 }

@@ -151,7 +151,7 @@ func (r *Relay) takeReign(w http.ResponseWriter, req *http.Request) {
 		r.log.Warn("a gateway was restored from a backup: every gateway is told, an older one stops itself", "installation", reign.Installation, "generation", reign.Generation)
 		r.table.newReign()
 	}
-	writeJSON(w, held)
+	channel.Answer(w, held)
 }
 
 // checkReign refuses what no gateway of ours writes.
@@ -171,5 +171,5 @@ func (r *Relay) giveReign(w http.ResponseWriter, req *http.Request) {
 		channel.Refuse(w, http.StatusNotFound, "no reign of that installation is held here")
 		return
 	}
-	writeJSON(w, env)
+	channel.Answer(w, env)
 }

@@ -93,7 +93,7 @@ func TestOwnSession(t *testing.T) {
 	if got := k.do("POST", wire.PathEcho, strings.Repeat("x", 1000), nil); got != 200 {
 		t.Errorf("echo: %d", got)
 	}
-	if got := k.do("POST", wire.PathEcho, strings.Repeat("x", maxEcho), nil); got != 413 {
+	if got := k.do("POST", wire.PathEcho, strings.Repeat("x", wire.MaxEcho), nil); got != 413 {
 		t.Errorf("echo above its limit: %d", got)
 	}
 	for _, q := range []struct{ method, path string }{

@@ -2,7 +2,6 @@ package rcp
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -264,9 +263,4 @@ func (r *Relay) takeChannels(w http.ResponseWriter, req *http.Request, c *channe
 		return
 	}
 	w.WriteHeader(http.StatusAccepted)
-}
-
-func writeJSON(w http.ResponseWriter, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v) // the peer went: it asks again
 }

@@ -2,6 +2,8 @@ package channel
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"sync"
@@ -101,6 +103,27 @@ func (g *gate) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c.requestDrain()
 	}
 	g.next.ServeHTTP(w, r)
+}
+
+// Answer answers a request with a value as JSON.
+func Answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(v) // the peer went: it asks again
+}
+
+// Decode reads the body of a request, one JSON value of at most limit bytes, or
+// refuses it.
+func Decode(w http.ResponseWriter, r *http.Request, limit int64, v any) bool {
+	err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, limit+1), limit, v)
+	if err == nil {
+		return true
+	}
+	status := http.StatusBadRequest
+	if errors.Is(err, wire.ErrTooLarge) {
+		status = http.StatusRequestEntityTooLarge
+	}
+	Refuse(w, status, r.URL.Path+": "+err.Error())
+	return false
 }
 
 // Refuse answers a request with a status and, in Sallyport-Error, the reason

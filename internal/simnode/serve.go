@@ -2,10 +2,8 @@ package simnode
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"strings"
 	"time"
@@ -17,7 +15,6 @@ import (
 )
 
 const (
-	maxEcho = 64 << 10
 	// signalEvery spaces the lines of one stream; an RCP takes 10 a second.
 	signalEvery = 150 * time.Millisecond
 	// outboxChunk is about how much of an outbox is written at once.
@@ -134,13 +131,13 @@ func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "GET " + wire.PathHello:
 		h := n.hello()
 		h.Previous = n.swap(r.Header.Get(wire.HeaderNonce))
-		writeJSON(w, h)
+		channel.Answer(w, h)
 		n.w.count.hellos.Add(1)
 	case "PUT " + wire.PathDesired:
 		var env wire.Envelope
-		if decode(w, r, wire.MaxDesired, &env) {
+		if channel.Decode(w, r, wire.MaxDesired, &env) {
 			res, err := n.apply(env)
-			answer(w, res, err, http.StatusInternalServerError)
+			answer(w, res, err)
 		}
 	case "POST " + wire.PathOutbox:
 		n.outbox(w, r)
@@ -148,42 +145,37 @@ func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		n.action(w, r)
 	case "POST " + wire.PathCSR:
 		var q wire.CSRRequest
-		if decode(w, r, wire.MaxEnrollBody, &q) {
+		if channel.Decode(w, r, wire.MaxEnrollBody, &q) {
 			der, err := n.id.CSR(q.Rekey)
-			answer(w, wire.CSR{DER: der}, err, http.StatusInternalServerError)
+			answer(w, wire.CSR{DER: der}, err)
 		}
 	case "PUT " + wire.PathCertificate:
 		var c wire.Certificate
-		if decode(w, r, wire.MaxEnrollBody, &c) {
+		if channel.Decode(w, r, wire.MaxEnrollBody, &c) {
 			n.changed(w, n.id.Install(c.Chain))
 		}
 	case "PUT " + wire.PathRevocations:
 		var env wire.Envelope
-		if decode(w, r, wire.MaxRevocations, &env) {
+		if channel.Decode(w, r, wire.MaxRevocations, &env) {
 			_, err := n.id.ApplyRevocations(env)
 			n.changed(w, err)
 		}
 	case "PUT " + wire.PathTrust:
 		var env wire.Envelope
-		if decode(w, r, wire.MaxEnrollBody, &env) {
+		if channel.Decode(w, r, wire.MaxEnrollBody, &env) {
 			_, err := n.id.ApplyTrust(env)
 			n.changed(w, err)
 		}
 	case "GET " + wire.PathRevocations:
 		if _, env := n.id.Revocations(); env != nil {
-			writeJSON(w, env)
+			channel.Answer(w, env)
 			return
 		}
 		channel.Refuse(w, http.StatusNotFound, "no revocation set is held")
 	case "POST " + wire.PathUnlock:
 		n.unlock(w, r)
 	case "POST " + wire.PathEcho:
-		b, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxEcho))
-		if err != nil {
-			channel.Refuse(w, http.StatusRequestEntityTooLarge, fmt.Sprintf("echo: the limit is %d bytes", maxEcho))
-			return
-		}
-		_, _ = w.Write(b)
+		session.Echo(w, r)
 	default:
 		channel.Refuse(w, http.StatusNotFound, "a simulated node does not do that")
 	}
@@ -202,17 +194,12 @@ func (n *node) swap(brought string) (previous wire.Nonce) {
 	return previous
 }
 
-func writeJSON(w http.ResponseWriter, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	_ = json.NewEncoder(w).Encode(v) // the session died: the gateway asks again
-}
-
-func answer(w http.ResponseWriter, v any, err error, status int) {
+func answer(w http.ResponseWriter, v any, err error) {
 	if err != nil {
-		channel.Refuse(w, status, err.Error())
+		channel.Refuse(w, http.StatusInternalServerError, err.Error())
 		return
 	}
-	writeJSON(w, v)
+	channel.Answer(w, v)
 }
 
 // changed answers what changed the identity.
@@ -228,17 +215,9 @@ func (n *node) changed(w http.ResponseWriter, err error) {
 	}
 }
 
-func decode(w http.ResponseWriter, r *http.Request, limit int64, v any) bool {
-	err := wire.DecodeJSON(http.MaxBytesReader(w, r.Body, limit+1), limit, v)
-	if err != nil {
-		channel.Refuse(w, http.StatusBadRequest, r.URL.Path+": "+err.Error())
-	}
-	return err == nil
-}
-
 func (n *node) unlock(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxEnrollBody, &env) {
+	if !channel.Decode(w, r, wire.MaxEnrollBody, &env) {
 		return
 	}
 	var u wire.Unlock
@@ -252,7 +231,7 @@ func (n *node) unlock(w http.ResponseWriter, r *http.Request) {
 // action answers at once: a simulated node runs nothing.
 func (n *node) action(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
-	if !decode(w, r, wire.MaxActionBody, &env) {
+	if !channel.Decode(w, r, wire.MaxActionBody, &env) {
 		return
 	}
 	var act wire.Action

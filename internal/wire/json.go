@@ -13,6 +13,7 @@ import (
 // authentication: a certified peer may be owned too.
 const (
 	MaxEnrollBody  = 64 << 10 // every body on the enrolment ALPNs
+	MaxEcho        = 64 << 10 // POST /v1/echo
 	MaxSignalLine  = 1 << 10  // one line of GET /v1/signals
 	MaxPeersLine   = 8 << 10  // one line of GET /v1/peers
 	MaxHello       = 4 << 20  // GET /v1/hello with its policy statuses
