@@ -22,11 +22,7 @@ func (a *app) actionCommand() *cobra.Command {
 	var q api.ActionQuery
 	list := &cobra.Command{Use: "list [--node N] [--state S] [--limit N]", Short: "List actions, newest first", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Action, error) { return c.Actions(ctx, q) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, actionTable(all...))
+			return tell(cmd.Context(), a, listed(a, actionTable), func(ctx context.Context, c *api.Client) ([]api.Action, error) { return c.Actions(ctx, q) })
 		}}
 	list.Flags().StringVar(&q.Node, "node", "", "only actions on this node")
 	list.Flags().StringVar(&q.State, "state", "", "only actions in this state")
@@ -38,11 +34,7 @@ func (a *app) actionCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.Action, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " ID", Short: short, Args: cli.Exactly(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Action, error) { return f(c, ctx, args[0]) })
-				if err != nil {
-					return err
-				}
-				return a.out.Print(r, actionTable(r))
+				return tell(cmd.Context(), a, printed(a, actionTable), func(ctx context.Context, c *api.Client) (api.Action, error) { return f(c, ctx, args[0]) })
 			}}
 	}
 	return cli.Group("action", "Actions: programs that run once on nodes", a.actionRunCommand(), list,

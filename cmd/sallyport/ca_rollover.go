@@ -84,17 +84,13 @@ func (a *app) caAbortCommand() *cobra.Command {
 	return &cobra.Command{Use: "abort", Short: "Turn a rollover round: everybody goes back to the old issuer", Args: cli.Exactly(0),
 		Long: "The old issuer signs again, and everybody is renewed back onto it; `sallyport ca finish` then gives up the new one.\nDone once more it turns the rollover round again: the new issuer goes on.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ch, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CAChange, error) { return c.AbortCA(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.printCAChange(ch)
+			return tell(cmd.Context(), a, a.printCAChange, func(ctx context.Context, c *api.Client) (api.CAChange, error) { return c.AbortCA(ctx) })
 		}}
 }
 
 // changeCA rehearses, asks, and changes; sure leaves out the asking.
 func (a *app) changeCA(ctx context.Context, sure bool, change func(ctx context.Context, c *api.Client, dry bool) (api.CAChange, error), question string) error {
-	ch, err := call(ctx, a, func(ctx context.Context, c *api.Client) (api.CAChange, error) {
+	return tell(ctx, a, a.printCAChange, func(ctx context.Context, c *api.Client) (api.CAChange, error) {
 		if !sure {
 			plan, err := change(ctx, c, true)
 			if err != nil {
@@ -107,10 +103,6 @@ func (a *app) changeCA(ctx context.Context, sure bool, change func(ctx context.C
 		}
 		return change(ctx, c, false)
 	})
-	if err != nil {
-		return err
-	}
-	return a.printCAChange(ch)
 }
 
 func (a *app) printCAChange(ch api.CAChange) error {

@@ -15,11 +15,7 @@ import (
 func (a *app) certificateCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List the certificates that other programs have from the doors", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Certificate, error) { return c.Certificates(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, certificateTable(all...))
+			return tell(cmd.Context(), a, listed(a, certificateTable), func(ctx context.Context, c *api.Client) ([]api.Certificate, error) { return c.Certificates(ctx) })
 		}}
 	reasons := slices.Sorted(maps.Keys(api.RevocationReasons))
 	var in api.RevokeCertificate
@@ -31,13 +27,9 @@ func (a *app) certificateCommand() *cobra.Command {
 			if in.Reason != "" && !slices.Contains(reasons, in.Reason) {
 				return cli.Usage("--reason %q: want one of %s", in.Reason, strings.Join(reasons, ", "))
 			}
-			c, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Certificate, error) {
+			return tell(cmd.Context(), a, printed(a, certificateTable), func(ctx context.Context, c *api.Client) (api.Certificate, error) {
 				return c.RevokeCertificate(ctx, args[0], in)
 			})
-			if err != nil {
-				return err
-			}
-			return a.out.Print(c, certificateTable(c))
 		}}
 	revoke.Flags().StringVar(&in.Reason, "reason", "", "why: "+strings.Join(reasons, ", "))
 	_ = revoke.RegisterFlagCompletionFunc("reason", fixed(reasons...))

@@ -159,6 +159,25 @@ func call[T any](ctx context.Context, a *app, f func(context.Context, *api.Clien
 	return f(ctx, c)
 }
 
+// tell has what f answers printed.
+func tell[T any](ctx context.Context, a *app, show func(T) error, f func(context.Context, *api.Client) (T, error)) error {
+	v, err := call(ctx, a, f)
+	if err != nil {
+		return err
+	}
+	return show(v)
+}
+
+// printed prints one as a table of one row.
+func printed[T any](a *app, table func(...T) cli.Table) func(T) error {
+	return func(v T) error { return a.out.Print(v, table(v)) }
+}
+
+// listed prints a list as a table.
+func listed[T any](a *app, table func(...T) cli.Table) func([]T) error {
+	return func(all []T) error { return a.out.Print(all, table(all...)) }
+}
+
 // completeNames completes the first arguments with what list returns; at most
 // so many, 0 for any number. A gateway that does not answer completes nothing.
 func (a *app) completeNames(most int, list func(context.Context, *api.Client) ([]string, error)) cobra.CompletionFunc {

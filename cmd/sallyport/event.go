@@ -17,22 +17,14 @@ func (a *app) eventCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.EventDetail, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " ID", Short: short, Args: cli.Exactly(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				e, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.EventDetail, error) { return f(c, ctx, args[0]) })
-				if err != nil {
-					return err
-				}
-				return a.printEvent(e)
+				return tell(cmd.Context(), a, a.printEvent, func(ctx context.Context, c *api.Client) (api.EventDetail, error) { return f(c, ctx, args[0]) })
 			}}
 	}
 	annotate := &cobra.Command{Use: "annotate ID TEXT", Short: "Add a remark to an event", Args: cli.Exactly(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			e, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.EventDetail, error) {
+			return tell(cmd.Context(), a, a.printEvent, func(ctx context.Context, c *api.Client) (api.EventDetail, error) {
 				return c.AnnotateEvent(ctx, args[0], api.Annotate{Text: args[1]})
 			})
-			if err != nil {
-				return err
-			}
-			return a.printEvent(e)
 		}}
 	return cli.Group("event", "Events: what nodes reported", a.eventListCommand(), a.eventTailCommand(),
 		verb("show", "Show one event", (*api.Client).Event),

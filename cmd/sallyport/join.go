@@ -29,20 +29,12 @@ func checkTTL(ttl wire.Duration) error {
 func (a *app) joinCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List join codes, without their secrets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Join, error) { return c.Joins(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, joinTable(all...))
+			return tell(cmd.Context(), a, listed(a, joinTable), func(ctx context.Context, c *api.Client) ([]api.Join, error) { return c.Joins(ctx) })
 		}}
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Make a join code useless", Args: cli.Exactly(1),
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Joins, func(j api.Join) string { return j.ID })),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			j, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Join, error) { return c.RevokeJoin(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(j, joinTable(j))
+			return tell(cmd.Context(), a, printed(a, joinTable), func(ctx context.Context, c *api.Client) (api.Join, error) { return c.RevokeJoin(ctx, args[0]) })
 		}}
 	return cli.Group("join", "Join codes: how nodes enrol", a.joinCreateCommand(), list, revoke)
 }
@@ -90,11 +82,7 @@ func (a *app) joinCreateCommand() *cobra.Command {
 					return cli.Usage("--name: %w", err)
 				}
 			}
-			j, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
-			if err != nil {
-				return err
-			}
-			return a.printJoin(j)
+			return tell(cmd.Context(), a, a.printJoin, func(ctx context.Context, c *api.Client) (api.CreatedJoin, error) { return c.CreateJoin(ctx, in) })
 		},
 	}
 	f := cmd.Flags()

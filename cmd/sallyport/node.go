@@ -26,21 +26,13 @@ func (a *app) nodeCommand() *cobra.Command {
 	removal := func(use, short string, f func(*api.Client, context.Context, string) (api.Removal, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " NAME", Short: short, Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Removal, error) { return f(c, ctx, args[0]) })
-				if err != nil {
-					return err
-				}
-				return a.out.Print(r, removalTable(r))
+				return tell(cmd.Context(), a, a.printRemoval, func(ctx context.Context, c *api.Client) (api.Removal, error) { return f(c, ctx, args[0]) })
 			}}
 	}
 	drain := a.nodeDrainCommand()
 	resume := &cobra.Command{Use: "resume NAME", Short: "End a drain, or a quarantine", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.ResumeNode(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.ResumeNode(ctx, args[0]) })
 		}}
 	renew, reidentify := a.nodeRenewCommand(), a.nodeReidentifyCommand()
 	return cli.Group("node", "Nodes: the hosts that are managed",
@@ -61,11 +53,7 @@ checking and reporting. The node keeps this over restarts, until ` + "`node resu
 or until the time given with --for is over.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			in.For = d.Duration
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.DrainNode(ctx, args[0], in) })
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.DrainNode(ctx, args[0], in) })
 		}}
 	cmd.Flags().Var(&d, "for", "how long; without it until node resume")
 	cmd.Flags().StringVar(&in.Reason, "reason", "", "why, for those who look at the node")
@@ -86,11 +74,7 @@ func (a *app) nodeListCommand() *cobra.Command {
 			if cmd.Flags().Changed("selector") && strings.TrimSpace(q.Selector) == "" {
 				return errEmptySelector()
 			}
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Node, error) { return c.Nodes(ctx, q) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, nodeTable(all...))
+			return tell(cmd.Context(), a, listed(a, nodeTable), func(ctx context.Context, c *api.Client) ([]api.Node, error) { return c.Nodes(ctx, q) })
 		}}
 	cmd.Flags().StringVar(&q.Selector, "selector", "", "Kubernetes label selector over tags, such as role=web,env!=dev")
 	cmd.Flags().StringVar(&q.State, "state", "", "only those in this state")
@@ -121,11 +105,7 @@ func revisions(n api.Node) string {
 func (a *app) nodeShowCommand() *cobra.Command {
 	return &cobra.Command{Use: "show NAME", Short: "Show one node: state, tags and their sources, policies, ways", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.Node(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) { return c.Node(ctx, args[0]) })
 		}}
 }
 
@@ -197,13 +177,9 @@ func (a *app) nodeTagCommand() *cobra.Command {
 				}
 			}
 			change.Set = set
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
 				return c.TagNode(ctx, args[0], change)
 			})
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
 		},
 	}
 }

@@ -14,13 +14,9 @@ func (a *app) nodeRenewCommand() *cobra.Command {
 	var rekey bool
 	cmd := &cobra.Command{Use: "renew NAME [--rekey]", Short: "Renew a node's certificate now", Args: cli.Exactly(1), ValidArgsFunction: a.nodeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
 				return c.RenewNode(ctx, args[0], rekey)
 			})
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
 		}}
 	cmd.Flags().BoolVar(&rekey, "rekey", false, "with a new key, which the node makes; the old one is revoked")
 	return cmd
@@ -45,13 +41,9 @@ and local configuration stay.`,
 					return cli.Usage("--as: %w", err)
 				}
 			}
-			n, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
+			return tell(cmd.Context(), a, a.printNode, func(ctx context.Context, c *api.Client) (api.NodeDetail, error) {
 				return c.ReidentifyNode(ctx, args[0], in)
 			})
-			if err != nil {
-				return err
-			}
-			return a.printNode(n)
 		}}
 	cmd.Flags().StringVar(&in.Name, "as", "", "name of the node that the machine becomes, beside the old one")
 	cmd.Flags().StringVar(&in.Boot, "boot", "", "boot ID of the one machine that is meant, where two have one identity: node show lists them, local status says which host has which; it is asked by all ways, for 30 s")

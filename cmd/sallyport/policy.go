@@ -18,11 +18,7 @@ func (a *app) policyCommand() *cobra.Command {
 	names := a.completeNames(1, namesOf((*api.Client).Policies, func(p api.Policy) string { return p.Name }))
 	list := &cobra.Command{Use: "list", Short: "List policies", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Policy, error) { return c.Policies(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, policyTable(all...))
+			return tell(cmd.Context(), a, listed(a, policyTable), func(ctx context.Context, c *api.Client) ([]api.Policy, error) { return c.Policies(ctx) })
 		}}
 	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a policy that no deployment names", Args: cli.Exactly(1), ValidArgsFunction: names,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -203,13 +199,9 @@ func (a *app) policyRollbackCommand() *cobra.Command {
 	var in api.Rollback
 	cmd := &cobra.Command{Use: "rollback NAME [--to N]", Short: "Make an older version the current one again", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Applied, error) {
+			return tell(cmd.Context(), a, a.printApplied, func(ctx context.Context, c *api.Client) (api.Applied, error) {
 				return c.RollbackPolicy(ctx, args[0], in)
 			})
-			if err != nil {
-				return err
-			}
-			return a.printApplied(r)
 		}}
 	cmd.Flags().Int64Var(&in.To, "to", 0, "version (default: the one before the current)")
 	return cmd
@@ -219,11 +211,7 @@ func (a *app) deploymentCommand() *cobra.Command {
 	names := a.completeNames(1, namesOf((*api.Client).Deployments, func(d api.Deployment) string { return d.Name }))
 	list := &cobra.Command{Use: "list", Short: "List deployments", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Deployment, error) { return c.Deployments(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, deploymentTable(all...))
+			return tell(cmd.Context(), a, listed(a, deploymentTable), func(ctx context.Context, c *api.Client) ([]api.Deployment, error) { return c.Deployments(ctx) })
 		}}
 	var yes bool
 	remove := &cobra.Command{Use: "delete NAME", Short: "Take a deployment's policies off its nodes", Args: cli.Exactly(1), ValidArgsFunction: names,

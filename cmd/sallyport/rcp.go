@@ -17,22 +17,14 @@ func (a *app) rcpCommand() *cobra.Command {
 	verb := func(use, short string, f func(*api.Client, context.Context, string) (api.RCP, error)) *cobra.Command {
 		return &cobra.Command{Use: use + " NAME", Short: short, Args: cli.Exactly(1), ValidArgsFunction: names,
 			RunE: func(cmd *cobra.Command, args []string) error {
-				r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCP, error) { return f(c, ctx, args[0]) })
-				if err != nil {
-					return err
-				}
-				return a.out.Print(r, rcpTable(r))
+				return tell(cmd.Context(), a, printed(a, rcpTable), func(ctx context.Context, c *api.Client) (api.RCP, error) { return f(c, ctx, args[0]) })
 			}}
 	}
 	join := a.rcpJoinCommand()
 	set := a.rcpSetCommand()
 	remove := &cobra.Command{Use: "remove NAME", Short: "Revoke an RCP and take it off the list", Args: cli.Exactly(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Removal, error) { return c.RemoveRCP(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(r, removalTable(r))
+			return tell(cmd.Context(), a, a.printRemoval, func(ctx context.Context, c *api.Client) (api.Removal, error) { return c.RemoveRCP(ctx, args[0]) })
 		}}
 	for _, c := range []*cobra.Command{join, set, remove} {
 		c.ValidArgsFunction = names
@@ -70,11 +62,7 @@ func (a *app) rcpAddCommand() *cobra.Command {
 			if err := checkAddrs(append([]string{in.Address}, in.Public...)); err != nil {
 				return err
 			}
-			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.AddRCP(ctx, in) })
-			if err != nil {
-				return err
-			}
-			return a.printRCPJoin(r)
+			return tell(cmd.Context(), a, a.printRCPJoin, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.AddRCP(ctx, in) })
 		},
 	}
 	f := cmd.Flags()
@@ -108,11 +96,7 @@ func (a *app) rcpJoinCommand() *cobra.Command {
 				return err
 			}
 			in.TTL = ttl.Duration
-			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
-			if err != nil {
-				return err
-			}
-			return a.printRCPJoin(r)
+			return tell(cmd.Context(), a, a.printRCPJoin, func(ctx context.Context, c *api.Client) (api.RCPJoin, error) { return c.JoinRCP(ctx, args[0], in) })
 		},
 	}
 	ttl.Duration = defaultJoinTTL
@@ -198,11 +182,7 @@ func (a *app) rcpSetCommand() *cobra.Command {
 			if err := checkAddrs(append([]string{address}, public...)); err != nil {
 				return err
 			}
-			r, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.RCP, error) { return c.SetRCP(ctx, args[0], in) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(r, rcpTable(r))
+			return tell(cmd.Context(), a, printed(a, rcpTable), func(ctx context.Context, c *api.Client) (api.RCP, error) { return c.SetRCP(ctx, args[0], in) })
 		},
 	}
 	f := cmd.Flags()
@@ -216,11 +196,7 @@ func (a *app) rcpSetCommand() *cobra.Command {
 func (a *app) rcpListCommand() *cobra.Command {
 	return &cobra.Command{Use: "list", Short: "List RCPs", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.RCP, error) { return c.RCPs(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, rcpTable(all...))
+			return tell(cmd.Context(), a, listed(a, rcpTable), func(ctx context.Context, c *api.Client) ([]api.RCP, error) { return c.RCPs(ctx) })
 		}}
 }
 
@@ -235,8 +211,8 @@ func rcpTable(all ...api.RCP) cli.Table {
 	return t
 }
 
-func removalTable(r api.Removal) cli.Table {
-	return cli.Table{Columns: []string{"id", "name", "revocations"}, Rows: [][]string{{string(r.ID), r.Name, fmt.Sprint(r.Revocations)}}}
+func (a *app) printRemoval(r api.Removal) error {
+	return a.out.Print(r, cli.Table{Columns: []string{"id", "name", "revocations"}, Rows: [][]string{{string(r.ID), r.Name, fmt.Sprint(r.Revocations)}}})
 }
 
 func firstOf(values ...string) string {

@@ -19,11 +19,7 @@ func (a *app) requestCommand() *cobra.Command {
 			if cmd.Flags().Changed("selector") && strings.TrimSpace(q.Selector) == "" {
 				return errEmptySelector()
 			}
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Request, error) { return c.Requests(ctx, q) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, requestTable(all...))
+			return tell(cmd.Context(), a, listed(a, requestTable), func(ctx context.Context, c *api.Client) ([]api.Request, error) { return c.Requests(ctx, q) })
 		}}
 	states := []string{api.RequestPending, api.RequestGranted, api.RequestDelivered, api.RequestDenied, api.RequestDiscarded, api.RequestFailed, api.RequestExpired}
 	list.Flags().StringVar(&q.State, "state", "", "only those in this state: "+strings.Join(states, ", "))

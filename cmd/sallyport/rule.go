@@ -81,11 +81,7 @@ func (a *app) ruleApplyCommand() *cobra.Command {
 			if in.Manifests, err = a.readManifests(files); err != nil {
 				return err
 			}
-			out, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.AppliedRules, error) { return c.ApplyRules(ctx, in) })
-			if err != nil {
-				return err
-			}
-			return a.printRules(out)
+			return tell(cmd.Context(), a, a.printRules, func(ctx context.Context, c *api.Client) (api.AppliedRules, error) { return c.ApplyRules(ctx, in) })
 		},
 	}
 	cmd.Flags().StringArrayVarP(&files, "file", "f", nil, "YAML documents; - is standard input")

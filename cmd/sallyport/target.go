@@ -15,30 +15,18 @@ func (a *app) targetCommand() *cobra.Command {
 	names := a.completeNames(1, namesOf((*api.Client).Targets, func(t api.Target) string { return t.Name }))
 	list := &cobra.Command{Use: "list", Short: "List targets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Target, error) { return c.Targets(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, targetTable(all...))
+			return tell(cmd.Context(), a, listed(a, targetTable), func(ctx context.Context, c *api.Client) ([]api.Target, error) { return c.Targets(ctx) })
 		}}
 	show := &cobra.Command{Use: "show NAME", Short: "Show a target, the nodes that offer it and its forwards", Args: cli.Exactly(1), ValidArgsFunction: names,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.TargetDetail, error) { return c.Target(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.printTarget(t)
+			return tell(cmd.Context(), a, a.printTarget, func(ctx context.Context, c *api.Client) (api.TargetDetail, error) { return c.Target(ctx, args[0]) })
 		}}
 	forward := a.targetForwardCommand()
 	forward.ValidArgsFunction = names
 	unforward := &cobra.Command{Use: "unforward LISTEN", Short: "Remove a TCP forward and cut its connections", Args: cli.Exactly(1),
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Forwards, func(f api.Forward) string { return f.Listen })),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Forward, error) { return c.RemoveForward(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(f, forwardTable(f))
+			return tell(cmd.Context(), a, printed(a, forwardTable), func(ctx context.Context, c *api.Client) (api.Forward, error) { return c.RemoveForward(ctx, args[0]) })
 		}}
 	group := cli.Group("target", "Targets: services that nodes can reach", list, show, forward, unforward)
 	group.Long = `Targets: TCP and HTTP services that nodes can reach, as policies of type target
@@ -69,11 +57,7 @@ func (a *app) targetForwardCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			switch len(args) {
 			case 0:
-				all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Forward, error) { return c.Forwards(ctx) })
-				if err != nil {
-					return err
-				}
-				return a.out.Print(all, forwardTable(all...))
+				return tell(cmd.Context(), a, listed(a, forwardTable), func(ctx context.Context, c *api.Client) ([]api.Forward, error) { return c.Forwards(ctx) })
 			case 1:
 				return cli.Usage("LISTEN is missing: give the PORT or ADDRESS:PORT that leads to %s", args[0])
 			}
@@ -83,11 +67,7 @@ func (a *app) targetForwardCommand() *cobra.Command {
 					return cli.Usage("%q: want TARGET or NODE/TARGET", args[0])
 				}
 			}
-			f, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Forward, error) { return c.AddForward(ctx, in) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(f, forwardTable(f))
+			return tell(cmd.Context(), a, printed(a, forwardTable), func(ctx context.Context, c *api.Client) (api.Forward, error) { return c.AddForward(ctx, in) })
 		},
 	}
 }

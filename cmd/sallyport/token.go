@@ -13,20 +13,12 @@ import (
 func (a *app) tokenCommand() *cobra.Command {
 	list := &cobra.Command{Use: "list", Short: "List API tokens, without their secrets", Args: cli.Exactly(0),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			all, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) ([]api.Token, error) { return c.Tokens(ctx) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(all, tokenTable(all...))
+			return tell(cmd.Context(), a, listed(a, tokenTable), func(ctx context.Context, c *api.Client) ([]api.Token, error) { return c.Tokens(ctx) })
 		}}
 	revoke := &cobra.Command{Use: "revoke ID", Short: "Make an API token useless", Args: cli.Exactly(1),
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Tokens, func(t api.Token) string { return t.ID })),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			t, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (api.Token, error) { return c.RevokeToken(ctx, args[0]) })
-			if err != nil {
-				return err
-			}
-			return a.out.Print(t, tokenTable(t))
+			return tell(cmd.Context(), a, printed(a, tokenTable), func(ctx context.Context, c *api.Client) (api.Token, error) { return c.RevokeToken(ctx, args[0]) })
 		}}
 	return cli.Group("token", "API tokens for https://", a.tokenCreateCommand(), list, revoke)
 }
