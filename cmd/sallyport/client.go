@@ -178,6 +178,14 @@ func listed[T any](a *app, table func(...T) cli.Table) func([]T) error {
 	return func(all []T) error { return a.out.Print(all, table(all...)) }
 }
 
+// deletes is a verb that deletes what its argument names.
+func (a *app) deletes(f func(*api.Client, context.Context, string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		return tell(cmd.Context(), a, func(struct{}) error { a.out.Note("deleted"); return nil },
+			func(ctx context.Context, c *api.Client) (struct{}, error) { return struct{}{}, f(c, ctx, args[0]) })
+	}
+}
+
 // completeNames completes the first arguments with what list returns; at most
 // so many, 0 for any number. A gateway that does not answer completes nothing.
 func (a *app) completeNames(most int, list func(context.Context, *api.Client) ([]string, error)) cobra.CompletionFunc {

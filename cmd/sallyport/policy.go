@@ -21,16 +21,7 @@ func (a *app) policyCommand() *cobra.Command {
 			return tell(cmd.Context(), a, listed(a, policyTable), func(ctx context.Context, c *api.Client) ([]api.Policy, error) { return c.Policies(ctx) })
 		}}
 	remove := &cobra.Command{Use: "delete NAME", Short: "Delete a policy that no deployment names", Args: cli.Exactly(1), ValidArgsFunction: names,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			_, err := call(cmd.Context(), a, func(ctx context.Context, c *api.Client) (struct{}, error) {
-				return struct{}{}, c.DeletePolicy(ctx, args[0])
-			})
-			if err != nil {
-				return err
-			}
-			a.out.Note("deleted")
-			return nil
-		}}
+		RunE: a.deletes((*api.Client).DeletePolicy)}
 	verbs := []*cobra.Command{a.policyShowCommand(), a.policyDiffCommand(), a.policyRollbackCommand()}
 	for _, v := range verbs {
 		v.ValidArgsFunction = names

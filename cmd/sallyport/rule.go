@@ -29,18 +29,7 @@ func (a *app) ruleCommand() *cobra.Command {
 			"as any other: those who waited because the rule did not fit are let in. Revoke the code first (sallyport join revoke)\n" +
 			"if nobody shall come by it any more.",
 		ValidArgsFunction: a.completeNames(1, namesOf((*api.Client).Rules, func(r api.Rule) string { return r.Name })),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := a.client()
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			if err := c.DeleteRule(cmd.Context(), args[0]); err != nil {
-				return err
-			}
-			a.out.Note("deleted")
-			return nil
-		}}
+		RunE:              a.deletes((*api.Client).DeleteRule)}
 	return cli.Group("rule", "Rules by which certificate requests are granted", a.ruleApplyCommand(), list, remove)
 }
 
