@@ -240,7 +240,7 @@ func (a *actions) create(act wire.Action) (*run, error) {
 	}
 	var err error
 	if r.frames, err = os.OpenFile(filepath.Join(r.dir, fileFrames), os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600); err == nil {
-		if err = saveJSON(filepath.Join(r.dir, fileAction), act); err == nil {
+		if err = atomicfile.WriteJSON(filepath.Join(r.dir, fileAction), act); err == nil {
 			err = atomicfile.SyncDir(a.dir)
 		}
 	}

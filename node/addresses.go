@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 )
 
@@ -118,5 +119,5 @@ func (a *addresses) all(join []string) []string {
 // save is called with mu held; a list that is not on disk still holds.
 func (a *addresses) save(next rcpLists) error {
 	a.lists = next
-	return saveJSON(a.file, next)
+	return atomicfile.WriteJSON(a.file, next)
 }

@@ -13,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/identity"
 	"sallyport/internal/wire"
 	"sallyport/node/policy"
@@ -146,7 +147,7 @@ func (d *desired) put(ctx context.Context, env wire.Envelope) (wire.DesiredResul
 		return wire.DesiredResult{}, err
 	}
 	a := accepted{Envelope: env, Verdict: verdict{Signer: signer, Revision: doc.Revision, At: time.Now().UTC()}}
-	err = saveJSON(d.file, a)
+	err = atomicfile.WriteJSON(d.file, a)
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		d.log.Error("desired state not taken", "error", err)
 		reason := fmt.Sprintf("%v: free some space on the node; it is tried again", err)

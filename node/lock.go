@@ -130,7 +130,7 @@ func (l *interlock) unlock(uid string) error {
 	defer l.mu.Unlock()
 	var err error
 	if uid == "" {
-		err = removeFile(filepath.Join(l.dir, fileUID))
+		err = atomicfile.Remove(filepath.Join(l.dir, fileUID))
 	} else {
 		err = atomicfile.Write(filepath.Join(l.dir, fileUID), []byte(uid+"\n"), 0o600)
 	}
@@ -201,7 +201,7 @@ func (l *interlock) setName(name string) error {
 func (l *interlock) save(change func(*lockState)) error {
 	next := l.state
 	change(&next)
-	if err := saveJSON(filepath.Join(l.dir, fileState), next); err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(l.dir, fileState), next); err != nil {
 		return err
 	}
 	l.state = next

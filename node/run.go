@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 	"sallyport/node/proc"
 )
@@ -141,7 +142,7 @@ func (r *run) end(res wire.ActionResult) {
 	if res.Ended.IsZero() { // it was not run, or nobody saw its end: it is kept from now on
 		res.Ended = time.Now().UTC()
 	}
-	if err := saveJSON(filepath.Join(r.dir, fileResult), res); err != nil {
+	if err := atomicfile.WriteJSON(filepath.Join(r.dir, fileResult), res); err != nil {
 		res.Reason = firstOf(res.Reason, "") + fmt.Sprintf(" (the result is not on disk: %v)", err)
 	}
 	r.result, r.ended = &res, time.Now()

@@ -6,6 +6,7 @@
 package atomicfile
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -54,6 +55,24 @@ func write(name string, b []byte, mode renameio.Option, forOwner bool) (err erro
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// WriteJSON is Write for a value, with mode 0600.
+func WriteJSON(name string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return Write(name, b, 0o600)
+}
+
+// Remove removes a file, if it is there: one that came back after a crash would
+// undo what was meant.
+func Remove(name string) error {
+	if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return SyncDir(filepath.Dir(name))
 }
 
 // OwnedLike gives what root has opened to the owner of a directory, if that is another.

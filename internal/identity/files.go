@@ -55,10 +55,7 @@ func (d dirStore) Write(name string, data []byte, mode fs.FileMode) error {
 }
 
 func (d dirStore) Remove(name string) error {
-	if err := os.Remove(filepath.Join(string(d), name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return atomicfile.SyncDir(string(d))
+	return atomicfile.Remove(filepath.Join(string(d), name))
 }
 
 func (d dirStore) Rename(from, to string) error {

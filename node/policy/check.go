@@ -11,6 +11,7 @@ import (
 
 	"encoding/json"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 )
 
@@ -139,7 +140,7 @@ func (e *Engine) remember(name string, m *checkMemory) {
 	} else {
 		e.memories[name] = *m
 	}
-	if err := saveJSON(e.memoryFile(), e.memories); err != nil {
+	if err := atomicfile.WriteJSON(e.memoryFile(), e.memories); err != nil {
 		e.cfg.Log.Error("remember the state of a check", "policy", name, "error", err) // a restart repeats one event
 	}
 }

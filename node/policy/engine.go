@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 	"sallyport/node/proc"
 )
@@ -317,7 +318,7 @@ func (e *Engine) hold(a applied) error {
 	}
 	next := maps.Clone(e.applied)
 	next[a.Name] = a
-	if err := saveJSON(e.appliedFile(), next); err != nil {
+	if err := atomicfile.WriteJSON(e.appliedFile(), next); err != nil {
 		return err
 	}
 	e.applied = next
@@ -338,7 +339,7 @@ func (e *Engine) removeOne(ctx context.Context, a applied) {
 	e.mu.Lock()
 	next := maps.Clone(e.applied)
 	delete(next, a.Name)
-	err := saveJSON(e.appliedFile(), next)
+	err := atomicfile.WriteJSON(e.appliedFile(), next)
 	if err == nil {
 		e.applied = next
 		e.dropOfferLocked(a.Name)

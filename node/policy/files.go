@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"sallyport/internal/atomicfile"
 	"sallyport/internal/wire"
 	"sallyport/node/proc"
 )
@@ -113,7 +114,7 @@ func (e *Engine) applyFiles(ctx context.Context, name string, plan filesPlan, pr
 		e.forgetUnowned(name, plan.paths(), previous)
 		return err
 	}
-	if err := e.clearJournal(); err != nil {
+	if err := atomicfile.Remove(e.journalFile()); err != nil {
 		return err
 	}
 	for _, path := range dropped {

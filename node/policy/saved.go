@@ -59,7 +59,7 @@ func (o *originals) add(s snapshot) error {
 	if _, ok := o.have[s.Path]; ok {
 		return nil
 	}
-	if err := saveJSON(o.file(s.Path), s); err != nil {
+	if err := atomicfile.WriteJSON(o.file(s.Path), s); err != nil {
 		return err
 	}
 	o.have[s.Path] = s
@@ -74,7 +74,7 @@ func (o *originals) created(path string, dirs []string) error {
 	}
 	s.Created = append(s.Created, dirs...)
 	o.have[path] = s
-	return saveJSON(o.file(path), s)
+	return atomicfile.WriteJSON(o.file(path), s)
 }
 
 // restored forgets a path that is as it was found, with the directories made
@@ -103,18 +103,7 @@ type journal struct {
 func (e *Engine) journalFile() string { return filepath.Join(e.cfg.Dir, "journal.json") }
 
 func (e *Engine) journal(name string, undo []snapshot, reload []string) error {
-	return saveJSON(e.journalFile(), journal{Policy: name, Undo: undo, Reload: reload})
-}
-
-func (e *Engine) clearJournal() error {
-	err := os.Remove(e.journalFile())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	return atomicfile.SyncDir(e.cfg.Dir) // one that came back would undo what was committed
+	return atomicfile.WriteJSON(e.journalFile(), journal{Policy: name, Undo: undo, Reload: reload})
 }
 
 // rollback puts back what the journal names, and lets the service see it. A
@@ -141,7 +130,7 @@ func (e *Engine) rollback(ctx context.Context) error {
 	if err := e.command(ctx, "reload", j.Reload); err != nil {
 		e.cfg.Log.Warn("reload after putting back files", "policy", j.Policy, "error", err)
 	}
-	if err := e.clearJournal(); err != nil {
+	if err := atomicfile.Remove(e.journalFile()); err != nil {
 		return err
 	}
 	for _, undo := range j.Undo {
@@ -161,14 +150,6 @@ func (e *Engine) finish(ctx context.Context) error {
 		return fmt.Errorf("put back what an earlier attempt left: %w", err)
 	}
 	return nil
-}
-
-func saveJSON(file string, v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return atomicfile.Write(file, b, 0o600)
 }
 
 func loadJSON(file string, v any) error {
