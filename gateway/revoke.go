@@ -48,8 +48,7 @@ func (e *enrolment) revokeNode(ctx context.Context, n *store.Node, remove bool) 
 			return tx.RemoveNode(ctx, n.ID)
 		}
 		tx.Audit(ctx, "node.revoke", n.Name, string(n.ID))
-		_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "revoked by "+store.ActorFrom(ctx).Who)
-		return err
+		return tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "revoked by "+store.ActorFrom(ctx).Who)
 	})
 	if err != nil {
 		return 0, err

@@ -245,8 +245,7 @@ func revokeRow(ctx context.Context, tx *store.Tx, r wire.Revocation, successor w
 			if successor != "" {
 				return succeed(ctx, tx, n, successor)
 			}
-			_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, reason)
-			return err
+			return tx.SetNodeState(ctx, n.ID, wire.StateRevoked, reason)
 		} else if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -273,8 +272,7 @@ func succeed(ctx context.Context, tx *store.Tx, n *store.Node, key wire.KeyHash)
 	case err != nil:
 		return err
 	case !k.RevokedAt.IsZero() || k.PartyID != n.ID:
-		_, err := tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "the key that replaced its own is revoked")
-		return err
+		return tx.SetNodeState(ctx, n.ID, wire.StateRevoked, "the key that replaced its own is revoked")
 	}
 	return tx.SetNodeCertificate(ctx, n.ID, key, n.NotAfter, tx.Now())
 }

@@ -744,7 +744,7 @@ func TestRevocationIsNotTakenBackByPresence(t *testing.T) {
 	t.Parallel()
 	w, _, n := running(t)
 	w.update(func(ctx context.Context, tx *store.Tx) error {
-		if _, err := tx.SetNodeState(ctx, n.id.ID(), wire.StateRevoked, "revoked by an operator"); err != nil {
+		if err := tx.SetNodeState(ctx, n.id.ID(), wire.StateRevoked, "revoked by an operator"); err != nil {
 			return err
 		}
 		return w.s.writeChange(ctx, tx, change{ID: n.id.ID(), Role: wire.RoleNode, Name: "web", Known: true, From: wire.StateRunning, To: wire.StateDown,

@@ -106,18 +106,15 @@ func (tx *Tx) AddNode(ctx context.Context, n *Node) error {
 	return err
 }
 
-// SetNodeState writes a transition. It reports whether anything changed:
-// since is only moved by a new state.
-func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState, reason string) (changed bool, err error) {
-	err = one(tx.prepared.setState.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
+// SetNodeState writes a transition; since is only moved by a new state.
+func (tx *Tx) SetNodeState(ctx context.Context, id wire.ID, state wire.NodeState, reason string) error {
+	err := one(tx.prepared.setState.Exec(ctx, tx.q, state, tx.now, state, reason, id, state, reason))
 	if err == nil {
 		tx.Wake(bus.Nodes)
-		return true, nil
+		return nil
 	}
-	if _, err := tx.AnyNode(ctx, id); err != nil {
-		return false, err
-	}
-	return false, nil
+	_, err = tx.AnyNode(ctx, id) // nothing new, or no such node
+	return err
 }
 
 // SetNodePresence writes a transition that was seen, and tells whether that is the

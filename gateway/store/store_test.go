@@ -220,23 +220,17 @@ func TestStateSinceMovesOnlyWithTheState(t *testing.T) {
 	}
 	defer func() { _ = db.Close() }()
 	id := addNode(t, db, "n")
-	set := func(state wire.NodeState, reason string) (changed bool) {
-		update(t, db, func(tx *Tx) (err error) { changed, err = tx.SetNodeState(ctx, id, state, reason); return err })
-		return changed
-	}
 	now = now.Add(time.Hour)
-	if !set(wire.StateRunning, "") || set(wire.StateRunning, "") {
-		t.Error("changes are not told from repetitions")
-	}
 	running := now
-	now = now.Add(time.Hour)
-	set(wire.StateRunning, "other reason")
-	if n := must[*Node](t)(db.Node(ctx, id)); !n.StateSince.Equal(running) || n.StateReason != "other reason" {
-		t.Errorf("since %v, reason %q", n.StateSince, n.StateReason)
+	for _, reason := range []string{"", "", "other reason"} {
+		update(t, db, func(tx *Tx) error { return tx.SetNodeState(ctx, id, wire.StateRunning, reason) })
+		if n := must[*Node](t)(db.Node(ctx, id)); !n.StateSince.Equal(running) || n.StateReason != reason {
+			t.Errorf("since %v, reason %q", n.StateSince, n.StateReason)
+		}
+		now = now.Add(time.Hour)
 	}
 	err = db.Update(ctx, func(_ context.Context, tx *Tx) error {
-		_, err := tx.SetNodeState(ctx, wire.NewID(), wire.StateDown, "")
-		return err
+		return tx.SetNodeState(ctx, wire.NewID(), wire.StateDown, "")
 	})
 	if !errors.Is(err, ErrNotFound) {
 		t.Errorf("unknown node: %v", err)
