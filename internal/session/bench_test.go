@@ -30,7 +30,7 @@ func BenchmarkDial(b *testing.B) {
 			go func() {
 				_ = down.Serve(ctx, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 					if stream, err := channel.AcceptConnect(w, r); err == nil {
-						_ = session.Serve(r.Context(), stream, node, http.HandlerFunc(whoami))
+						_ = session.Serve(r.Context(), stream, node, http.HandlerFunc(whatIsAsked))
 					}
 				}))
 			}()

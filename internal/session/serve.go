@@ -15,14 +15,6 @@ import (
 	"sallyport/internal/wire"
 )
 
-type peerKey struct{}
-
-// PeerFrom returns the verified gateway that sent a request.
-func PeerFrom(ctx context.Context) (identity.Peer, bool) {
-	p, ok := ctx.Value(peerKey{}).(identity.Peer)
-	return p, ok
-}
-
 // Handlers answer a gateway.
 type Handlers struct {
 	API     http.Handler   // sessions; nil: refused
@@ -102,7 +94,7 @@ func serve(ctx context.Context, stream net.Conn, conf *tls.Config, id *identity.
 	if isTunnel := proto == channel.ALPNTunnel; isTunnel && h.Targets == nil || !isTunnel && h.API == nil {
 		return fmt.Errorf("%s: %w: %q is not served here", peer, ErrProtocol, proto)
 	}
-	ctx, end := context.WithCancelCause(context.WithValue(ctx, peerKey{}, peer))
+	ctx, end := context.WithCancelCause(ctx)
 	defer end(nil)
 	watched := make(chan struct{})
 	go func() {
