@@ -49,10 +49,9 @@ type Dialer struct {
 	// tests that serve its end later.
 	NoConfirm bool
 
-	once  sync.Once
-	extra chan string // of Run: classes of further connections to dial
-	tls   *clientTLS
-	lim   Limits
+	once sync.Once
+	tls  *clientTLS
+	lim  Limits
 }
 
 // State is what Run knows of its address.
@@ -83,26 +82,8 @@ func (d *Dialer) init() error {
 	d.once.Do(func() {
 		d.tls = &clientTLS{id: d.Identity, expect: d.Expect}
 		d.lim = d.Limits.withDefaults()
-		d.extra = make(chan string, 1)
 	})
 	return nil
-}
-
-// More makes Run dial one further connection, for an upstream peer that asked
-// for it with POST /v1/channels. An error means that it will not come.
-func (d *Dialer) More(class string) error {
-	if class != ClassSession && class != ClassBulk {
-		return fmt.Errorf("unknown class %q", wire.Quotable(class))
-	}
-	if err := d.init(); err != nil {
-		return err
-	}
-	select {
-	case d.extra <- class:
-		return nil
-	default:
-		return fmt.Errorf("dial %s: another connection is being dialled", d.Addr)
-	}
 }
 
 // withClass is a Dialer to the same address for connections of a class.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"sync"
 	"testing"
 	"time"
 
@@ -73,8 +74,10 @@ func TestLinkGrowsByDialling(t *testing.T) {
 func TestLinkGrowsByAsking(t *testing.T) {
 	conns := make(chan net.Conn, 100)
 	accept := handOver(t, conns)
-	var d *channel.Dialer
-	p := newPlant(t, variant{"h2", false}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	var p *plant
+	var further sync.WaitGroup
+	t.Cleanup(further.Wait)
+	p = newPlant(t, variant{"h2", false}, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != wire.PathChannels {
 			accept.ServeHTTP(w, r)
 			return
@@ -83,9 +86,16 @@ func TestLinkGrowsByAsking(t *testing.T) {
 		if err := wire.DecodeJSON(r.Body, 1<<10, &m); err != nil {
 			t.Error(err)
 		}
-		if err := d.More(m.Class); err != nil {
-			channel.Refuse(w, http.StatusTooManyRequests, err.Error())
-		}
+		more := p.dialler(t)
+		more.Class = m.Class
+		further.Go(func() {
+			c, err := more.Dial(t.Context())
+			if err != nil {
+				return // they are counted below
+			}
+			defer c.Close(nil)
+			p.serve(t.Context(), c)
+		})
 	}))
 	p.limits = channel.Limits{Streams: 10}
 	link := channel.NewLink(channeltest.Log(t))
@@ -103,7 +113,7 @@ func TestLinkGrowsByAsking(t *testing.T) {
 			}
 		}
 	}()
-	d = p.dialler(t)
+	d := p.dialler(t)
 	d.Backoff.First = time.Millisecond
 	run(t, d, p.serve)
 	<-attached

@@ -35,7 +35,6 @@ func (d *Dialer) Run(ctx context.Context, f func(context.Context, *Conn)) error 
 	defer k.wg.Wait()
 	defer cancel(nil)
 	k.wg.Go(func() { k.conns.watch(ctx) })
-	k.wg.Go(func() { k.more(ctx) })
 	return k.run(ctx)
 }
 
@@ -90,12 +89,8 @@ func (k *keeper) run(ctx context.Context) error {
 		old := k.current
 		k.current, k.since, k.met = c, time.Now(), c.Peer().Party.ID
 		k.start(ctx, c)
-		if old != nil { // and with it what More opened under the same leaf
-			for _, o := range k.conns.all() {
-				if o != c {
-					k.wg.Go(func() { o.retire(ctx, retireGrace) })
-				}
-			}
+		if old != nil {
+			k.wg.Go(func() { old.retire(ctx, retireGrace) })
 		}
 		k.report(nil, time.Time{})
 		if found, err = k.hold(ctx, c, changed); err != nil {
@@ -143,32 +138,6 @@ func (k *keeper) start(ctx context.Context, c *Conn) {
 		defer c.Close(nil)
 		k.f(ctx, c)
 	})
-}
-
-// maxExtra is how many further connections an upstream peer may ask for.
-const maxExtra = 8
-
-// more dials what More asks for. Such a connection is not dialled again when it
-// ends: the peer asks again when it needs one.
-func (k *keeper) more(ctx context.Context) {
-	for {
-		var class string
-		select {
-		case class = <-k.d.extra:
-		case <-ctx.Done():
-			return
-		}
-		if len(k.conns.all()) > maxExtra {
-			k.d.Log.Warn("upstream asks for too many connections", "address", k.d.Addr, "class", class, "limit", maxExtra)
-			continue
-		}
-		c, err := k.d.withClass(class).Dial(ctx)
-		if err != nil {
-			k.d.Log.Info("further connection failed", "address", k.d.Addr, "class", class, "err", err)
-			continue
-		}
-		k.start(ctx, c)
-	}
 }
 
 // hold returns without an error when it is time to dial again: the connection
