@@ -65,14 +65,3 @@ type EventQuery struct {
 	Merged   bool // also the events that were merged into another by their key
 	Page
 }
-
-// Gap says that events of a node will never come.
-type Gap struct {
-	Pos    int64     `json:"pos"`
-	NodeID wire.ID   `json:"node_id"`
-	Spool  string    `json:"spool"`
-	From   int64     `json:"from"`
-	To     int64     `json:"to"`
-	Reason string    `json:"reason"`
-	Time   time.Time `json:"time"`
-}

@@ -61,19 +61,12 @@ type CertificateStatus struct {
 	RenewAfter *time.Time `json:"renew_after"`
 }
 
-// Sources of a tag, the strongest first.
-const (
-	TagFromGateway = "gateway" // node tag
-	TagFromJoin    = "join"    // join create --tag
-	TagFromNode    = "node"    // SALLYPORT_NODE_TAGS
-)
-
 // TagSource is one tag that somebody set. Effective is false where a stronger
 // source, or a removal by `node tag NAME k-`, hides it.
 type TagSource struct {
 	Key       string `json:"key"`
 	Value     string `json:"value"`
-	Source    string `json:"source"`
+	Source    string `json:"source"` // gateway, join or node, the strongest first
 	Effective bool   `json:"effective"`
 	Reason    string `json:"reason,omitempty"` // why it is not
 }

@@ -76,11 +76,6 @@ func (r Queries) FindGranted(ctx context.Context, ref string) ([]*Request, error
 // minPrefix is the shortest beginning of an ID that a changing call takes.
 const minPrefix = 8
 
-// CountRequests counts the requests in a state.
-func (r Queries) CountRequests(ctx context.Context, state string) (int64, error) {
-	return r.q.NewSelect().Model((*Request)(nil)).Where("state = ?", state).Count(ctx)
-}
-
 // CountWaiting counts the requests that wait for an operator, and those of them
 // that came by way of one RCP.
 func (r Queries) CountWaiting(ctx context.Context, rcp string) (all, ofRCP int64, err error) {

@@ -114,9 +114,6 @@ func (c *Conn) Direction() Direction { return c.dir }
 // Carrier is "h2" or "h3".
 func (c *Conn) Carrier() string { return c.proto.carrier }
 
-// ALPN is the negotiated protocol.
-func (c *Conn) ALPN() string { return c.proto.alpn }
-
 // Dialled tells whether we dialled.
 func (c *Conn) Dialled() bool { return c.dialled }
 

@@ -126,18 +126,6 @@ func (l *Link) adminLocked() *Conn {
 	return spare
 }
 
-// Connected tells whether a connection is there.
-func (l *Link) Connected() bool { return l.Admin() != nil }
-
-// RoundTrip sends a request on the admin connection.
-func (l *Link) RoundTrip(req *http.Request) (*http.Response, error) {
-	c := l.Admin()
-	if c == nil {
-		return nil, ErrNotConnected
-	}
-	return c.RoundTrip(req)
-}
-
 // Connect opens a stream to authority through the party, on the connection of
 // class session that has the fewest. On an enrolment channel it uses that.
 func (l *Link) Connect(ctx context.Context, authority string, h http.Header) (net.Conn, error) {
@@ -147,18 +135,6 @@ func (l *Link) Connect(ctx context.Context, authority string, h http.Header) (ne
 	}
 	return c.Connect(ctx, authority, h)
 }
-
-// OpenLane asks the party for a leg of a lane; see [Conn.OpenLane].
-func (l *Link) OpenLane(ctx context.Context, req wire.LaneRequest) (LaneConn, error) {
-	c := l.Admin()
-	if c == nil {
-		return nil, fmt.Errorf("lane: %w", ErrNotConnected)
-	}
-	return c.OpenLane(ctx, req)
-}
-
-// Pick returns the connection that Connect would use, for [Forward].
-func (l *Link) Pick(ctx context.Context) (*Conn, error) { return l.pick(ctx) }
 
 func (l *Link) pick(ctx context.Context) (*Conn, error) {
 	deadline := time.NewTimer(growWait)

@@ -66,7 +66,7 @@ func TestLinkGrowsByDialling(t *testing.T) {
 	if err := <-ended; !errors.Is(err, context.Canceled) {
 		t.Errorf("Run returned %v", err)
 	}
-	if link.Connected() || len(link.Conns()) != 0 {
+	if link.Admin() != nil || len(link.Conns()) != 0 {
 		t.Error("connections are left")
 	}
 }
@@ -151,7 +151,7 @@ func TestLinkWithoutMore(t *testing.T) {
 		}
 		_ = c.Close()
 	}
-	res, err := request(t.Context(), t, link, http.MethodGet, "/", nil)
+	res, err := request(t.Context(), t, link.Admin(), http.MethodGet, "/", nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"time"
 
 	"sallyport/internal/channel/h2client"
 )
@@ -47,13 +46,6 @@ func (c *ClientConn) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 	}
 	return res, err
-}
-
-// Ping measures one round trip to the server at the other end.
-func (c *ClientConn) Ping(ctx context.Context) (time.Duration, error) {
-	start := time.Now()
-	err := c.cc.Ping(ctx)
-	return time.Since(start), err
 }
 
 // Done is closed when the connection has ended.

@@ -26,7 +26,6 @@ var ErrProtocol = errors.New("session protocol was not negotiated")
 type Session struct {
 	peer    identity.Peer
 	resumed bool
-	since   time.Time
 	client  *channel.ClientConn
 	expiry  *time.Timer
 }
@@ -86,7 +85,7 @@ func open(ctx context.Context, stream net.Conn, conf *tls.Config, verify func(tl
 	if err != nil {
 		return nil, err
 	}
-	return &Session{peer: peer, resumed: conn.ConnectionState().DidResume, since: time.Now(), client: client}, nil
+	return &Session{peer: peer, resumed: conn.ConnectionState().DidResume, client: client}, nil
 }
 
 // shake does the handshake of a TLS client, and closes the stream if it fails.
@@ -126,14 +125,8 @@ func (s *Session) Peer() identity.Peer { return s.peer }
 // Resumed tells whether a ticket saved the full handshake.
 func (s *Session) Resumed() bool { return s.resumed }
 
-// Since is when the handshake ended.
-func (s *Session) Since() time.Time { return s.since }
-
 // Done is closed when the session has ended.
 func (s *Session) Done() <-chan struct{} { return s.client.Done() }
-
-// Ping measures one round trip to the party itself, end to end.
-func (s *Session) Ping(ctx context.Context) (time.Duration, error) { return s.client.Ping(ctx) }
 
 // RoundTrip sends a request to the party.
 func (s *Session) RoundTrip(req *http.Request) (*http.Response, error) {

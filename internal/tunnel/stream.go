@@ -78,9 +78,6 @@ func newStream(t *Tunnel, target string) *Stream {
 	return s
 }
 
-// Target is the name that the stream was opened with.
-func (s *Stream) Target() string { return s.target }
-
 // Read implements [net.Conn].
 func (s *Stream) Read(p []byte) (int, error) {
 	s.announce()

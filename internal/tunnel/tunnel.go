@@ -255,9 +255,6 @@ func (t *Tunnel) Close() error {
 	return nil
 }
 
-// Fail ends the tunnel and its streams for a reason.
-func (t *Tunnel) Fail(cause error) { t.fail(cause) }
-
 func (t *Tunnel) fail(cause error) {
 	if errors.Is(cause, io.EOF) {
 		cause = ErrEnded

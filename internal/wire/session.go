@@ -412,7 +412,6 @@ const (
 	EnrollTokenExpired = "token-expired"
 	EnrollTokenUsed    = "token-used"    // by other keys
 	EnrollTokenForeign = "token-foreign" // for another role
-	EnrollNeedsToken   = "token-missing" // nothing is known of the party and it showed no token
 	EnrollManual       = "manual"        // an operator grants it
 	EnrollNoRule       = "no-rule"       // likewise: the code is bound to rules, and none of them fits
 	EnrollNameInUse    = "name-in-use"   // likewise

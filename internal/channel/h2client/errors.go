@@ -29,7 +29,6 @@ const (
 	CodeFlowControl     ErrCode = 0x3
 	CodeStreamClosed    ErrCode = 0x5
 	CodeFrameSize       ErrCode = 0x6
-	CodeRefused         ErrCode = 0x7
 	CodeCancel          ErrCode = 0x8
 	CodeCompression     ErrCode = 0x9
 	CodeEnhanceYourCalm ErrCode = 0xb
