@@ -176,9 +176,7 @@ func (r *Reader) next() ([]wire.OutboxUp, error) {
 		lines = append(lines, wire.OutboxUp{Gap: &wire.Gap{From: from - s.base, To: to - s.base, Reason: reason}})
 	}
 	for budget := int64(readChunk); budget > 0 && r.cursor < s.active().next; {
-		if err := r.place(); err != nil {
-			return nil, err
-		}
+		r.place()
 		if r.cursor < r.seg.first {
 			gap(r.cursor, r.seg.first-1, "lost")
 			r.cursor = r.seg.first
@@ -222,9 +220,9 @@ func (r *Reader) next() ([]wire.OutboxUp, error) {
 }
 
 // place finds the segment and offset of the cursor.
-func (r *Reader) place() error {
+func (r *Reader) place() {
 	if !r.relocate {
-		return nil
+		return
 	}
 	for _, seg := range r.s.segments {
 		if r.seg = seg; r.cursor < seg.next {
@@ -233,7 +231,6 @@ func (r *Reader) place() error {
 	}
 	r.off = r.seg.locate(r.cursor).off
 	r.relocate = false
-	return nil
 }
 
 // after returns the segment behind seg.

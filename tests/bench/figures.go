@@ -191,10 +191,6 @@ var figures = []figure{
 var groups = []string{groupMemory, groupBulk, groupStream, groupHTTP, groupOne, groupConn, groupHandshake, groupStepCA,
 	groupEvents, groupCrowd, groupScale}
 
-func figureOf(id string) (figure, bool) {
-	i := slices.IndexFunc(figures, func(f figure) bool { return f.id == id })
-	if i < 0 {
-		return figure{}, false
-	}
-	return figures[i], true
+func isFigure(id string) bool {
+	return slices.ContainsFunc(figures, func(f figure) bool { return f.id == id })
 }

@@ -44,7 +44,7 @@ type results struct {
 
 // put notes a figure.
 func (b *bench) put(id string, rounds ...float64) {
-	if _, ok := figureOf(id); !ok {
+	if !isFigure(id) {
 		panic("no figure " + id)
 	}
 	b.results.Figures[id] = measured{Rounds: rounds, Commit: b.results.Machine.commit, Time: time.Now().UTC().Truncate(time.Second)}
@@ -82,7 +82,7 @@ func loadResults(file string, m machine) (results, error) {
 	}
 	old.Machine = m
 	for id := range old.Figures {
-		if _, known := figureOf(id); !known {
+		if !isFigure(id) {
 			delete(old.Figures, id)
 		}
 	}
