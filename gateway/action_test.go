@@ -94,7 +94,7 @@ func TestActionForARevokedNodeSaysSo(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.s.revokeNode(t.Context(), row, false); err != nil {
+	if _, err := w.s.enrolment.revokeNode(t.Context(), row, false); err != nil {
 		t.Fatal(err)
 	}
 	a := w.done(w.act(n, 0, "true"))
@@ -544,7 +544,7 @@ func TestActionsOfARevokedNodeEnd(t *testing.T) {
 			for _, n := range []*fakeNode{n, absent} {
 				row, err := w.db.Node(context.Background(), n.id.ID())
 				if err == nil {
-					_, err = w.s.revokeNode(context.Background(), row, remove)
+					_, err = w.s.enrolment.revokeNode(context.Background(), row, remove)
 				}
 				if err != nil {
 					t.Fatal(err)

@@ -201,7 +201,7 @@ func TestClonesAreQuarantined(t *testing.T) {
 	if n, err = w.db.Node(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.s.endQuarantine(store.WithActor(t.Context(), store.Actor{Who: "me"}), n); err != nil {
+	if err := w.s.clones.resume(store.WithActor(t.Context(), store.Actor{Who: "me"}), n); err != nil {
 		t.Fatal(err)
 	}
 	w.state(id, wire.StateRunning)

@@ -9,15 +9,9 @@ import (
 
 	"sallyport/gateway/api"
 	"sallyport/gateway/bus"
-	"sallyport/gateway/store"
 	"sallyport/internal/identity"
 	"sallyport/internal/session"
 	"sallyport/internal/wire"
-)
-
-var (
-	_ enrolling = (*Server)(nil)
-	_ revoking  = (*Server)(nil)
 )
 
 // errEnrolled ends the channel of a party that has its certificate.
@@ -95,52 +89,8 @@ func (s *Server) createJoin(ctx context.Context, in api.CreateJoin) (api.Created
 	return s.enrolment.createJoin(ctx, in)
 }
 
-func (s *Server) addRCP(ctx context.Context, in api.AddRCP) (api.RCPJoin, error) {
-	return s.enrolment.addRCP(ctx, in)
-}
-
-func (s *Server) joinRCP(ctx context.Context, r *store.RCP, in api.JoinRCP) (api.RCPJoin, error) {
-	return s.enrolment.joinRCP(ctx, r, in)
-}
-
-func (s *Server) grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error) {
-	return s.enrolment.grant(ctx, ref, in)
-}
-
-func (s *Server) deny(ctx context.Context, ref string, in api.Deny) (*store.Request, error) {
-	return s.enrolment.deny(ctx, ref, in)
-}
-
-func (s *Server) discard(ctx context.Context, ref string) (*store.Request, error) {
-	return s.enrolment.discard(ctx, ref)
-}
-
 func (s *Server) pin() api.Pin {
 	return api.Pin{TrustDomain: s.id.TrustDomain(), Root: wire.KeyOf(s.ca.Root()).Fingerprint()}
-}
-
-func (s *Server) importRequest(ctx context.Context, in api.ImportRequest) (*store.Request, error) {
-	return s.enrolment.importRequest(ctx, in)
-}
-
-func (s *Server) exportRequest(ctx context.Context, ref string) (api.ExportedRequest, error) {
-	return s.enrolment.exportRequest(ctx, ref)
-}
-
-func (s *Server) applyRules(ctx context.Context, in api.ApplyRules) (api.AppliedRules, error) {
-	return s.enrolment.applyRules(ctx, in)
-}
-
-func (s *Server) deleteRule(ctx context.Context, name string) error {
-	return s.enrolment.deleteRule(ctx, name)
-}
-
-func (s *Server) decideMany(ctx context.Context, verb string, in api.DecideRequests) (api.DecidedRequests, error) {
-	return s.enrolment.decideMany(ctx, verb, in)
-}
-
-func (s *Server) revokeNode(ctx context.Context, n *store.Node, remove bool) (int64, error) {
-	return s.enrolment.revokeNode(ctx, n, remove)
 }
 
 // revokeStranger ends the trust in a node that has no row here: one that enrolled
@@ -161,20 +111,4 @@ func (s *Server) revokeStranger(ctx context.Context, id wire.ID, name string) (i
 		return 0, fmt.Errorf("revoke %s: %w", name, err)
 	}
 	return s.enrolment.revokeUnknown(ctx, party, name, peer)
-}
-
-func (s *Server) endQuarantine(ctx context.Context, n *store.Node) error {
-	return s.clones.resume(ctx, n)
-}
-
-func (s *Server) removeRCP(ctx context.Context, r *store.RCP) (int64, error) {
-	return s.enrolment.removeRCP(ctx, r)
-}
-
-func (s *Server) renewNow(ctx context.Context, id wire.ID, rekey bool) error {
-	return s.enrolment.renewNow(ctx, id, rekey)
-}
-
-func (s *Server) reidentify(ctx context.Context, n *store.Node, in api.Reidentify) (*store.Node, error) {
-	return s.enrolment.reidentify(ctx, n, in)
 }

@@ -42,7 +42,10 @@ const (
 	apiStreamWindow = 256 << 10
 )
 
-// rest is the REST interface of one gateway.
+// rest is the REST interface of one gateway. What it calls writes the audit row of
+// a change in the transaction of the change, with the actor that ctx carries (see
+// [store.WithActor]). Errors that a caller can do something about are *api.Problem,
+// or one of the sentinels that [rest.problem] knows.
 type rest struct {
 	s       *Server
 	log     *slog.Logger

@@ -27,7 +27,7 @@ func (r *rest) enrollRoutes() {
 		o := op("request."+verb+"-many", http.MethodPost, "/requests/"+verb, "Decide on many requests: "+verb)
 		o.MaxBodyBytes = maxBulkBody
 		handle(r, o, mayCertify, func(ctx context.Context, in *body[api.DecideRequests]) (*body[api.DecidedRequests], error) {
-			out, err := r.s.decideMany(ctx, verb, in.Body)
+			out, err := r.s.enrolment.decideMany(ctx, verb, in.Body)
 			return answer(out), err
 		})
 	}
@@ -47,7 +47,7 @@ func (r *rest) ruleRoutes() {
 	apply := op("rule.apply", http.MethodPost, "/rules", "Create and change rules by which requests are granted")
 	apply.MaxBodyBytes, apply.BodyReadTimeout = maxApply, apiReadTime
 	handle(r, apply, mayCertify, func(ctx context.Context, in *body[api.ApplyRules]) (*body[api.AppliedRules], error) {
-		out, err := r.s.applyRules(ctx, in.Body)
+		out, err := r.s.enrolment.applyRules(ctx, in.Body)
 		return answer(out), err
 	})
 	handle(r, op("rule.list", http.MethodGet, "/rules", "List rules by name"), mayRead, func(ctx context.Context, in *Page) (*body[api.List[api.Rule]], error) {
@@ -63,7 +63,7 @@ func (r *rest) ruleRoutes() {
 		return answer(l), err
 	})
 	handle(r, op("rule.delete", http.MethodDelete, "/rules/{name}", "Delete a rule; what it granted stays, and join codes that no other rule names grant by their token alone"), mayCertify, func(ctx context.Context, in *ruleName) (*struct{}, error) {
-		return nil, r.s.deleteRule(ctx, in.Name)
+		return nil, r.s.enrolment.deleteRule(ctx, in.Name)
 	})
 }
 
@@ -173,7 +173,7 @@ type grantInput struct {
 }
 
 func (r *rest) grantRequest(ctx context.Context, in *grantInput) (*body[api.Request], error) {
-	return decided(r.s.grant(ctx, in.Ref, in.Body))
+	return decided(r.s.enrolment.grant(ctx, in.Ref, in.Body))
 }
 
 type denyInput struct {
@@ -182,11 +182,11 @@ type denyInput struct {
 }
 
 func (r *rest) denyRequest(ctx context.Context, in *denyInput) (*body[api.Request], error) {
-	return decided(r.s.deny(ctx, in.Ref, in.Body))
+	return decided(r.s.enrolment.deny(ctx, in.Ref, in.Body))
 }
 
 func (r *rest) discardRequest(ctx context.Context, in *ByRef) (*body[api.Request], error) {
-	return decided(r.s.discard(ctx, in.Ref))
+	return decided(r.s.enrolment.discard(ctx, in.Ref))
 }
 
 func decided(q *store.Request, err error) (*body[api.Request], error) {

@@ -437,7 +437,7 @@ func (r *rest) resumeNode(ctx context.Context, in *ByRef) (*tagged[api.NodeDetai
 	if n.Quarantine == "" {
 		return r.setNodeDraining(ctx, in.Ref, "node.resume", "", nil)
 	}
-	if err := r.s.endQuarantine(ctx, n); err != nil {
+	if err := r.s.clones.resume(ctx, n); err != nil {
 		return nil, err
 	}
 	return r.nodeDetail(ctx, n.ID)
@@ -482,7 +482,7 @@ func (r *rest) renewNode(ctx context.Context, in *renewInput) (*tagged[api.NodeD
 	if err != nil {
 		return nil, err
 	}
-	if err := r.s.renewNow(ctx, n.ID, in.Rekey); err != nil {
+	if err := r.s.enrolment.renewNow(ctx, n.ID, in.Rekey); err != nil {
 		return nil, err
 	}
 	return r.nodeDetail(ctx, n.ID)
@@ -498,7 +498,7 @@ func (r *rest) reidentifyNode(ctx context.Context, in *reidentifyInput) (*tagged
 	if err != nil {
 		return nil, err
 	}
-	if n, err = r.s.reidentify(ctx, n, in.Body); err != nil {
+	if n, err = r.s.enrolment.reidentify(ctx, n, in.Body); err != nil {
 		return nil, err
 	}
 	return r.nodeDetail(ctx, n.ID)
@@ -522,6 +522,6 @@ func (r *rest) endNode(ctx context.Context, in *ByRef, remove bool) (*body[api.R
 	if err != nil {
 		return nil, err
 	}
-	number, err := r.s.revokeNode(ctx, n, remove)
+	number, err := r.s.enrolment.revokeNode(ctx, n, remove)
 	return answer(api.Removal{ID: n.ID, Name: n.Name, Revocations: number}), err
 }

@@ -153,7 +153,7 @@ func (r *rest) addRCP(ctx context.Context, in *body[api.AddRCP]) (*body[api.RCPJ
 	if err := checkAddresses("public", in.Body.Public...); err != nil {
 		return nil, err
 	}
-	out, err := r.s.addRCP(ctx, in.Body)
+	out, err := r.s.enrolment.addRCP(ctx, in.Body)
 	return answer(out), err
 }
 
@@ -238,7 +238,7 @@ func (r *rest) joinRCP(ctx context.Context, in *joinRCPInput) (*body[api.RCPJoin
 	if err != nil {
 		return nil, err
 	}
-	out, err := r.s.joinRCP(ctx, p, in.Body)
+	out, err := r.s.enrolment.joinRCP(ctx, p, in.Body)
 	return answer(out), err
 }
 
@@ -285,7 +285,7 @@ func (r *rest) retryRCP(ctx context.Context, in *ByRef) (*tagged[api.RCP], error
 			return nil
 		})
 		if err == nil {
-			r.s.retryRCP(p)
+			r.s.links.retry(p)
 		}
 		return err
 	})
@@ -296,6 +296,6 @@ func (r *rest) removeRCP(ctx context.Context, in *ByRef) (*body[api.Removal], er
 	if err != nil {
 		return nil, err
 	}
-	number, err := r.s.removeRCP(ctx, p)
+	number, err := r.s.enrolment.removeRCP(ctx, p)
 	return answer(api.Removal{ID: p.PartyID, Name: p.Name, Revocations: number}), err
 }

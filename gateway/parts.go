@@ -112,8 +112,3 @@ func (s *Server) seenDraining(ctx context.Context, id wire.ID, on bool) {
 		}
 	}
 }
-
-// retryRCP dials an RCP that is not connected, now.
-func (s *Server) retryRCP(r *store.RCP) { s.links.retry(r) }
-
-var _ reaching = (*Server)(nil)

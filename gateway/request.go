@@ -275,8 +275,8 @@ func (e *enrolment) nameIsFree(ctx context.Context, q store.Queries, r *store.Re
 	return api.NewProblem(api.CodeAmbiguous, fmt.Sprintf("%q is the name of a request and of a live node: name the request by its ID, or by --fingerprint %s", r.Name, r.KeyHash.Fingerprint()))
 }
 
-// grant is an operator's yes. The party gets its certificate at once if it is
-// there, else when it comes.
+// grant is an operator's yes, for the request with an ID, or the one with a name.
+// The party gets its certificate at once if it is there, else when it comes.
 func (e *enrolment) grant(ctx context.Context, ref string, in api.Grant) (*store.Request, error) {
 	var q *store.Request
 	var d *decision

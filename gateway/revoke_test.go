@@ -832,7 +832,7 @@ func TestNodeRevokedLateIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.s.revokeNode(t.Context(), row, false); !api.Is(err, api.CodeUnavailable) {
+	if _, err := w.s.enrolment.revokeNode(t.Context(), row, false); !api.Is(err, api.CodeUnavailable) {
 		t.Fatalf("revoked while the authority is away: %v", err)
 	}
 	w.state(n.id.ID(), wire.StateRevoked)

@@ -318,7 +318,7 @@ func TestRemovedRCPIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := w.s.removeRCP(context.Background(), rec); err != nil {
+	if _, err := w.s.enrolment.removeRCP(context.Background(), rec); err != nil {
 		t.Fatal(err)
 	}
 	if !r.id.Revoked(r.id.KeyHash()) {
