@@ -333,8 +333,7 @@ func listenForward(ctx context.Context, listen string) (*net.TCPListener, error)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
 		why = ": this machine has no such address"
 	}
-	var op *net.OpError
-	if errors.As(err, &op) {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err // it repeats the address
 	}
 	return nil, fmt.Errorf("cannot listen on %s: %w%s", listen, err, why)
@@ -478,8 +477,7 @@ func (w *forward) carry(j *joining) error {
 		if last == nil || w.ctx.Err() != nil {
 			return last
 		}
-		var ours clientError
-		if errors.As(last, &ours) {
+		if _, ok := errors.AsType[clientError](last); ok {
 			return last
 		}
 		t.failure(ch.node, target, last)

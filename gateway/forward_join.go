@@ -71,8 +71,7 @@ func (j *joining) run(stream targetStream) error {
 		// The target ended its direction in order; whether it read what came
 		// to it after that is its own affair.
 		<-up
-		var ours clientError
-		if errors.As(upErr, &ours) {
+		if _, ok := errors.AsType[clientError](upErr); ok {
 			return upErr
 		}
 		return nil

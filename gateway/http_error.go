@@ -37,8 +37,7 @@ func init() {
 		err := huma.NewError(status, message, errs...)
 		switch status { // what huma says before an operation is reached
 		case http.StatusBadRequest, http.StatusRequestEntityTooLarge, http.StatusUnsupportedMediaType, http.StatusUnprocessableEntity:
-			var p *api.Problem
-			if errors.As(err, &p) {
+			if p, ok := errors.AsType[*api.Problem](err); ok {
 				tellRefused(ctx, p)
 			}
 		}

@@ -256,8 +256,7 @@ func targetURL(host, path, query string) *url.URL {
 
 // cause is how the stream below ended, if that is known.
 func (a *sending) cause(err error) error {
-	var refused *tunnel.RefusedError
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*tunnel.RefusedError](err); ok {
 		return refused
 	}
 	if c := a.conn.Load(); c != nil {
@@ -272,8 +271,7 @@ func (a *sending) cause(err error) error {
 // node's failure.
 func (a *sending) explain(err error) *relayError {
 	node, target := "node "+a.rl.t.fleet.nameNow(a.ch.node), "target "+a.x.target
-	var fault *relayError
-	if errors.As(err, &fault) {
+	if fault, ok := errors.AsType[*relayError](err); ok {
 		return fault
 	}
 	var open *openError

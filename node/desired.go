@@ -138,8 +138,7 @@ func (d *desired) put(ctx context.Context, env wire.Envelope) (wire.DesiredResul
 	d.putting.Lock()
 	defer d.putting.Unlock()
 	doc, signer, err := d.verify(env)
-	var no *refusal
-	if errors.As(err, &no) {
+	if no, ok := errors.AsType[*refusal](err); ok {
 		d.log.Warn("desired state refused", "why", no.code, "reason", no.Error())
 		return wire.DesiredResult{Applied: d.revision(), Refused: no.code, Reason: no.Error(), Policies: d.engine.Statuses()}, nil
 	}

@@ -172,8 +172,7 @@ func dialError(ctx context.Context, where string, err error) error {
 // refuse tells the other end, the metrics and, not too often, the log.
 func (t *targets) refuse(target string, s *tunnel.Stream, err error) {
 	code := tunnel.Failed
-	var r *refusedError
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*refusedError](err); ok {
 		code = r.code
 	}
 	s.Refuse(code, err.Error())

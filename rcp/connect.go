@@ -91,8 +91,7 @@ func (r *Relay) connect(w http.ResponseWriter, req *http.Request, up *channel.Co
 	}()
 	bytes, err := r.route(w, req, up)
 	log := r.log.With("target", wire.Quotable(req.Host), "upstream", up.Peer().String())
-	var no *refused
-	if errors.As(err, &no) {
+	if no, ok := errors.AsType[*refused](err); ok {
 		r.metrics.connects.WithLabelValues(strconv.Itoa(no.status)).Inc()
 		log.Info("CONNECT refused", "status", no.status, "reason", no.reason)
 		channel.Refuse(w, no.status, printable("rcp "+r.id.ID().Short()+": "+no.reason, 500))

@@ -38,8 +38,7 @@ func (r *Relay) takeLane(w http.ResponseWriter, req *http.Request, up *channel.C
 	ctx, cancel := context.WithTimeout(req.Context(), laneWithin)
 	defer cancel()
 	ask, err := r.beginLane(ctx, req, up, pace)
-	var no *refused
-	if errors.As(err, &no) {
+	if no, ok := errors.AsType[*refused](err); ok {
 		r.metrics.lanesRefused.WithLabelValues(no.label()).Inc()
 		r.log.Info("lane refused", "node", wire.Quotable(string(ask.Node)), "upstream", up.Peer().String(), "sealed", ask.Sealed, "status", no.status, "reason", no.reason)
 		channel.Refuse(w, no.status, printable("rcp "+r.id.ID().Short()+": "+no.reason, 500))

@@ -112,8 +112,7 @@ func explain(err error) error {
 	if err == nil || errors.As(err, &exit) {
 		return err
 	}
-	var p *api.Problem
-	if errors.As(err, &p) {
+	if p, ok := errors.AsType[*api.Problem](err); ok {
 		return &cli.ExitError{Code: problemCode(p.Code), Err: err}
 	}
 	var path *fs.PathError

@@ -210,8 +210,7 @@ func (d *demo) quietCLI(ctx context.Context, name string, args ...string) (ranCo
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	err := cmd.Run()
 	r := ranCommand{stdout: stdout.String(), stderr: stderr.String()}
-	var exit *exec.ExitError
-	if errors.As(err, &exit) {
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 		r.code = exit.ExitCode()
 		return r, nil
 	}

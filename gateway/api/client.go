@@ -133,8 +133,7 @@ func (c *Client) request(ctx context.Context, method, path string, query url.Val
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {
-		var ue *url.Error
-		if errors.As(err, &ue) {
+		if ue, ok := errors.AsType[*url.Error](err); ok {
 			err = ue.Err // the URL of a unix socket is made up, and says nothing to the reader
 		}
 		return nil, fmt.Errorf("ask gateway: %w", err)

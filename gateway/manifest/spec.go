@@ -24,8 +24,7 @@ func (p *parser) spec(n *yaml.Node, where lines, spec any, check func() error) j
 	}
 	if err := check(); err != nil {
 		line := n.Line
-		var se *wire.SpecError
-		if errors.As(err, &se) {
+		if se, ok := errors.AsType[*wire.SpecError](err); ok {
 			for field := se.Field; field != ""; field = field[:max(strings.LastIndexAny(field, ".["), 0)] {
 				if l, ok := where[field]; ok {
 					line = l

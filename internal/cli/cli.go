@@ -155,8 +155,7 @@ func report(w io.Writer, cmd *cobra.Command, err error) {
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
 		_, _ = fmt.Fprintf(w, "%s: %s\n", name, Clean(line)) // an error may quote a node, or an RCP
 	}
-	var usage *usageError
-	if errors.As(err, &usage) {
+	if _, ok := errors.AsType[*usageError](err); ok {
 		_, _ = fmt.Fprintf(w, "%s: run `%s --help` for its use\n", name, cmd.CommandPath())
 	}
 }
