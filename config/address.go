@@ -79,14 +79,7 @@ func (l *SideListens) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (l SideListens) MarshalText() ([]byte, error) {
-	parts := make([]string, len(l))
-	for i, a := range l {
-		parts[i] = a.Addr
-		if a.Side != "" {
-			parts[i] += "@" + string(a.Side)
-		}
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, "", func(a SideListen) string { return with(a.Addr, "@", string(a.Side)) })
 }
 
 // Endpoint is a peer: an address to dial, a UUID that it must prove, or both.
@@ -135,11 +128,7 @@ func (l *Endpoints) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (l Endpoints) MarshalText() ([]byte, error) {
-	parts := make([]string, len(l))
-	for i, e := range l {
-		parts[i] = e.String()
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, "", Endpoint.String)
 }
 
 // Dialled returns those that have an address.

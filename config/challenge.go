@@ -39,17 +39,7 @@ func (l *ChallengeRules) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (l ChallengeRules) MarshalText() ([]byte, error) {
-	if len(l) == 0 {
-		return []byte(none), nil
-	}
-	parts := make([]string, len(l))
-	for i, r := range l {
-		parts[i] = r.Glob
-		if r.Addr != "" {
-			parts[i] += "=" + r.Addr
-		}
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, none, func(r ChallengeRule) string { return with(r.Glob, "=", r.Addr) })
 }
 
 // Find returns the first rule for a host in lower case.

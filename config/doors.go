@@ -78,17 +78,7 @@ func (l *NameRules) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (l NameRules) MarshalText() ([]byte, error) {
-	if len(l) == 0 {
-		return []byte(none), nil
-	}
-	parts := make([]string, len(l))
-	for i, r := range l {
-		parts[i] = r.Glob
-		if r.Selector != "" {
-			parts[i] += "@" + r.Selector
-		}
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, none, func(r NameRule) string { return with(r.Glob, "@", r.Selector) })
 }
 
 // BaseURL is an http or https URL without query.

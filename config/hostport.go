@@ -66,14 +66,7 @@ func portPattern(s string) bool {
 
 // MarshalText writes a form that UnmarshalText reads.
 func (l HostPorts) MarshalText() ([]byte, error) {
-	if len(l) == 0 {
-		return []byte(none), nil
-	}
-	parts := make([]string, len(l))
-	for i, p := range l {
-		parts[i] = p.String()
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, none, HostPort.String)
 }
 
 // Any reports whether everything is allowed but what must be named literally.

@@ -39,11 +39,7 @@ func (l *Services) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (l Services) MarshalText() ([]byte, error) {
-	parts := make([]string, len(l))
-	for i, s := range l {
-		parts[i] = s.Name + "=" + s.Addr
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(l, "", func(s Service) string { return s.Name + "=" + s.Addr })
 }
 
 // Find returns the service of a name in lower case.

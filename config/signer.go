@@ -82,9 +82,5 @@ func (u *Users) UnmarshalText(b []byte) error {
 
 // MarshalText writes the form that UnmarshalText reads.
 func (u Users) MarshalText() ([]byte, error) {
-	parts := make([]string, len(u))
-	for i, n := range u {
-		parts[i] = strconv.FormatUint(uint64(n), 10)
-	}
-	return []byte(strings.Join(parts, ";")), nil
+	return join(u, "", func(n uint32) string { return strconv.FormatUint(uint64(n), 10) })
 }

@@ -267,3 +267,23 @@ func split(s string) []string {
 	}
 	return parts
 }
+
+// join writes a list that split cuts; empty stands for one of no parts.
+func join[T any](l []T, empty string, text func(T) string) ([]byte, error) {
+	if len(l) == 0 {
+		return []byte(empty), nil
+	}
+	parts := make([]string, len(l))
+	for i, p := range l {
+		parts[i] = text(p)
+	}
+	return []byte(strings.Join(parts, ";")), nil
+}
+
+// with is a part that may have more behind it.
+func with(part, sep, more string) string {
+	if more == "" {
+		return part
+	}
+	return part + sep + more
+}
