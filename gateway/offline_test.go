@@ -245,7 +245,7 @@ func TestOfflineRequestsThatAreRefused(t *testing.T) {
 	refused("no UUID", seal(id, r), "cannot be the UUID")
 }
 
-// TestOfflineRequestWaitsWhateverIsSaid: a file proves a key and no more.
+// TestOfflineRequestWaits: a file proves a key and no more.
 func TestOfflineRequestWaits(t *testing.T) {
 	d := newDesk(t)
 	code := mustParse(t, d.join(api.CreateJoin{Name: "web-1"}))

@@ -131,8 +131,6 @@ func TestAction(t *testing.T) {
 	}
 }
 
-// TestActionOutlivesSession: the gateway goes, the run goes on, and a later
-// session collects it.
 // A run that writes nothing says that it goes on, and its frames are numbered
 // as if it had not.
 func TestSilentRunSaysThatItGoesOn(t *testing.T) {
@@ -172,6 +170,8 @@ func TestSilentRunSaysThatItGoesOn(t *testing.T) {
 	})
 }
 
+// TestActionOutlivesSession: the gateway goes, the run goes on, and a later
+// session collects it.
 func TestActionOutlivesSession(t *testing.T) {
 	p := newPlant(t)
 	ag := p.node()

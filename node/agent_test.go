@@ -364,7 +364,7 @@ func TestHelloAndSignals(t *testing.T) {
 	}
 }
 
-// desiredFor makes a signed desired state with one files policy.
+// desired makes a signed desired state with one files policy.
 func (p *plant) desired(ag *agent, signer *identity.Identity, change func(*wire.Desired)) wire.Envelope {
 	p.t.Helper()
 	spec, err := json.Marshal(wire.FilesSpec{Files: []wire.FileSpec{{Path: filepath.Join(ag.data, "..", filepath.Base(ag.data)+".out"), Content: "hello"}}})
