@@ -22,28 +22,17 @@ func main() {
 }
 
 func newRoot(streams cli.IO) *cobra.Command {
-	out := cli.NewOutput(streams)
-	root := cli.SlimRoot("sallyport-node", "The agent: keeps desired state applied, runs allowed actions, keeps events safe", streams, func(ctx context.Context) error {
+	return cli.SlimRoot(wire.RoleNode, "The agent: keeps desired state applied, runs allowed actions, keeps events safe", streams, func() (cli.Role, error) {
 		c, err := config.LoadNode(streams.Env)
 		if err != nil {
-			return err
+			return cli.Role{}, err
 		}
-		role, err := cli.NewRole(string(wire.RoleNode), c.Common, streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		return cli.NewRole(string(wire.RoleNode), c.Common, streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
 			n, err := node.New(node.Config{Node: c, Version: cli.BuildVersion(), Stdin: streams.In}, log, reg)
 			if err != nil {
 				return nil, err
 			}
 			return n.Run, nil
 		})
-		if err != nil {
-			return err
-		}
-		return cli.RunRoles(ctx, role)
 	})
-	out.AddFlag(root)
-	root.AddCommand(
-		cli.LocalCommand(out, streams, nil, wire.RoleNode),
-		cli.ConfigCommand(out, streams, string(wire.RoleNode)),
-		cli.VersionCommand(out))
-	return root
 }

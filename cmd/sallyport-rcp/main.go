@@ -22,28 +22,17 @@ func main() {
 }
 
 func newRoot(streams cli.IO) *cobra.Command {
-	out := cli.NewOutput(streams)
-	root := cli.SlimRoot("sallyport-rcp", "An RCP: joins channels of gateways and nodes, and reads nothing", streams, func(ctx context.Context) error {
+	return cli.SlimRoot(wire.RoleRCP, "An RCP: joins channels of gateways and nodes, and reads nothing", streams, func() (cli.Role, error) {
 		c, err := config.LoadRCP(streams.Env)
 		if err != nil {
-			return err
+			return cli.Role{}, err
 		}
-		role, err := cli.NewRole(string(wire.RoleRCP), c.Common, streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
+		return cli.NewRole(string(wire.RoleRCP), c.Common, streams, func(log *slog.Logger, reg *prometheus.Registry) (func(context.Context) error, error) {
 			r, err := rcp.New(rcp.Config{RCP: c, Version: cli.BuildVersion(), Stdin: streams.In}, log, reg)
 			if err != nil {
 				return nil, err
 			}
 			return r.Run, nil
 		})
-		if err != nil {
-			return err
-		}
-		return cli.RunRoles(ctx, role)
 	})
-	out.AddFlag(root)
-	root.AddCommand(
-		cli.LocalCommand(out, streams, nil, wire.RoleRCP),
-		cli.ConfigCommand(out, streams, string(wire.RoleRCP)),
-		cli.VersionCommand(out))
-	return root
 }

@@ -13,6 +13,7 @@ import (
 
 	"sallyport/config"
 	"sallyport/internal/admin"
+	"sallyport/internal/wire"
 )
 
 // Role is one role that is ready to run: its configuration was read, and
@@ -60,16 +61,23 @@ func RunRoles(ctx context.Context, roles ...Role) error {
 	return err
 }
 
-// SlimRoot is the top of a program that is one role: without a command it runs
-// the role.
-func SlimRoot(use, short string, streams IO, run func(ctx context.Context) error) *cobra.Command {
-	root := Root(use, short, short+".\n\nWithout a command it runs until a signal.", streams)
+// SlimRoot is a program that is one role: without a command it runs the role,
+// which load makes of the environment.
+func SlimRoot(role wire.Role, short string, streams IO, load func() (Role, error)) *cobra.Command {
+	root := Root("sallyport-"+string(role), short, short+".\n\nWithout a command it runs until a signal.", streams)
 	unknown := root.RunE
 	root.RunE = func(cmd *cobra.Command, args []string) error {
 		if len(args) > 0 {
 			return unknown(cmd, args)
 		}
-		return run(cmd.Context())
+		r, err := load()
+		if err != nil {
+			return err
+		}
+		return RunRoles(cmd.Context(), r)
 	}
+	out := NewOutput(streams)
+	out.AddFlag(root)
+	root.AddCommand(LocalCommand(out, streams, nil, role), ConfigCommand(out, streams, string(role)), VersionCommand(out))
 	return root
 }
