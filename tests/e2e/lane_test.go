@@ -432,33 +432,11 @@ func TestLaneOverQUIC(t *testing.T) {
 // bare lane, but a sealed one, which goes through the proxy too.
 func TestLaneBehindProxy(t *testing.T) {
 	harness.Long(t)
-	lab := netlab.New(t,
-		netlab.Network{Name: "trusted", Policy: netlab.NoInbound, Hosts: []string{"gateway"}},
-		netlab.Network{Name: "dmz", Policy: netlab.NoOutbound, Hosts: []string{"dmz-1"}},
-		netlab.Network{Name: "proxies", Hosts: []string{"proxy"}},
-		netlab.Network{Name: "remote", Policy: netlab.NoInbound, Hosts: []string{"web-1"}})
-	if err := lab.Cut(t.Context(), "remote", "dmz", netlab.All); err != nil {
-		t.Fatal(err)
-	}
-	proxy := &connectProxy{host: lab.Host("proxy")}
-	listener, err := lab.Host("proxy").Listen(3128)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &http.Server{Handler: proxy, ReadHeaderTimeout: 5 * time.Second}
-	ended := make(chan struct{})
-	go func() {
-		_ = server.Serve(listener) // always http.ErrServerClosed
-		close(ended)
-	}()
+	lab, _, way := behindProxy(t)
 	b := newBulk(t, lab)
-	t.Cleanup(func() {
-		_ = server.Close()
-		<-ended
-	})
 	b.gateway = b.site.Gateway(b.gatewayOptions()...)
 	relay := b.site.RCP(b.gateway, "dmz-1", b.admin("RCP", 9191))
-	b.offer(harness.Env("HTTPS_PROXY", "http://"+proxyUser+":"+proxyPassword+"@"+lab.Host("proxy").AddrPort(3128)))
+	b.offer(way)
 	b.noLane(relay, "sealed")
 	if n := b.metric(relay.Role, "sallyport_rcp_lanes_refused_total", "impossible"); n == 0 {
 		t.Error("the RCP does not count that a bare lane was impossible")

@@ -5,7 +5,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -24,14 +23,11 @@ const (
 type connectProxy struct {
 	host    *netlab.Host
 	tunnels atomic.Int64
-	refused atomic.Int64
-	pipes   sync.WaitGroup
 }
 
 func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	want := "Basic " + base64.StdEncoding.EncodeToString([]byte(proxyUser+":"+proxyPassword))
 	if r.Method != http.MethodConnect || r.Header.Get("Proxy-Authorization") != want {
-		p.refused.Add(1)
 		w.Header().Set("Proxy-Authenticate", `Basic realm="site"`)
 		w.WriteHeader(http.StatusProxyAuthRequired)
 		return
@@ -53,13 +49,15 @@ func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		_ = to.Close()
 		_ = from.Close()
 	}
-	p.pipes.Go(func() { pipe(far, near, buffered) })
-	p.pipes.Go(func() { pipe(near, far, far) })
+	go pipe(far, near, buffered)
+	go pipe(near, far, far)
 }
 
-// TestProxy: a node whose only way out is an HTTP proxy with a password (CH-19).
-func TestProxy(t *testing.T) {
-	lab := netlab.New(t,
+// behindProxy is a network whose only way out is an HTTP proxy with a password;
+// way tells a node of it.
+func behindProxy(t *testing.T) (lab *netlab.Lab, proxy *connectProxy, way harness.Option) {
+	t.Helper()
+	lab = netlab.New(t,
 		netlab.Network{Name: "trusted", Policy: netlab.NoInbound, Hosts: []string{"gateway"}},
 		netlab.Network{Name: "dmz", Policy: netlab.NoOutbound, Hosts: []string{"dmz-1"}},
 		netlab.Network{Name: "proxies", Hosts: []string{"proxy"}},
@@ -67,7 +65,7 @@ func TestProxy(t *testing.T) {
 	if err := lab.Cut(t.Context(), "remote", "dmz", netlab.All); err != nil {
 		t.Fatal(err)
 	}
-	proxy := &connectProxy{host: lab.Host("proxy")}
+	proxy = &connectProxy{host: lab.Host("proxy")}
 	listener, err := lab.Host("proxy").Listen(3128)
 	if err != nil {
 		t.Fatal(err)
@@ -78,16 +76,20 @@ func TestProxy(t *testing.T) {
 		_ = server.Serve(listener) // always http.ErrServerClosed
 		close(ended)
 	}()
-
-	site := harness.In(t, lab)
 	t.Cleanup(func() {
 		_ = server.Close()
 		<-ended
 	})
+	return lab, proxy, harness.Env("HTTPS_PROXY", "http://"+proxyUser+":"+proxyPassword+"@"+lab.Host("proxy").AddrPort(3128))
+}
+
+// TestProxy: a node whose only way out is an HTTP proxy with a password (CH-19).
+func TestProxy(t *testing.T) {
+	lab, proxy, way := behindProxy(t)
+	site := harness.In(t, lab)
 	gateway := site.Gateway()
 	site.RCP(gateway, "dmz-1")
-	node := site.Node(gateway, "web-1", tagged("web-1"),
-		harness.Env("HTTPS_PROXY", "http://"+proxyUser+":"+proxyPassword+"@"+lab.Host("proxy").AddrPort(3128)))
+	node := site.Node(gateway, "web-1", tagged("web-1"), way)
 	node.WaitRunning(15 * time.Second)
 	story(t, site, gateway, node)
 	if err := usesCarrier(gateway, "web-1", "h2"); err != nil {
