@@ -102,12 +102,8 @@ func targetsOf(content string) (map[string]string, error) {
 
 // SetRefused writes why a node refuses what it should have; empty: it does not.
 func (tx *Tx) SetRefused(ctx context.Context, id wire.ID, refused, reason string) (changed bool, err error) {
-	res, err := tx.q.NewRaw("UPDATE desired SET refused = ?, reason = ? WHERE node_id = ? AND (refused <> ? OR reason <> ?)",
-		refused, reason, id, refused, reason).Exec(ctx)
-	if err != nil {
-		return false, err
-	}
-	n, err := res.RowsAffected()
+	n, err := affected(tx.q.NewRaw("UPDATE desired SET refused = ?, reason = ? WHERE node_id = ? AND (refused <> ? OR reason <> ?)",
+		refused, reason, id, refused, reason).Exec(ctx))
 	return n > 0, err
 }
 

@@ -82,12 +82,9 @@ func (r Queries) FindCertificates(ctx context.Context, serial string) ([]*Certif
 // RevokeCertificate revokes one leaf that left by a door. One that is revoked
 // already stays as it is: [ErrExists].
 func (tx *Tx) RevokeCertificate(ctx context.Context, issuer wire.KeyHash, serial string, reason int) error {
-	res, err := tx.q.NewRaw("UPDATE certificates SET revoked_at = ?, reason = ? WHERE issuer = ? AND serial = ? AND door <> '' AND revoked_at IS NULL",
-		tx.now, reason, issuer, serial).Exec(ctx)
-	if err != nil {
-		return err
-	}
-	if n, err := res.RowsAffected(); err != nil || n > 0 {
+	n, err := affected(tx.q.NewRaw("UPDATE certificates SET revoked_at = ?, reason = ? WHERE issuer = ? AND serial = ? AND door <> '' AND revoked_at IS NULL",
+		tx.now, reason, issuer, serial).Exec(ctx))
+	if err != nil || n > 0 {
 		return err
 	}
 	if _, err := tx.Certificate(ctx, issuer, serial); err != nil {

@@ -143,12 +143,8 @@ func (tx *Tx) MoveRequest(ctx context.Context, key wire.KeyHash, state, reason s
 
 // ExpireRequests ends the requests of parties that were not seen since.
 func (tx *Tx) ExpireRequests(ctx context.Context, since time.Time) (n int64, err error) {
-	res, err := tx.q.NewRaw("UPDATE requests SET state = ?, reason = ?, decided_at = ?, decided_by = ? WHERE state = ? AND seen_at < ?",
-		api.RequestExpired, "the party was not seen since "+since.UTC().Format(time.RFC3339), tx.now, "gateway", api.RequestPending, since.UTC()).Exec(ctx)
-	if err != nil {
-		return 0, err
-	}
-	return res.RowsAffected()
+	return affected(tx.q.NewRaw("UPDATE requests SET state = ?, reason = ?, decided_at = ?, decided_by = ? WHERE state = ? AND seen_at < ?",
+		api.RequestExpired, "the party was not seen since "+since.UTC().Format(time.RFC3339), tx.now, "gateway", api.RequestPending, since.UTC()).Exec(ctx))
 }
 
 // JoinUsed tells whether a key has used a join code.

@@ -141,11 +141,7 @@ func (w *eventWriter) exec(ctx context.Context, text string) (rows int64, err er
 	if err != nil {
 		return 0, err
 	}
-	res, err := s.ExecContext(ctx, w.args...)
-	if err != nil {
-		return 0, err
-	}
-	return res.RowsAffected()
+	return affected(s.ExecContext(ctx, w.args...))
 }
 
 // insertChunk inserts events without keys at once.

@@ -248,11 +248,8 @@ func (tx *Tx) spool(ctx context.Context, node wire.ID, spool string) (ref, water
 
 // addGap stores a gap once, and says so in an event.
 func (tx *Tx) addGap(ctx context.Context, g Gap) error {
-	res, err := tx.q.NewInsert().Model(&g).On("CONFLICT (node_id, spool, from_seq, to_seq) DO NOTHING").Exec(ctx)
-	if err != nil {
-		return err
-	}
-	if n, err := res.RowsAffected(); err != nil || n == 0 {
+	n, err := affected(tx.q.NewInsert().Model(&g).On("CONFLICT (node_id, spool, from_seq, to_seq) DO NOTHING").Exec(ctx))
+	if err != nil || n == 0 {
 		return err
 	}
 	tx.Raise(Internal{NodeID: g.NodeID, Severity: wire.SeverityWarning, Object: "spool " + g.Spool,

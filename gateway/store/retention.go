@@ -114,12 +114,9 @@ func (db *DB) ForgetActions(ctx context.Context, before time.Time, after int64) 
 // discarded, before a moment: whoever reaches an RCP can make some. What an operator
 // said stays in force while the party comes back.
 func (db *DB) ForgetRequests(ctx context.Context, before time.Time, after int64) (n, next int64, err error) {
-	err = db.Update(ctx, func(ctx context.Context, tx *Tx) error {
-		res, err := tx.q.NewRaw("DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE state IN (?) AND decided_at < ? AND seen_at < ? LIMIT ?)",
-			bun.List([]string{api.RequestExpired, api.RequestDenied, api.RequestDiscarded}), before.UTC(), before.UTC(), maxForgotten).Exec(ctx)
-		if err == nil {
-			n, err = res.RowsAffected()
-		}
+	err = db.Update(ctx, func(ctx context.Context, tx *Tx) (err error) {
+		n, err = affected(tx.q.NewRaw("DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE state IN (?) AND decided_at < ? AND seen_at < ? LIMIT ?)",
+			bun.List([]string{api.RequestExpired, api.RequestDenied, api.RequestDiscarded}), before.UTC(), before.UTC(), maxForgotten).Exec(ctx))
 		return err
 	})
 	if err != nil {

@@ -256,12 +256,17 @@ func notFound(err error) error {
 
 // one turns an update that hit no row into [ErrNotFound].
 func one(res sql.Result, err error) error {
-	if err != nil {
-		return err
-	}
-	n, err := res.RowsAffected()
+	n, err := affected(res, err)
 	if err == nil && n == 0 {
 		return ErrNotFound
 	}
 	return err
+}
+
+// affected is how many rows a statement hit.
+func affected(res sql.Result, err error) (int64, error) {
+	if err != nil {
+		return 0, err
+	}
+	return res.RowsAffected()
 }
