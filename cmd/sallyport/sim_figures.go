@@ -107,7 +107,7 @@ func (s *simulation) fanoutRound(ctx context.Context, i int) (fanoutRound, error
 		if time.Now().After(late) {
 			return r, cli.Fail(cli.ExitTimeout, "the gateway has not taken every acknowledgement: %+v", all[max(i, 0)].Counts)
 		}
-		if !rest(ctx, 50*time.Millisecond) {
+		if !simnode.Pause(ctx, 50*time.Millisecond) {
 			return r, context.Cause(ctx)
 		}
 	}
@@ -183,7 +183,7 @@ func (s *simulation) drained(ctx context.Context) ([]simnode.SpoolState, error) 
 		if time.Now().After(until) {
 			return nil, cli.Fail(cli.ExitTimeout, "wait for the last event: not within %s", s.o.timeout)
 		}
-		if !rest(ctx, 20*time.Millisecond) {
+		if !simnode.Pause(ctx, 20*time.Millisecond) {
 			return nil, context.Cause(ctx)
 		}
 	}
@@ -271,7 +271,7 @@ func (s *simulation) verify(ctx context.Context, f *eventFigures, began time.Tim
 	}
 	// A gateway that is being killed for the sake of this figure is asked again.
 	err := count()
-	for until := time.Now().Add(s.o.timeout.Std()); err != nil && time.Now().Before(until) && rest(ctx, time.Second); {
+	for until := time.Now().Add(s.o.timeout.Std()); err != nil && time.Now().Before(until) && simnode.Pause(ctx, time.Second); {
 		err = count()
 	}
 	if err != nil {

@@ -155,7 +155,7 @@ func (s *simulation) phases(ctx context.Context) error {
 		return err
 	}
 	s.cost(before, m, func(p *partyMeasure, a, b procFigures) { p.Before, p.ConnectCPU = a, b.CPU-a.CPU })
-	if !rest(ctx, s.o.settle.Std()) {
+	if !simnode.Pause(ctx, s.o.settle.Std()) {
 		return context.Cause(ctx)
 	}
 	connected := m
@@ -251,7 +251,7 @@ func (s *simulation) connect(ctx context.Context) error {
 		if time.Now().After(late) {
 			return cli.Fail(cli.ExitTimeout, "only %d of %d nodes are running, says the gateway", running, s.o.nodes)
 		}
-		if !rest(ctx, time.Second) {
+		if !simnode.Pause(ctx, time.Second) {
 			return context.Cause(ctx)
 		}
 	}
@@ -261,18 +261,6 @@ func (s *simulation) connect(ctx context.Context) error {
 func (s *simulation) running(ctx context.Context) (n int, err error) {
 	all, err := s.api.Nodes(ctx, api.NodeQuery{Selector: "sim=" + s.place.Name, State: string(wire.StateRunning)})
 	return len(all), err
-}
-
-// rest waits; false when ctx ended first.
-func rest(ctx context.Context, d time.Duration) bool {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-t.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 // load makes events, with chaos if it was asked for, for the duration.
@@ -304,7 +292,7 @@ func (s *simulation) load(ctx context.Context) error {
 // hold keeps everything as it is for the duration.
 func (s *simulation) hold(ctx context.Context) error {
 	if d := s.o.duration.Std(); d > 0 {
-		if !rest(ctx, d) {
+		if !simnode.Pause(ctx, d) {
 			return context.Cause(ctx)
 		}
 		return nil

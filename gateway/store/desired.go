@@ -193,12 +193,7 @@ func (tx *Tx) SetPolicyStatus(ctx context.Context, id wire.ID, statuses []wire.P
 	return nil
 }
 
-func clip(s string) string {
-	if len(s) > maxStatusText {
-		return s[:maxStatusText]
-	}
-	return s
-}
+func clip(s string) string { return s[:min(len(s), maxStatusText)] }
 
 // DesiredRevisions returns the revision that each node should have.
 func (r Queries) DesiredRevisions(ctx context.Context) (map[wire.ID]wire.Revision, error) {

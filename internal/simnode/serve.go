@@ -94,7 +94,7 @@ func (h *channelHandler) signals(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 			last, lastKicks = s, kicks
-			if !pause(r.Context(), signalEvery) {
+			if !Pause(r.Context(), signalEvery) {
 				return
 			}
 		}
@@ -111,7 +111,8 @@ func (h *channelHandler) signals(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func pause(ctx context.Context, d time.Duration) bool {
+// Pause waits; false when ctx ended first.
+func Pause(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
@@ -124,7 +125,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 // ServeHTTP is the session API.
 func (n *node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if late := time.Until(time.Unix(0, n.slowUntil.Load())); late > 0 && !pause(r.Context(), min(late, slowAnswer)) {
+	if late := time.Until(time.Unix(0, n.slowUntil.Load())); late > 0 && !Pause(r.Context(), min(late, slowAnswer)) {
 		return
 	}
 	switch r.Method + " " + r.URL.Path {
