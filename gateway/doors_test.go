@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
@@ -27,6 +26,7 @@ import (
 	"sallyport/gateway/api"
 	"sallyport/gateway/store"
 	"sallyport/internal/doors"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 )
 
@@ -215,10 +215,7 @@ func TestReadCSR(t *testing.T) {
 
 func testCSR(t testing.TB) []byte {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := identitytest.NewKey(t)
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: []string{"a.example"}}, key)
 	if err != nil {
 		t.Fatal(err)
@@ -238,10 +235,7 @@ type issuingDoors struct {
 }
 
 func newIssuingDoors(t *testing.T) *issuingDoors {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := identitytest.NewKey(t)
 	a := &issuingDoors{t: t, key: key}
 	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	a.inter = a.sign(tmpl, tmpl, &key.PublicKey)
@@ -249,15 +243,7 @@ func newIssuingDoors(t *testing.T) *issuingDoors {
 }
 
 func (a *issuingDoors) sign(tmpl, parent *x509.Certificate, pub any) *x509.Certificate {
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, a.key)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	return c
+	return identitytest.Sign(a.t, tmpl, parent, pub, a.key)
 }
 
 func (a *issuingDoors) Chain() []*x509.Certificate { return []*x509.Certificate{a.inter} }

@@ -3,7 +3,6 @@ package pki_test
 import (
 	"bytes"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -24,6 +23,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/lockdir"
 	"sallyport/internal/wire"
 	"sallyport/pki"
@@ -136,10 +136,7 @@ func TestLeaves(t *testing.T) {
 func TestHostileRequest(t *testing.T) {
 	a := open(t, t.TempDir())
 	defer closeIt(t, a)
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := identitytest.NewKey(t)
 	id := wire.NewID()
 	gateway := wire.Party{Role: wire.RoleGateway, ID: wire.NewID(), TrustDomain: a.TrustDomain()}
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
@@ -226,11 +223,7 @@ func TestNameConstraints(t *testing.T) {
 	inters.AddCert(inter)
 	for name, want := range map[string]bool{"x.node." + a.TrustDomain(): true, "www.example.org": false} {
 		tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{name}}
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, inter, &key.PublicKey, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, err = leafOf(t, [][]byte{der}).Verify(x509.VerifyOptions{Roots: roots, Intermediates: inters, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
+		_, err := identitytest.Sign(t, tmpl, inter, &key.PublicKey, key).Verify(x509.VerifyOptions{Roots: roots, Intermediates: inters, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
 		if (err == nil) != want {
 			t.Errorf("%s verifies: %v, want %v", name, err, want)
 		}

@@ -22,6 +22,7 @@ import (
 	"go.step.sm/crypto/jose"
 
 	"sallyport/internal/doors"
+	"sallyport/internal/identity/identitytest"
 )
 
 // memory is doors.Values for a test.
@@ -309,7 +310,7 @@ func TestACMESides(t *testing.T) {
 	}
 	finalize := func(names ...string) (int, []byte) {
 		t.Helper()
-		status, _, body := s.post(key, kid, o.Finalize, map[string]string{"csr": base64.RawURLEncoding.EncodeToString(doorCSR(t, ecKey(t), names...))})
+		status, _, body := s.post(key, kid, o.Finalize, map[string]string{"csr": base64.RawURLEncoding.EncodeToString(doorCSR(t, identitytest.NewKey(t), names...))})
 		return status, body
 	}
 	if status, body := finalize("www.one.example", "ftp.one.example"); status/100 == 2 {

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/crypto/ocsp"
 
 	"sallyport/internal/doors"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 )
 
@@ -39,9 +40,9 @@ func TestRemoteDoors(t *testing.T) {
 		t.Errorf("OCSP at %v", shown[0].OCSPServer)
 	}
 	for what, req := range map[string]doors.Request{
-		"a party":    {CSR: doorCSR(t, ecKey(t)), Names: []string{"x.node." + c.TrustDomain()}},
-		"a wildcard": {CSR: doorCSR(t, ecKey(t)), Names: []string{"*.example.org"}},
-		"no name":    {CSR: doorCSR(t, ecKey(t))},
+		"a party":    {CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"x.node." + c.TrustDomain()}},
+		"a wildcard": {CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"*.example.org"}},
+		"no name":    {CSR: doorCSR(t, identitytest.NewKey(t))},
 		"garbage":    {CSR: []byte("garbage"), Names: []string{"a.example"}},
 	} {
 		if _, err := d.Issue(t.Context(), req); !errors.Is(err, doors.ErrRefused) {
@@ -121,7 +122,7 @@ func TestRemoteDoorsAway(t *testing.T) {
 	if !away.Chain()[0].Equal(d.Chain()[0]) {
 		t.Error("another intermediate")
 	}
-	if _, err := away.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"a.example"}}); err == nil {
+	if _, err := away.Issue(t.Context(), doors.Request{CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"a.example"}}); err == nil {
 		t.Error("issued by nobody")
 	}
 }
@@ -165,7 +166,7 @@ func TestRemoteDoorsLost(t *testing.T) {
 			if len(d.Chain()) == 0 {
 				t.Error("nothing is known of the doors")
 			}
-			if _, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"a.example"}}); err == nil {
+			if _, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"a.example"}}); err == nil {
 				t.Error("issued by nobody")
 			}
 		})

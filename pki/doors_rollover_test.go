@@ -15,6 +15,7 @@ import (
 	"golang.org/x/crypto/ocsp"
 
 	"sallyport/internal/doors"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -22,7 +23,7 @@ import (
 // doorLeaf is a certificate for a host, as its server shows it.
 func doorLeaf(t *testing.T, d *pki.Doors) []*x509.Certificate {
 	t.Helper()
-	chain, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"www.plant.example"}})
+	chain, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"www.plant.example"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -311,7 +312,7 @@ func TestImportDoors(t *testing.T) {
 func TestImportedDoorsEnd(t *testing.T) {
 	dir := t.TempDir()
 	synctest.Test(t, func(t *testing.T) {
-		corp, key := newOutside(t), ecKey(t)
+		corp, key := newOutside(t), identitytest.NewKey(t)
 		bring := func(life time.Duration) *x509.Certificate {
 			csr, _, err := pki.RequestDoors(dir)
 			if err != nil {

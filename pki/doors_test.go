@@ -3,8 +3,6 @@ package pki_test
 import (
 	"bytes"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
@@ -26,6 +24,7 @@ import (
 
 	"sallyport/internal/doors"
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -48,20 +47,11 @@ func doorCSR(t *testing.T, key crypto.Signer, names ...string) []byte {
 	return der
 }
 
-func ecKey(t *testing.T) *ecdsa.PrivateKey {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
 func TestDoorLeaf(t *testing.T) {
 	a := open(t, t.TempDir())
 	defer closeIt(t, a)
 	d := openDoors(t, a, "http://pki.example/")
-	key := ecKey(t)
+	key := identitytest.NewKey(t)
 	// Whatever the CSR says beside its key, it does not reach the certificate.
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
 		Subject: pkix.Name{CommonName: "evil", Organization: []string{"evil"}}, DNSNames: []string{"evil.example"},
@@ -106,7 +96,7 @@ func TestDoorRefuses(t *testing.T) {
 	a := open(t, t.TempDir())
 	defer closeIt(t, a)
 	d := openDoors(t, a, "")
-	key := ecKey(t)
+	key := identitytest.NewKey(t)
 	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Skip("this Go makes no weak keys: ", err)
@@ -145,11 +135,7 @@ func TestDoorsOpenNoChannel(t *testing.T) {
 		tmpl := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth}}
 		change(tmpl)
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, d.Chain()[0], &key.PublicKey, key)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return leafOf(t, [][]byte{der})
+		return identitytest.Sign(t, tmpl, d.Chain()[0], &key.PublicKey, key)
 	}
 	node := fresh(t, a, wire.RoleNode)
 	for name, leaf := range map[string]*x509.Certificate{
@@ -230,7 +216,7 @@ func TestDoorsSignedElsewhere(t *testing.T) {
 		t.Fatalf("without the root's key: %v", err)
 	}
 	// The files may also be put there by hand.
-	key := ecKey(t)
+	key := identitytest.NewKey(t)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)
@@ -245,11 +231,7 @@ func TestDoorsSignedElsewhere(t *testing.T) {
 		if excluded != "" {
 			tmpl.ExcludedDNSDomains = []string{excluded}
 		}
-		der, err := x509.CreateCertificate(rand.Reader, tmpl, a.Root(), &key.PublicKey, rootKey)
-		if err != nil {
-			t.Fatal(err)
-		}
-		writeCert(t, filepath.Join(dir, "doors.pem"), der)
+		writeCert(t, filepath.Join(dir, "doors.pem"), identitytest.Sign(t, tmpl, a.Root(), &key.PublicKey, rootKey).Raw)
 		d, err := a.Doors(t.Context(), "")
 		if (err == nil) != want {
 			t.Errorf("excluding %q: %v, want it taken: %v", excluded, err, want)
@@ -257,7 +239,7 @@ func TestDoorsSignedElsewhere(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		chain, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, ecKey(t)), Names: []string{"a.example"}})
+		chain, err := d.Issue(t.Context(), doors.Request{CSR: doorCSR(t, identitytest.NewKey(t)), Names: []string{"a.example"}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,7 +2,6 @@ package pki_test
 
 import (
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -44,15 +44,7 @@ func newOutside(t *testing.T) *outside {
 
 func (o *outside) certify(tmpl, parent *x509.Certificate, pub any) *x509.Certificate {
 	o.t.Helper()
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, o.key)
-	if err != nil {
-		o.t.Fatal(err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		o.t.Fatal(err)
-	}
-	return c
+	return identitytest.Sign(o.t, tmpl, parent, pub, o.key)
 }
 
 // sign is what openssl x509 -req -copy_extensions copyall does.
@@ -263,10 +255,7 @@ func TestImportRefuses(t *testing.T) {
 			c.ExtraExtensions = keep
 		}
 	}
-	other, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	other := identitytest.NewKey(t)
 	good := root.sign(csr, nil)
 	for name, c := range map[string]struct {
 		chain []*x509.Certificate

@@ -16,6 +16,7 @@ import (
 	"go.step.sm/crypto/jose"
 
 	"sallyport/internal/doors"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -122,7 +123,7 @@ func TestExternalCRL(t *testing.T) {
 	s.crl, s.number = newest, 100
 	for what, spoil := range map[string]func(){
 		"one of another intermediate": func() {
-			key := newKey(t)
+			key := identitytest.NewKey(t)
 			s.makeCRL(s.intermediate(s.root, s.rootKey, key), key, time.Hour)
 		},
 		"one that ended": func() { s.makeCRL(s.inter, s.interKey, -time.Hour) },

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -37,7 +38,7 @@ func (s *stranger) use(i issuer) {
 // next makes a new root with an intermediate, for which the one in use vouches
 // too.
 func (s *stranger) next() issuer {
-	i := issuer{rootKey: newKey(s.t), interKey: newKey(s.t)}
+	i := issuer{rootKey: identitytest.NewKey(s.t), interKey: identitytest.NewKey(s.t)}
 	i.root = newRoot(s.t, "root 2", i.rootKey)
 	i.inter = s.intermediate(i.root, i.rootKey, i.interKey)
 	i.crosses = []*x509.Certificate{s.intermediate(s.root, s.rootKey, i.interKey)}
@@ -178,7 +179,7 @@ func TestExternalIntermediateIsFollowed(t *testing.T) {
 	if _, err := a.SignRevocations(t.Context(), wire.Revocations{Number: 1}, 0); err != nil {
 		t.Fatal(err)
 	}
-	s.says = s.intermediate(s.root, s.rootKey, newKey(t))
+	s.says = s.intermediate(s.root, s.rootKey, identitytest.NewKey(t))
 	for range 3 {
 		if err := a.KeepNow(t.Context()); err != nil {
 			t.Fatal(err)
@@ -369,7 +370,7 @@ func TestExternalRootIsExamined(t *testing.T) {
 	s := newStranger(t)
 	a := open(t, t.TempDir(), s.option())
 	defer closeIt(t, a)
-	key := newKey(t)
+	key := identitytest.NewKey(t)
 	make := func(change func(*x509.Certificate)) *x509.Certificate {
 		tmpl := &x509.Certificate{NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(5, 0, 0), IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 		change(tmpl)

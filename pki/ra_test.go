@@ -3,8 +3,6 @@ package pki_test
 import (
 	"cmp"
 	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -29,6 +27,7 @@ import (
 	"go.step.sm/crypto/jose"
 
 	"sallyport/internal/identity"
+	"sallyport/internal/identity/identitytest"
 	"sallyport/internal/wire"
 	"sallyport/pki"
 )
@@ -60,32 +59,15 @@ type stranger struct {
 
 const strangerDomain = "corp.example"
 
-func newKey(t *testing.T) *ecdsa.PrivateKey {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
 func signed(t *testing.T, tmpl, parent *x509.Certificate, pub any, key *ecdsa.PrivateKey) *x509.Certificate {
 	t.Helper()
 	tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
+	return identitytest.Sign(t, tmpl, parent, pub, key)
 }
 
 func newStranger(t *testing.T) *stranger {
 	t.Helper()
-	s := &stranger{t: t, rootKey: newKey(t), key: newKey(t)}
+	s := &stranger{t: t, rootKey: identitytest.NewKey(t), key: identitytest.NewKey(t)}
 	s.root = newRoot(t, "root", s.rootKey)
 	s.newIntermediate()
 	block, err := x509.MarshalPKCS8PrivateKey(s.key)
@@ -148,9 +130,9 @@ func sumOf(c *x509.Certificate) string {
 
 // newIntermediate has it issue from another one, as its own server too.
 func (s *stranger) newIntermediate() {
-	s.interKey = newKey(s.t)
+	s.interKey = identitytest.NewKey(s.t)
 	s.inter, s.crosses = s.intermediate(s.root, s.rootKey, s.interKey), nil
-	key := newKey(s.t)
+	key := identitytest.NewKey(s.t)
 	web := signed(s.t, &x509.Certificate{
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
@@ -352,7 +334,7 @@ func TestExternalMisbehaves(t *testing.T) {
 	s := newStranger(t)
 	a := open(t, t.TempDir(), s.option())
 	defer closeIt(t, a)
-	other := newKey(t)
+	other := identitytest.NewKey(t)
 	for name, f := range map[string]func(*x509.Certificate){
 		"another key": func(c *x509.Certificate) { c.PublicKey = &other.PublicKey },
 		"a CA":        func(c *x509.Certificate) { c.IsCA, c.BasicConstraintsValid = true, true },
@@ -415,7 +397,7 @@ func TestDocumentLeaf(t *testing.T) {
 		t.Errorf("a set that a node sealed: %v", err)
 	}
 	// A leaf with the names, from an intermediate that is none of ours.
-	key := newKey(t)
+	key := identitytest.NewKey(t)
 	alien := signed(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: "doors"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(1, 0, 0),
 		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,

@@ -2,8 +2,6 @@ package e2e
 
 import (
 	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -22,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"sallyport/internal/identity/identitytest"
 	"sallyport/tests/harness"
 )
 
@@ -54,15 +53,7 @@ func certify(t *testing.T, tmpl, parent *x509.Certificate, pub any, key *ecdsa.P
 	tmpl.SerialNumber = big.NewInt(time.Now().UnixNano())
 	tmpl.NotBefore, tmpl.NotAfter = time.Now().Add(-96*time.Hour), time.Now().AddDate(5, 0, 0)
 	tmpl.IsCA, tmpl.BasicConstraintsValid, tmpl.KeyUsage = true, true, x509.KeyUsageCertSign|x509.KeyUsageCRLSign
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
+	return identitytest.Sign(t, tmpl, parent, pub, key)
 }
 
 // spiffeInter is the template of an intermediate for parties.
@@ -80,10 +71,7 @@ func pemFile(t *testing.T, site *harness.Site, name, typ string, der []byte) str
 
 func keyFile(t *testing.T, site *harness.Site, name string) (*ecdsa.PrivateKey, string) {
 	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	key := identitytest.NewKey(t)
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)

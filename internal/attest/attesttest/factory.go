@@ -4,7 +4,6 @@ package attesttest
 import (
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -14,6 +13,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"sallyport/internal/identity/identitytest"
 )
 
 // Factory is a CA for devices, with an intermediate.
@@ -26,45 +27,23 @@ type Factory struct {
 // NewFactory makes a factory of that name.
 func NewFactory(t testing.TB, name string) *Factory {
 	t.Helper()
-	f := &Factory{serial: 100, caKey: newKey(t), lineKey: newKey(t)}
+	f := &Factory{serial: 100, caKey: identitytest.NewKey(t), lineKey: identitytest.NewKey(t)}
 	ca := func(cn string, serial int64) *x509.Certificate {
 		return &x509.Certificate{SerialNumber: big.NewInt(serial), Subject: pkix.Name{CommonName: cn, Organization: []string{name}},
 			NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true,
 			KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign}
 	}
 	root := ca(name+" root", 1)
-	f.CA = issue(t, root, root, &f.caKey.PublicKey, f.caKey)
-	f.Line = issue(t, ca(name+" line 1", 2), f.CA, &f.lineKey.PublicKey, f.caKey)
+	f.CA = identitytest.Sign(t, root, root, &f.caKey.PublicKey, f.caKey)
+	f.Line = identitytest.Sign(t, ca(name+" line 1", 2), f.CA, &f.lineKey.PublicKey, f.caKey)
 	return f
-}
-
-func newKey(t testing.TB) *ecdsa.PrivateKey {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return key
-}
-
-func issue(t testing.TB, template, parent *x509.Certificate, pub any, by crypto.Signer) *x509.Certificate {
-	t.Helper()
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, pub, by)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
 }
 
 // Device makes a device with a P-256 key, as change wants its certificate, and
 // writes both into files.
 func (f *Factory) Device(t testing.TB, cn string, change func(*x509.Certificate)) (certFile, keyFile string, leaf *x509.Certificate) {
 	t.Helper()
-	return f.DeviceOf(t, newKey(t), cn, change)
+	return f.DeviceOf(t, identitytest.NewKey(t), cn, change)
 }
 
 // DeviceOf is Device for a key of any kind.
@@ -76,7 +55,7 @@ func (f *Factory) DeviceOf(t testing.TB, key crypto.Signer, cn string, change fu
 	if change != nil {
 		change(c)
 	}
-	leaf = issue(t, c, f.Line, key.Public(), f.lineKey)
+	leaf = identitytest.Sign(t, c, f.Line, key.Public(), f.lineKey)
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
 		t.Fatal(err)

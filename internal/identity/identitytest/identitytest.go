@@ -4,6 +4,7 @@ package identitytest
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -34,7 +35,7 @@ type CA struct {
 // from 96 h ago, by the clock of the caller (a synctest bubble has its own).
 func NewCA(t testing.TB) *CA {
 	t.Helper()
-	c := &CA{rootKey: newKey(t), interKey: newKey(t)}
+	c := &CA{rootKey: NewKey(t), interKey: NewKey(t)}
 	tmpl := &x509.Certificate{
 		SerialNumber:          serial(t),
 		Subject:               pkix.Name{CommonName: "identitytest root"},
@@ -44,7 +45,7 @@ func NewCA(t testing.TB) *CA {
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 	}
-	c.Root = sign(t, tmpl, tmpl, &c.rootKey.PublicKey, c.rootKey)
+	c.Root = Sign(t, tmpl, tmpl, &c.rootKey.PublicKey, c.rootKey)
 	c.TrustDomain = wire.DefaultTrustDomain(c.Root)
 	c.Inter = c.intermediate(t, &c.interKey.PublicKey, &url.URL{Scheme: "spiffe", Host: c.TrustDomain})
 	return c
@@ -53,14 +54,14 @@ func NewCA(t testing.TB) *CA {
 // Beside makes a CA below the same root, with a trust domain of its own.
 func (c *CA) Beside(t testing.TB) *CA {
 	t.Helper()
-	o := &CA{TrustDomain: "beside." + c.TrustDomain, Root: c.Root, rootKey: c.rootKey, interKey: newKey(t)}
+	o := &CA{TrustDomain: "beside." + c.TrustDomain, Root: c.Root, rootKey: c.rootKey, interKey: NewKey(t)}
 	o.Inter = o.intermediate(t, &o.interKey.PublicKey, &url.URL{Scheme: "spiffe", Host: o.TrustDomain})
 	return o
 }
 
 func (c *CA) intermediate(t testing.TB, pub *ecdsa.PublicKey, uris ...*url.URL) *x509.Certificate {
 	t.Helper()
-	return sign(t, &x509.Certificate{
+	return Sign(t, &x509.Certificate{
 		SerialNumber:          serial(t),
 		Subject:               pkix.Name{CommonName: "identitytest intermediate"},
 		NotBefore:             time.Now().Add(-96 * time.Hour),
@@ -200,10 +201,10 @@ func (c *CA) IssueKey(t testing.TB, party wire.Party, pub *ecdsa.PublicKey, opts
 	}
 	inter, key := c.Inter, c.interKey
 	if o.other {
-		key = newKey(t)
+		key = NewKey(t)
 		inter = c.intermediate(t, &key.PublicKey)
 	}
-	leaf := sign(t, &x509.Certificate{
+	leaf := Sign(t, &x509.Certificate{
 		SerialNumber: serial(t),
 		Subject:      pkix.Name{CommonName: string(party.ID)},
 		NotBefore:    o.notBefore,
@@ -226,7 +227,8 @@ func (c *CA) Revoke(t testing.TB, number int64, keys ...wire.KeyHash) wire.Envel
 	return c.Seal(t, wire.TypeRevocations, set)
 }
 
-func newKey(t testing.TB) *ecdsa.PrivateKey {
+// NewKey makes a key as parties have one.
+func NewKey(t testing.TB) *ecdsa.PrivateKey {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -244,9 +246,10 @@ func serial(t testing.TB) *big.Int {
 	return n
 }
 
-func sign(t testing.TB, tmpl, parent *x509.Certificate, pub *ecdsa.PublicKey, key *ecdsa.PrivateKey) *x509.Certificate {
+// Sign makes a certificate of a template; by is the key of the parent.
+func Sign(t testing.TB, tmpl, parent *x509.Certificate, pub any, by crypto.Signer) *x509.Certificate {
 	t.Helper()
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, key)
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, by)
 	if err != nil {
 		t.Fatal(err)
 	}
