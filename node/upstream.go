@@ -172,9 +172,7 @@ func (d *dialler) note(s channel.State) {
 	}
 	switch {
 	case s.Connected():
-		if !s.Conn.Enrolling() {
-			d.up.in.applicant.Refused(nil)
-		}
+		d.up.in.applicant.Accepted(s.Conn.Enrolling())
 	case channel.RefusesUs(s.Err):
 		d.up.in.applicant.Refused(s.Err)
 	}

@@ -127,9 +127,7 @@ func (d *dialler) note(s channel.State) {
 	switch {
 	case d.peer != channel.PeerUpstream:
 	case s.Connected():
-		if !s.Conn.Enrolling() {
-			d.r.applicant.Refused(nil)
-		}
+		d.r.applicant.Accepted(s.Conn.Enrolling())
 	case channel.RefusesUs(s.Err):
 		d.r.applicant.Refused(s.Err)
 	}

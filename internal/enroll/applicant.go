@@ -352,6 +352,7 @@ func (a *Applicant) settle() {
 		}
 		a.cfg.Log.Info("the old key is no longer accepted; enrolling again with a new one", "old", old, "fingerprint", a.id.Fingerprint())
 		enrolled, revoked, a.gone, a.refused = false, false, false, ""
+		a.status.State = "" // the reason names the key
 		m := a.memory
 		m.Began = a.codeID
 		if err := a.remember(m); err != nil {
@@ -553,20 +554,36 @@ func (a *Applicant) Addresses() []string {
 
 // Refused is told when an upstream does not accept the certificate. That is
 // only a hint, any RCP can say so: it matters when the operator has also given
-// the party a new code. Nil takes it back, after a connection succeeded.
+// the party a new code.
 func (a *Applicant) Refused(cause error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	what := "certificate"
+	if _, enrolled := a.id.Party(); !enrolled {
+		what = "key"
+	}
+	a.refusal("an upstream refuses this " + what + " (" + cause.Error() + "); if the gateway removed it, a new join code enrols it again")
+}
+
+// Accepted takes it back, after a connection succeeded: one for enrolling tells
+// nothing of a certificate, and a party without one has nothing but its key.
+func (a *Applicant) Accepted(enrolling bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if _, enrolled := a.id.Party(); !enrolling || !enrolled {
+		a.refusal("")
+	}
+}
+
+// refusal notes that an upstream refuses us, or none does; mu is held.
+func (a *Applicant) refusal(why string) {
 	was := a.refused
-	a.refused = ""
-	if cause != nil {
-		what := "certificate"
-		if _, enrolled := a.id.Party(); !enrolled {
-			what = "key"
-		}
-		a.refused = "an upstream refuses this " + what + " (" + cause.Error() + "); if the gateway removed it, a new join code enrols it again"
+	a.refused = why
+	if !a.first || was == why {
+		return
 	}
-	if a.first && was != a.refused {
-		a.settle()
+	if was != "" && a.status.Reason == was {
+		a.status.State = "" // which is said no more
 	}
+	a.settle()
 }

@@ -514,13 +514,24 @@ func TestGrantThatWasTakenBack(t *testing.T) {
 		put(t, file, code(t, ca, "t2"))
 		time.Sleep(time.Minute)
 		second := p.id.KeyHash()
-		if s := p.Status(); second == key || strings.Contains(s.Reason, "bad certificate") {
+		if s := p.Status(); second == key || !strings.Contains(s.Reason, "key "+p.id.Fingerprint()) {
 			t.Errorf("with another code: status %+v, the same key: %v", s, second == key)
 		}
 		p.Refused(errors.New("bad certificate"))
 		time.Sleep(time.Minute)
 		if p.id.KeyHash() != second {
 			t.Error("one code made two keys")
+		}
+
+		// Who is let in after all is not refused: a third code is for the same key.
+		p.Accepted(true)
+		if s := p.Status(); s.State != enroll.StateWaiting || strings.Contains(s.Reason, "bad certificate") {
+			t.Errorf("let in: status %+v", s)
+		}
+		put(t, file, code(t, ca, "t3"))
+		time.Sleep(time.Minute)
+		if p.id.KeyHash() != second {
+			t.Error("a key that is not refused was replaced")
 		}
 		if err := p.stop(); err != nil {
 			t.Error(err)
