@@ -207,10 +207,11 @@ func (r *rule) proof(c *contender) string {
 	return strings.Join(out, ", ")
 }
 
-// taken tells which other node came in by the same device: one device is
-// one node, or whoever owns one has as many as he likes.
-func taken(n *store.Node, err error) (string, error) {
-	if errors.Is(err, store.ErrNotFound) {
+// deviceTaken tells which other node came in by the same device: one device is
+// one node, or whoever owns one has as many as he likes. A node that gives way to
+// this party leaves it its device.
+func (d *decision) deviceTaken(n *store.Node, err error) (string, error) {
+	if errors.Is(err, store.ErrNotFound) || err == nil && d.succeeds(n) {
 		return "", nil
 	}
 	if err != nil {

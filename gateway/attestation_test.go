@@ -155,6 +155,37 @@ func TestDeviceGoesWithItsNode(t *testing.T) {
 	d.expect(twin, enroll.StateWaiting, wire.EnrollDeviceInUse)
 }
 
+// TestRuleIsRehearsedForASuccessor: the dry run says of a device what is done.
+func TestRuleIsRehearsedForASuccessor(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	f := attesttest.NewFactory(t, "Acme")
+	d.rules(factoryRule(f, ""), false)
+	certFile, keyFile, _ := f.Device(t, "pump-1", nil)
+	d.see(d.vouched(certFile, keyFile, "pump-1"))
+	code := d.join(api.CreateJoin{Name: "pump-1", Replace: true})
+	bound := "joins: [" + mustParse(t, code).TokenID + "]\nnames: [%s]\n"
+	d.rules(factoryRule(f, fmt.Sprintf(bound, "other")), false)
+	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
+		device, err := attest.Load(certFile, keyFile)
+		if err != nil {
+			return nil, err
+		}
+		return device.Sign(s)
+	}
+	next := d.party(wire.RoleNode, code, "")
+	d.device = nil
+	d.see(next)
+	d.expect(next, enroll.StateWaiting, wire.EnrollNoRule)
+	for _, dry := range []bool{true, false} {
+		if out := d.rules(factoryRule(f, fmt.Sprintf(bound, "pump-1")), dry); len(out.Grants) != 1 || out.Grants[0].Why != "" {
+			t.Errorf("dry run %v: %+v", dry, out.Grants)
+		}
+	}
+	d.see(next)
+	d.expect(next, enroll.StateEnrolled, "")
+}
+
 // TestRecordedStatementIsWorthNothing: whoever has seen a device vouch, in a
 // session or in a database, cannot use it for a key of his own, nor again.
 func TestRecordedStatementIsWorthNothing(t *testing.T) {

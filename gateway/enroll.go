@@ -137,22 +137,19 @@ type arrival struct {
 
 // pending looks at a party that waits for a certificate. It is called when the
 // party comes, and again while it is there.
-func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer) {
-	at := []pendingAt{{Peer: peer}}
-	if rcp != nil {
-		at[0].Link, at[0].Name = rcp.PartyID, rcp.Name
-	}
+func (e *enrolment) pending(ctx context.Context, key wire.KeyHash, met pendingAt) {
+	at := []pendingAt{met}
 	if e.ways != nil {
-		at = append(at, slices.DeleteFunc(e.ways(key), func(w pendingAt) bool { return w.Link == at[0].Link })...)
+		at = append(at, slices.DeleteFunc(e.ways(key), func(w pendingAt) bool { return w.Link == met.Link })...)
 	}
 	if !e.due(key, at) {
 		return
 	}
 	spots := e.spots(ctx, at)
-	source := origin{spot: spots[0], also: spots[1:], hop: at[0].Link}
+	source := origin{spot: spots[0], also: spots[1:], hop: met.Link}
 	state, err := e.ask(ctx, key, source)
 	if err != nil && ctx.Err() == nil {
-		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", peer.Source, "error", err)
+		e.log.Warn("enrolment of a waiting party failed; it is tried again", "fingerprint", key.Fingerprint(), "rcp", source.rcp, "source", met.Peer.Source, "error", err)
 	}
 	e.asked(key, state, err)
 }
@@ -441,9 +438,7 @@ func (e *enrolment) delivered(ctx context.Context, key wire.KeyHash, d *decision
 	if err != nil {
 		return err
 	}
-	if err := e.spreadEnded(ctx, d.party, ended); err != nil { // it is repeated
-		e.log.Error("keys that a newer one took the place of are not in the signed set yet", "party", d.party.String(), "error", err)
-	}
+	e.tellEnded(ctx, d.party, ended)
 	return nil
 }
 

@@ -216,7 +216,7 @@ func (d *desk) partyOf(id *identity.Identity, code, name string) *applicant {
 // see shows the party to the gateway, as a new connection.
 func (d *desk) see(a *applicant) {
 	d.t.Helper()
-	d.pending(d.t.Context(), a.id.KeyHash(), &store.RCP{Name: "dmz"}, wire.Peer{Pending: a.id.KeyHash(), Source: "192.0.2.7:1234", Since: time.Now()})
+	d.pending(d.t.Context(), a.id.KeyHash(), pendingAt{Name: "dmz", Peer: wire.Peer{Pending: a.id.KeyHash(), Source: "192.0.2.7:1234", Since: time.Now()}})
 }
 
 func (d *desk) join(in api.CreateJoin) string {
@@ -596,7 +596,7 @@ func TestAttemptsAreBounded(t *testing.T) {
 	}
 	peer := wire.Peer{Pending: a.id.KeyHash(), Since: time.Now()}
 	for range 5 {
-		d.pending(t.Context(), a.id.KeyHash(), nil, peer)
+		d.pending(t.Context(), a.id.KeyHash(), pendingAt{Peer: peer})
 	}
 	if asked != 1 {
 		t.Errorf("asked %d times, want once", asked)
@@ -610,13 +610,13 @@ func TestAttemptsAreBounded(t *testing.T) {
 	here[1].Peer.Since = peer.Since.Add(time.Second)
 	d.ways = func(wire.KeyHash) []pendingAt { return slices.Clone(here) }
 	for n := range 6 {
-		d.pending(t.Context(), a.id.KeyHash(), &store.RCP{Name: here[n%2].Name, PartyID: here[n%2].Link}, here[n%2].Peer)
+		d.pending(t.Context(), a.id.KeyHash(), here[n%2])
 	}
 	if asked != 3 {
 		t.Errorf("at two RCPs: asked %d times, want 3", asked)
 	}
 	here[1].Peer.Since = time.Now()
-	d.pending(t.Context(), a.id.KeyHash(), &store.RCP{Name: "here", PartyID: here[0].Link}, here[0].Peer)
+	d.pending(t.Context(), a.id.KeyHash(), here[0])
 	if asked != 4 {
 		t.Errorf("a new connection to the other: asked %d times, want 4", asked)
 	}

@@ -219,7 +219,7 @@ func TestTenThousandStrangers(t *testing.T) {
 		t.Errorf("one more behind a full RCP: told %+v, %d wait", told, len(d.requests(api.RequestPending)))
 	}
 	elsewhere, _ := d.asking("elsewhere", "", nil)
-	d.pending(t.Context(), elsewhere.id.KeyHash(), &store.RCP{Name: "dmz-2"}, wire.Peer{Since: time.Now()})
+	d.pending(t.Context(), elsewhere.id.KeyHash(), pendingAt{Name: "dmz-2", Peer: wire.Peer{Since: time.Now()}})
 	if _, err := d.store.LastRequest(t.Context(), elsewhere.id.KeyHash()); err != nil {
 		t.Errorf("a stranger behind another RCP is not listed: %v", err)
 	}
@@ -228,7 +228,7 @@ func TestTenThousandStrangers(t *testing.T) {
 	}
 	fill("dmz-2", maxWaiting-maxWaitingPerRCP-1)
 	third, _ := d.asking("third", "", nil)
-	d.pending(t.Context(), third.id.KeyHash(), &store.RCP{Name: "dmz-3"}, wire.Peer{Since: time.Now()})
+	d.pending(t.Context(), third.id.KeyHash(), pendingAt{Name: "dmz-3", Peer: wire.Peer{Since: time.Now()}})
 	if n := len(d.requests(api.RequestPending)); n != maxWaiting {
 		t.Errorf("%d wait, want %d", n, maxWaiting)
 	}

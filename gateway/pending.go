@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"sallyport/gateway/store"
 	"sallyport/internal/wire"
 )
 
@@ -108,35 +107,35 @@ func (w *pendingWork) start(ctx context.Context, key wire.KeyHash) (there bool) 
 	if w.busy[key] || w.s.hooks.pending == nil {
 		return false
 	}
-	rcp, hop, peer, ok := w.s.whereIs(key, func(hop wire.ID) bool { return w.running[hop] < pendingAtOnce })
+	at, ok := w.s.whereIs(key, func(hop wire.ID) bool { return w.running[hop] < pendingAtOnce })
 	if ok {
 		delete(w.queued, key)
 		w.busy[key] = true
-		w.running[hop]++
-		w.wg.Go(func() { w.look(ctx, key, hop, rcp, peer) })
+		w.running[at.Link]++
+		w.wg.Go(func() { w.look(ctx, key, at) })
 		return true
 	}
-	_, hop, peer, ok = w.s.whereIs(key, func(wire.ID) bool { return true })
+	at, ok = w.s.whereIs(key, func(wire.ID) bool { return true })
 	if !ok || w.queued[key] {
 		return ok
 	}
-	q := w.queues[hop]
+	q := w.queues[at.Link]
 	if q == nil {
 		q = new(turns)
-		w.queues[hop] = q
+		w.queues[at.Link] = q
 	}
 	if q.n < 2*maxPendingPerLink {
 		w.queued[key] = true
-		q.add(siteOf(peer.Source), key, w.slow[key])
+		q.add(siteOf(at.Peer.Source), key, w.slow[key])
 	}
 	return true
 }
 
 // look looks at a party, and starts the one that waits behind it.
-func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, hop wire.ID, rcp *store.RCP, peer wire.Peer) {
+func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, at pendingAt) {
 	began := time.Now()
 	within, cancel := context.WithTimeout(ctx, pendingTime)
-	w.s.hooks.pending(within, key, rcp, peer)
+	w.s.hooks.pending(within, key, at)
 	cancel()
 	w.mu.Lock()
 	delete(w.busy, key)
@@ -145,12 +144,12 @@ func (w *pendingWork) look(ctx context.Context, key wire.KeyHash, hop wire.ID, r
 	} else {
 		delete(w.slow, key)
 	}
-	if w.running[hop]--; w.running[hop] == 0 {
-		delete(w.running, hop)
+	if w.running[at.Link]--; w.running[at.Link] == 0 {
+		delete(w.running, at.Link)
 	}
 	w.mu.Unlock()
 	for ctx.Err() == nil {
-		next, ok := w.next(hop)
+		next, ok := w.next(at.Link)
 		if !ok || w.start(ctx, next) { // who has left meanwhile gives up the turn
 			return
 		}
@@ -178,18 +177,14 @@ func (w *pendingWork) next(hop wire.ID) (key wire.KeyHash, ok bool) {
 }
 
 // whereIs finds a way to a pending party whose first hop has room: our own
-// channel first. rcp is nil for one that dialled us.
-func (s *Server) whereIs(key wire.KeyHash, room func(hop wire.ID) bool) (rcp *store.RCP, hop wire.ID, peer wire.Peer, ok bool) {
-	for _, at := range s.pendingAt(key) {
-		switch {
-		case !room(at.Link):
-		case at.Link == "":
-			return s.links.record(at.Name), "", at.Peer, true
-		default:
-			return s.links.recordOf(at.Link), at.Link, at.Peer, true
-		}
+// channel first.
+func (s *Server) whereIs(key wire.KeyHash, room func(hop wire.ID) bool) (at pendingAt, ok bool) {
+	all := s.pendingAt(key)
+	i := slices.IndexFunc(all, func(at pendingAt) bool { return room(at.Link) })
+	if i < 0 {
+		return pendingAt{}, false
 	}
-	return nil, "", wire.Peer{}, false
+	return all[i], true
 }
 
 // pendingAt says where a party waits: at a channel of our own, then at the first

@@ -74,8 +74,8 @@ func TestPendingPartyIsLookedAtByWayOfAHopWithRoom(t *testing.T) {
 	s := &Server{fleet: b.f}
 	s.links = newLinks(s)
 	for range 20 {
-		if _, hop, _, ok := s.whereIs(key, func(hop wire.ID) bool { return hop != evil }); !ok || hop != good {
-			t.Fatalf("looked at by way of %s, %v", hop, ok)
+		if at, ok := s.whereIs(key, func(hop wire.ID) bool { return hop != evil }); !ok || at.Link != good {
+			t.Fatalf("looked at by way of %s, %v", at.Link, ok)
 		}
 		// And the session goes that way first: the other one has no say in how
 		// long the place is taken.

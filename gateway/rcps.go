@@ -167,12 +167,6 @@ func rcpRecord(r *store.RCP) record {
 	return rec
 }
 
-func (l *links) record(name string) *store.RCP {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.records[name]
-}
-
 func (l *links) recordOf(id wire.ID) *store.RCP {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -135,13 +135,18 @@ func (e *enrolment) follow(ctx context.Context, peer identity.Peer) error {
 			return err
 		})
 	}
-	if err == nil {
-		err = e.spreadEnded(ctx, peer.Party, ended)
-	}
 	if err != nil && !errors.Is(err, identity.ErrRevoked) { // then the session ends in a moment
 		return fmt.Errorf("take over the key of %s: %w", peer, err)
 	}
+	e.tellEnded(ctx, peer.Party, ended)
 	return nil
+}
+
+// tellEnded tells everybody of a party's keys that a newer one took the place of.
+func (e *enrolment) tellEnded(ctx context.Context, party wire.Party, ended int64) {
+	if err := e.spreadEnded(ctx, party, ended); err != nil { // it is repeated
+		e.log.Error("keys that a newer one took the place of are not in the signed set yet", "party", party.String(), "error", err)
+	}
 }
 
 // spreadEnded tells everybody of a party's keys that ended.

@@ -455,7 +455,7 @@ func became(r *store.Request) string {
 		}
 		return fmt.Sprintf("was granted %s, and its party has the certificate", by)
 	case api.RequestFailed:
-		return fmt.Sprintf("was granted %s, and its party did not take the certificate (%s)", by, cmp.Or(r.Reason, r.Code))
+		return fmt.Sprintf("was granted %s, and its party has no certificate by it (%s)", by, cmp.Or(r.Reason, r.Code))
 	case api.RequestExpired:
 		return "expired: its party was not seen for long, and asks anew when it comes back"
 	}

@@ -219,11 +219,7 @@ func (e *enrolment) byRules(ctx context.Context, q store.Queries, d *decision, k
 	if d.rules.rule == nil || d.rules.rule.vouching == nil || d.protected() != nil {
 		return nil
 	}
-	n, err := q.NodeOfDevice(ctx, from.device.key(), d.party.ID)
-	if err == nil && d.succeeds(n) {
-		return nil
-	}
-	why, err := taken(n, err)
+	why, err := d.deviceTaken(q.NodeOfDevice(ctx, from.device.key(), d.party.ID))
 	if err != nil || why == "" {
 		return err
 	}
@@ -336,7 +332,7 @@ func (e *enrolment) letFile(ctx context.Context, q *store.Request, grants []api.
 // registerFile decides again on a request that came by a file: no session with
 // its party will ever ask for that.
 func (e *enrolment) registerFile(ctx context.Context, q *store.Request) (*store.Request, error) {
-	req := &wire.EnrollRequest{Role: q.Role, ID: q.PartyID, Name: q.Name, Tags: q.Tags, TokenID: q.JoinID, CSR: q.CSR, Program: q.Program, Versions: wire.OwnVersions}
+	req := &wire.EnrollRequest{Role: q.Role, ID: q.PartyID, Name: q.Name, Tags: q.Tags, CSR: q.CSR, Program: q.Program, Versions: wire.OwnVersions} // with the code of the request that waits
 	if _, err := e.register(ctx, q.KeyHash, req, origin{spot: spot{address: sourceFile}}); err != nil {
 		return nil, err
 	}
@@ -477,11 +473,6 @@ func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join
 	case wire.EnrollTokenUnknown, wire.EnrollTokenForeign, wire.EnrollTokenExpired, wire.EnrollTokenUsed:
 		return "its party came back with a code that is no good: " + r.Reason, nil
 	}
-	if by.vouching != nil {
-		if why, err := taken(h.q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil || why != "" {
-			return why, err
-		}
-	}
 	// A name or UUID that is taken waits for an operator, whatever a rule says.
 	d, err := h.e.judge(ctx, h.q, r, true)
 	var p *api.Problem
@@ -493,6 +484,11 @@ func (h *rehearsal) against(ctx context.Context, r *store.Request, j *store.Join
 	}
 	if v := d.protected(); v != nil {
 		return fmt.Sprintf("%s: the request claims what belongs to a %s", v.clash, v.what()), nil
+	}
+	if by.vouching != nil {
+		if why, err := d.deviceTaken(h.q.NodeOfDevice(ctx, r.DeviceKey, r.PartyID)); err != nil || why != "" {
+			return why, err
+		}
 	}
 	claims := []string{"name " + r.Name, "UUID " + string(r.PartyID)}
 	if by.vouching != nil {

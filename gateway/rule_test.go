@@ -26,7 +26,7 @@ func (d *desk) rules(text string, dryRun bool) api.AppliedRules {
 // from shows the party to the gateway as an RCP reports it.
 func (d *desk) from(a *applicant, rcp, source string) {
 	d.t.Helper()
-	d.pending(d.t.Context(), a.id.KeyHash(), &store.RCP{Name: rcp}, wire.Peer{Pending: a.id.KeyHash(), Source: source, Since: time.Now()})
+	d.pending(d.t.Context(), a.id.KeyHash(), pendingAt{Name: rcp, Peer: wire.Peer{Pending: a.id.KeyHash(), Source: source, Since: time.Now()}})
 }
 
 // TestRuleKnowsAnRCPBehindAnother: the one where the party waits, if the operator
@@ -56,7 +56,7 @@ func TestRuleKnowsAnRCPBehindAnother(t *testing.T) {
 	} {
 		a := d.party(wire.RoleNode, code, tc.name)
 		key := a.id.KeyHash()
-		d.pending(t.Context(), key, &store.RCP{Name: tc.first}, wire.Peer{Pending: key, Path: tc.path, Source: "10.7.0.1:4000", Since: time.Now()})
+		d.pending(t.Context(), key, pendingAt{Name: tc.first, Peer: wire.Peer{Pending: key, Path: tc.path, Source: "10.7.0.1:4000", Since: time.Now()}})
 		q, err := d.store.LastRequest(t.Context(), key)
 		if err != nil || q.RCP != tc.rcp || (q.Rule == "plant") != (tc.rcp == "edge") {
 			t.Errorf("%s by way of %s: request %+v, %v; want it at %s", tc.name, tc.first, q, err, tc.rcp)
@@ -88,7 +88,7 @@ func TestRuleKnowsEveryRCPWhereAPartyWaits(t *testing.T) {
 	}
 	a := d.party(wire.RoleNode, code, "web-1")
 	waits[a.id.KeyHash()] = []pendingAt{at(a, edge, "10.7.0.1:4000"), at(a, dmz, "192.0.2.7:4000")}
-	d.pending(t.Context(), a.id.KeyHash(), dmz, waits[a.id.KeyHash()][1].Peer)
+	d.pending(t.Context(), a.id.KeyHash(), waits[a.id.KeyHash()][1])
 	d.expect(a, enroll.StateEnrolled, "")
 	if q := request(a); q.Rule != "plant" || q.RCP != "edge" || q.Source != "10.7.0.1:4000" {
 		t.Errorf("request %+v; want it by the rule, at the RCP that this names", q)
@@ -97,13 +97,34 @@ func TestRuleKnowsEveryRCPWhereAPartyWaits(t *testing.T) {
 	// What one RCP says of the address does not count for another one.
 	b := d.party(wire.RoleNode, code, "web-2")
 	waits[b.id.KeyHash()] = []pendingAt{at(b, edge, "192.0.2.8:4000"), at(b, dmz, "10.7.0.2:4000")}
-	d.pending(t.Context(), b.id.KeyHash(), dmz, waits[b.id.KeyHash()][1].Peer)
+	d.pending(t.Context(), b.id.KeyHash(), waits[b.id.KeyHash()][1])
 	d.expect(b, enroll.StateWaiting, wire.EnrollNoRule)
 	if out := d.rules(rule, true); len(out.Grants) != 1 || out.Grants[0].Why == "" {
 		t.Errorf("dry run of the rule as it is: %+v", out.Grants)
 	}
 	if out := d.rules(strings.Replace(rule, "10.7", "192.0", 1), true); len(out.Grants) != 1 || out.Grants[0].Why != "" {
 		t.Errorf("dry run of a rule that takes it from there: %+v", out.Grants)
+	}
+}
+
+// TestRuleLetsAFileInWhoseCodeWasShown: a party waits with a code, and its request
+// comes by a file then, which names none.
+func TestRuleLetsAFileInWhoseCodeWasShown(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	code := d.join(api.CreateJoin{Uses: 2})
+	rule := "kind: rule\nname: dbs\njoins: [" + mustParse(t, code).TokenID + "]\nnames: [%s]\n"
+	d.rules(fmt.Sprintf(rule, "db"), false)
+	a := d.party(wire.RoleNode, code, "wish")
+	d.see(a)
+	if q := d.imports(d.offlineFile(a.id, enroll.Offer{Name: "wish", Program: "test"})); q.State != api.RequestPending {
+		t.Fatalf("imported: %s, %s", q.State, q.Reason)
+	}
+	if out := d.rules(fmt.Sprintf(rule, "wish"), false); len(out.Grants) != 1 || out.Grants[0].Why != "" {
+		t.Errorf("grants %+v", out.Grants)
+	}
+	if q, err := d.store.LastRequest(t.Context(), a.id.KeyHash()); err != nil || q.State != api.RequestGranted {
+		t.Errorf("request %+v, %v", q, err)
 	}
 }
 

@@ -56,7 +56,7 @@ type hooks struct {
 	// pending looks at a party that waits for a certificate. It is called
 	// again, every pendingSweep, until the party is gone. rcp is the record of
 	// the first hop that reports it, nil if it dialled us.
-	pending func(ctx context.Context, key wire.KeyHash, rcp *store.RCP, peer wire.Peer)
+	pending func(ctx context.Context, key wire.KeyHash, at pendingAt)
 	// hop is called with each new channel to an RCP, before the nodes behind it
 	// are known; an error ends the use of the channel.
 	hop func(ctx context.Context, id wire.ID) error

@@ -209,7 +209,7 @@ func (tx *Tx) RevokeKeys(ctx context.Context, party wire.ID, reason string) (n i
 	if err != nil {
 		return 0, err
 	}
-	if n, err = res.RowsAffected(); err != nil || n == 0 {
+	if n, err = res.RowsAffected(); err != nil {
 		return n, err
 	}
 	return n, tx.failUncollected(ctx, party, reason)
@@ -229,7 +229,7 @@ func (tx *Tx) RevokeOtherKeys(ctx context.Context, party wire.ID, keep wire.KeyH
 	if err != nil {
 		return 0, err
 	}
-	if n, err = res.RowsAffected(); err != nil || n == 0 {
+	if n, err = res.RowsAffected(); err != nil {
 		return n, err
 	}
 	return n, tx.failUncollected(ctx, party, reason)
