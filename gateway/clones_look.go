@@ -60,27 +60,34 @@ func (c *clones) suspect(id, hop wire.ID, why doubt) {
 	defer c.mu.Unlock()
 	now := time.Now()
 	s := c.suspects[id]
-	if s != nil && why != doubtNone && !slices.Contains(s.by, hop) {
-		s.by = append(s.by, hop)
-		wake(c.wake)
-	}
-	switch {
-	case s == nil && why == doubtNone:
+	if s == nil {
+		if why != doubtNone {
+			c.suspects[id] = &suspicion{why: why, at: c.earliest(id, now.Add(after(why))), by: []wire.ID{hop}}
+			wake(c.wake)
+		}
 		return
-	case s == nil:
-		s = &suspicion{why: why, at: c.earliest(id, now.Add(after(why))), by: []wire.ID{hop}}
-		c.suspects[id] = s
-	case s.busy:
+	}
+	sooner := false // to wake for each line of an RCP would be to go through all suspects for each
+	if why != doubtNone && !slices.Contains(s.by, hop) {
+		s.by, sooner = append(s.by, hop), true
+	}
+	at := s.at
+	switch {
+	case s.busy: // done looks at it
 		s.moved = true
 		s.why = max(s.why, why)
-	case s.asked > 0: // it waits for the other one's turn
-		s.at = earlier(s.at, now.Add(turnAfter))
-	case why > s.why:
-		s.why, s.at = why, earlier(s.at, c.earliest(id, now.Add(after(why))))
-	default:
 		return
+	case s.asked > 0: // it waits for the other one's turn
+		at = now.Add(turnAfter)
+	case why > s.why:
+		s.why, at = why, c.earliest(id, now.Add(after(why)))
 	}
-	wake(c.wake)
+	if at.Before(s.at) {
+		s.at, sooner = at, true
+	}
+	if sooner {
+		wake(c.wake)
+	}
 }
 
 func after(why doubt) time.Duration {
@@ -96,13 +103,6 @@ func (c *clones) earliest(id wire.ID, at time.Time) time.Time {
 		return last.Add(suspectEvery)
 	}
 	return at
-}
-
-func earlier(a, b time.Time) time.Time {
-	if b.Before(a) {
-		return b
-	}
-	return a
 }
 
 // due returns the suspects whose time has come and for which there is a place,

@@ -496,6 +496,7 @@ type fakeRCP struct {
 	changed  chan struct{}
 	epoch    string
 	asked    map[string]int // CONNECTs by authority
+	kept     map[string]int // of these, those that are to keep a party's place
 	refuse   bool           // every CONNECT
 	hang     chan struct{}  // CONNECTs wait for it, if set
 	helloID  wire.ID        // lies about itself
@@ -508,7 +509,7 @@ type fakeRCP struct {
 func (w *world) rcp(name string) *fakeRCP {
 	w.t.Helper()
 	r := &fakeRCP{t: w.t, name: name, id: w.ca.Party(w.t, wire.RoleRCP), nodes: map[wire.ID]*fakeNode{}, changed: make(chan struct{}),
-		epoch: "epoch-1", asked: map[string]int{}, addr: "127.0.0.1:0"}
+		epoch: "epoch-1", asked: map[string]int{}, kept: map[string]int{}, addr: "127.0.0.1:0"}
 	r.helloID = r.id.ID()
 	r.listen()
 	w.update(func(ctx context.Context, tx *store.Tx) error {
@@ -645,6 +646,9 @@ func (r *fakeRCP) connect(w http.ResponseWriter, req *http.Request) {
 	}
 	r.mu.Lock()
 	r.asked[req.Host]++
+	if req.Header.Get(wire.HeaderRequested) != "" {
+		r.kept[req.Host]++
+	}
 	n, refuse, hang := r.nodes[id], r.refuse, r.hang
 	r.mu.Unlock()
 	if hang != nil {

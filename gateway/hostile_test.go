@@ -254,6 +254,11 @@ func TestBoundsOnWhatAnRCPMayClaim(t *testing.T) {
 	if refused != 10 {
 		t.Fatalf("%d ways were refused, want 10", refused)
 	}
+	// What is made up keeps nobody out whom the operator has let in.
+	b.f.links[r].peers = maxPeersPerLink
+	if err := b.f.apply(r, wire.PeersLine{Peer: new(nodePeer(b.node("app", wire.StateDown)))}); err != nil {
+		t.Fatalf("a known node beside too many others: %v", err)
+	}
 	// The truth about the node still gets in.
 	honest := b.rcp("honest")
 	b.up(honest)

@@ -319,15 +319,15 @@ func (f *fleet) peer(l *firstHop, p wire.Peer) error {
 	return nil
 }
 
-// full tells whether a first hop may not report one more way to m, which is nil
-// for a party that nobody has reported. Each way counts: the ways to one party
-// that is made up take as much memory as so many parties.
+// full tells whether a first hop may not report m, which is nil for a party that
+// nobody has reported, or another way to it. Of a party that is made up each way
+// counts, as it takes as much memory as another such party; those with a row are
+// as many as the operator let in.
 func (f *fleet) full(l *firstHop, m *member, path []wire.ID) bool {
-	if m != nil && m.ways[wayKey(l.id, path)] != nil {
+	if m != nil && (m.known || m.ways[wayKey(l.id, path)] != nil) {
 		return false
 	}
-	known := m != nil && m.known
-	return l.peers >= maxPeersPerLink || !known && l.unknown >= maxUnknownPerLink
+	return l.peers >= maxPeersPerLink || l.unknown >= maxUnknownPerLink
 }
 
 // same tells of a node that just came into reach again whether it can be taken

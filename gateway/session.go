@@ -29,6 +29,9 @@ const (
 	// openWay bounds one attempt by one way, openAll all of them together.
 	openWay = 8 * time.Second
 	openAll = 20 * time.Second
+	// maxLingering is how many sessions are being closed before who opens others
+	// has to wait for one.
+	maxLingering = 512
 	// sessionAnswer bounds the time to the headers of one answer.
 	sessionAnswer = 15 * time.Second
 	// maxRefusal bounds the reason of a refusal, in bytes: the paths of a node's
@@ -54,14 +57,16 @@ type sessions struct {
 	metrics *metrics
 	most    int // kept open; one more closes the one that was idle longest
 
-	mu      sync.Mutex
-	closed  bool
-	warm    map[wire.ID]*conversation
-	idle    lists.List       // of those that are warm and that nobody uses; the longest first
-	opening map[wire.ID]*try // those that others wait for
-	tries   map[*try]bool    // all that are under way
-	over    []*conversation  // to be closed by unlock
-	closing sync.WaitGroup   // those that are being closed; grows with mu held, until closed
+	mu        sync.Mutex
+	closed    bool
+	warm      map[wire.ID]*conversation
+	idle      lists.List       // of those that are warm and that nobody uses; the longest first
+	opening   map[wire.ID]*try // those that others wait for
+	tries     map[*try]bool    // all that are under way
+	over      []*conversation  // to be closed by unlock
+	evicted   bool             // one of these by who opened another
+	closing   sync.WaitGroup   // those that are being closed; grows with mu held, until closed
+	lingering int              // how many they are
 }
 
 // try is a session that is being opened, or that nobody else knows of yet.
@@ -442,25 +447,38 @@ func (s *sessions) removeLocked(c *conversation) {
 }
 
 // unlock gives mu up and has what was removed closed: to close a session writes
-// to its stream, which takes seconds where an RCP lets nothing through. No other
-// session waits for that, nor who cuts a party that is revoked: there is more to
-// be done about it. Run waits, and whoever closes what is left after it.
+// to its stream, which takes seconds where an RCP lets nothing through. Who cuts a
+// party that is revoked does not wait for that: there is more to be done about it.
+// Who has opened one too many does if many linger already, and Run waits for all.
 func (s *sessions) unlock() {
-	closing := &s.closing
+	removed, lingering := s.over, &s.closing
+	wait := s.evicted && s.lingering >= maxLingering
 	if s.closed {
-		closing = new(sync.WaitGroup)
-		defer closing.Wait()
+		wait, lingering = true, new(sync.WaitGroup)
 	}
-	for _, c := range s.over {
-		closing.Go(func() { _ = c.rt.Close() }) // it is over either way
+	s.over, s.evicted = nil, false
+	s.lingering += len(removed)
+	var own sync.WaitGroup
+	for _, c := range removed {
+		own.Add(1)
+		lingering.Go(func() {
+			defer own.Done()
+			_ = c.rt.Close() // it is over either way
+			s.mu.Lock()
+			s.lingering--
+			s.mu.Unlock()
+		})
 	}
-	s.over = nil
 	s.mu.Unlock()
+	if wait {
+		own.Wait()
+	}
 }
 
 // evictLocked holds the bound on warm sessions; those in use stay.
 func (s *sessions) evictLocked() {
 	for len(s.warm) > s.most && s.idle.Len() > 0 {
+		s.evicted = true
 		s.removeLocked(s.idle.Front().Value.(*conversation)) //nolint:forcetypeassert // nothing else is in it
 	}
 }

@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"testing"
 	"testing/synctest"
@@ -95,6 +96,37 @@ func TestCutEndsASessionThatIsBeingOpened(t *testing.T) {
 type lingeringSession struct{ nopSession }
 
 func (lingeringSession) Close() error { time.Sleep(5 * time.Second); return nil }
+
+// Who opens sessions faster than they can be closed waits for those that give way.
+func TestSessionsThatLingerAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBench(t)
+		evil := b.rcp("evil")
+		b.up(evil)
+		ids, peers := make([]wire.ID, maxLingering+100), []wire.Peer{}
+		for i := range ids {
+			ids[i] = b.node(fmt.Sprint("n", i), wire.StateRunning)
+			peers = append(peers, nodePeer(ids[i]))
+		}
+		b.snapshot(evil, "e", peers...)
+		s := b.sessions(t, func(context.Context, wire.ID) (endToEnd, error) { return lingeringSession{}, nil })
+		s.most = 1
+		for _, id := range ids {
+			if err := s.Do(t.Context(), wire.Party{Role: wire.RoleNode, ID: id}, func(context.Context, *conversation) error { return nil }); err != nil {
+				t.Fatal(err)
+			}
+			s.mu.Lock()
+			n := s.lingering
+			s.mu.Unlock()
+			if n > maxLingering {
+				t.Fatalf("%d linger", n)
+			}
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		_ = s.Run(ctx)
+	})
+}
 
 // An RCP that lets nothing through delays neither the session with another
 // party, which takes the place of the one that hangs, nor a revocation.
