@@ -279,7 +279,7 @@ func TestBoundsOnWhatAnRCPMayClaim(t *testing.T) {
 	b.want(fresh, wire.StateRunning, "")
 	// All that it made up goes when it says so, or is removed.
 	b.f.unexpect(r)
-	if len(b.f.pending) != 0 || len(b.f.members) > 5 {
+	if len(b.f.pending) != 0 || len(b.f.members) > 6 {
 		t.Fatalf("%d pending and %d members are left of it", len(b.f.pending), len(b.f.members))
 	}
 }

@@ -154,4 +154,14 @@ func TestQuarantineIsSeenOnTheHost(t *testing.T) {
 			t.Errorf("doctor: %+v", ag.a.Doctor(t.Context()))
 		}
 	}
+
+	// Who waits for another certificate has nothing to do with the other host.
+	ag.in().hearQuarantine(true)
+	if err := ag.in().id.Reidentify(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it waits", func() bool { return ag.in().hello().State == wire.StatePending })
+	if st := ag.a.Status(t.Context()); st.State != string(wire.StatePending) {
+		t.Errorf("with another identity: %s (%s)", st.State, st.Reason)
+	}
 }

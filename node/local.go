@@ -55,8 +55,8 @@ func (in *instance) status() local.Instance {
 	if !h.Outbox.Oldest.IsZero() {
 		outbox.Oldest = &h.Outbox.Oldest
 	}
-	if in.quarantine.Load() && !slices.Contains([]wire.NodeState{wire.StateRevoked, wire.StateLocked}, h.State) {
-		h.State, h.Reason = wire.StateQuarantined, quarantined
+	if in.quarantined() && h.State != wire.StateLocked {
+		h.State, h.Reason = wire.StateQuarantined, whyQuarantined
 	}
 	return local.Instance{
 		TrustDomain: in.td, ID: in.id.ID(), Name: in.name(), Fingerprint: in.id.Fingerprint(), State: string(h.State), Reason: h.Reason,
@@ -202,8 +202,8 @@ func (in *instance) doctor(served func(addr string) string) []local.Check {
 		doctor.Enrolled(in.id, fmt.Sprintf("node %s of %s", in.id.ID(), in.td), in.applicant.Ready(), "sallyport join create"),
 		doctor.Certificate(in.id.NotAfter(), in.id.RenewAfter(), time.Now(), "this node"),
 	}
-	if in.quarantine.Load() {
-		checks = append(checks, local.Check{Check: "quarantine", Detail: quarantined,
+	if in.quarantined() {
+		checks = append(checks, local.Check{Check: "quarantine", Detail: whyQuarantined,
 			Fix: fmt.Sprintf("on the gateway: `sallyport node reidentify %s --boot %s` gives this host an identity of its own, or stop one of the two; then `sallyport node resume %[1]s`", in.name(), in.copies.boot(in.boot))})
 	}
 	checks = append(checks, in.checkUpstreams(served)...)

@@ -26,9 +26,9 @@ type interlock struct {
 	dir   string
 	raise func(wire.Event)
 
-	mu      sync.Mutex
-	state   lockState
-	unsaved bool // a lock holds that is not on disk yet
+	mu    sync.Mutex
+	state lockState
+	kept  string // of a lock, why, on disk; with a full one another may hold
 }
 
 // lockState outlives a restart.
@@ -42,7 +42,9 @@ type lockState struct {
 
 func openInterlock(dir string, raise func(wire.Event)) (*interlock, error) {
 	l := &interlock{dir: dir, raise: raise}
-	return l, loadJSON(filepath.Join(dir, fileState), &l.state)
+	err := loadJSON(filepath.Join(dir, fileState), &l.state)
+	l.kept = l.state.Locked
+	return l, err
 }
 
 // installation is the UID that the instance obeys; empty: the next that comes.
@@ -88,7 +90,6 @@ func (l *interlock) obey(uid string) error {
 			lock := func(s *lockState) { s.Locked, s.Since = reason, time.Now().UTC() }
 			if err := l.save(lock); err != nil { // a full disk does not unlock it, nor does it have the gateway come again and again
 				lock(&l.state)
-				l.unsaved = true
 			}
 			l.raise(wire.Event{Severity: wire.SeverityMajor, Application: "sallyport", Object: "lock", Key: "lock", Text: "node locked: " + reason})
 		}
@@ -113,12 +114,11 @@ func (l *interlock) free(text string) error {
 	}
 	open := func(s *lockState) { s.Locked, s.Since = "", time.Time{} }
 	if err := l.save(open); err != nil {
-		if !l.unsaved {
+		if l.kept != "" {
 			return err
 		}
-		open(&l.state) // on disk it never was locked
+		open(&l.state) // on disk it is not locked
 	}
-	l.unsaved = false
 	l.raise(wire.Event{Severity: wire.SeverityNormal, Application: "sallyport", Object: "lock", Key: "lock", Text: text})
 	return nil
 }
@@ -148,8 +148,8 @@ func (l *interlock) locked() string {
 	if l.state.Locked == "" {
 		return ""
 	}
-	if l.unsaved && l.save(func(*lockState) {}) == nil {
-		l.unsaved = false
+	if l.kept != l.state.Locked {
+		_ = l.save(func(*lockState) {}) // there may be room now
 	}
 	if known, err := l.installation(); err == nil && known == "" {
 		if err := l.free("node unlocked: its uid file was deleted"); err == nil {
@@ -204,6 +204,6 @@ func (l *interlock) save(change func(*lockState)) error {
 	if err := atomicfile.WriteJSON(filepath.Join(l.dir, fileState), next); err != nil {
 		return err
 	}
-	l.state = next
+	l.state, l.kept = next, next.Locked
 	return nil
 }

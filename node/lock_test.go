@@ -56,3 +56,56 @@ func TestLockOnAFullDisk(t *testing.T) {
 		t.Errorf("its own gateway: %v, locked: %q", err, l.locked())
 	}
 }
+
+// TestLocksOnAFullDisk: what is on disk is what a restart finds. A lock that is there
+// is ended there, whatever else held meanwhile.
+func TestLocksOnAFullDisk(t *testing.T) {
+	for name, onDisk := range map[string]func(*interlock) error{
+		"by another gateway before": func(l *interlock) error { _ = l.obey("second"); return nil },
+		"by what was written then":  func(l *interlock) error { return l.setName("web") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			l, err := openInterlock(dir, func(wire.Event) {})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := l.learn("ours"); err != nil {
+				t.Fatal(err)
+			}
+			state, aside := filepath.Join(dir, fileState), filepath.Join(dir, "aside")
+			full := func() {
+				t.Helper()
+				if err := os.Rename(state, aside); err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.Fatal(err)
+				}
+				if err := os.Mkdir(state, 0o700); err != nil {
+					t.Fatal(err)
+				}
+			}
+			room := func() {
+				t.Helper()
+				if err := os.Remove(state); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Rename(aside, state); err != nil && !errors.Is(err, os.ErrNotExist) {
+					t.Fatal(err)
+				}
+			}
+			full()
+			_ = l.obey("third")
+			room()
+			if err := onDisk(l); err != nil {
+				t.Fatal(err)
+			}
+			full()
+			_ = l.obey("third")
+			freed := l.obey("ours") == nil
+			room()
+			again, err := openInterlock(dir, func(wire.Event) {})
+			if err != nil || freed || (again.locked() != "") != (l.locked() != "") {
+				t.Errorf("%v; freed: %v, locked: %q, after a restart: %q", err, freed, l.locked(), again.locked())
+			}
+		})
+	}
+}

@@ -47,6 +47,7 @@ func (in *instance) takeReidentify(w http.ResponseWriter, r *http.Request) {
 		channel.Refuse(w, http.StatusInternalServerError, "reidentify: "+err.Error())
 		return
 	}
+	in.quarantine.Store(false) // the other host has the one before
 	in.log.Warn("a gateway gave this node another identity", "old", old, "id", in.id.ID(), "fingerprint", in.id.Fingerprint())
 	w.WriteHeader(http.StatusNoContent)
 	select {

@@ -51,14 +51,17 @@ func (in *instance) hearQuarantine(now bool) {
 		return
 	}
 	if now {
-		in.log.Warn("quarantined by the gateway", "reason", quarantined, "boot", in.copies.boot(in.boot))
+		in.log.Warn("quarantined by the gateway", "reason", whyQuarantined, "boot", in.copies.boot(in.boot))
 	} else {
 		in.log.Info("the gateway ended the quarantine")
 	}
 }
 
-// quarantined is the reason that is shown on the host.
-const quarantined = "the gateway found another live host with this node's identity: neither gets policies, actions or connections"
+// quarantined tells whether that holds: it was said of the certificate of then.
+func (in *instance) quarantined() bool { return in.quarantine.Load() && in.applicant.Ready() == nil }
+
+// whyQuarantined is shown on the host.
+const whyQuarantined = "the gateway found another live host with this node's identity: neither gets policies, actions or connections"
 
 func (in *instance) takeDesired(w http.ResponseWriter, r *http.Request) {
 	var env wire.Envelope
