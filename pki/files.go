@@ -28,7 +28,7 @@ const (
 	fileInterKey    = "intermediate.key"
 	fileTrustDomain = "trust-domain"
 	fileRevocations = "revocations.json"
-	fileRoom        = "room" // for a moment
+	fileRoom        = ".room000000000000" // for a moment; [atomicfile.Tidy] knows what is called so
 )
 
 // Lives of the certificates, counted from the moment of issue. The issuers

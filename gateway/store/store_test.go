@@ -214,18 +214,26 @@ func TestAllowedTags(t *testing.T) {
 
 func TestStateSinceMovesOnlyWithTheState(t *testing.T) {
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	db, err := Open(ctx, Config{Path: filepath.Join(t.TempDir(), "x.db"), Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }})
+	db, err := Open(ctx, Config{Path: filepath.Join(t.TempDir(), "x.db"), Log: slog.New(slog.DiscardHandler), Bus: new(bus.Local), Now: func() time.Time { return now }})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = db.Close() }()
 	id := addNode(t, db, "n")
+	wakes, cancel := db.bus.Subscribe(bus.Nodes)
+	defer cancel()
 	now = now.Add(time.Hour)
 	running := now
-	for _, reason := range []string{"", "", "other reason"} {
+	for i, reason := range []string{"", "", "other reason"} {
 		update(t, db, func(tx *Tx) error { return tx.SetNodeState(ctx, id, wire.StateRunning, reason) })
 		if n := must[*Node](t)(db.Node(ctx, id)); !n.StateSince.Equal(running) || n.StateReason != reason {
 			t.Errorf("since %v, reason %q", n.StateSince, n.StateReason)
+		}
+		if told := len(wakes) > 0; told == (i == 1) {
+			t.Errorf("change %d: watchers are told: %v", i, told)
+		}
+		for len(wakes) > 0 {
+			<-wakes
 		}
 		now = now.Add(time.Hour)
 	}
