@@ -335,7 +335,7 @@ func TestWordsOfAHelloSpoilNoList(t *testing.T) {
 	w, r, n := running(t)
 	long := strings.Repeat("v", 1<<20)
 	said := wire.Hello{Party: n.hello.Party, Boot: long, Program: long, Mode: long, Installation: long, OS: long, Arch: long, Outbox: wire.OutboxState{Spool: long}}
-	if err := w.s.record(t.Context(), task{id: n.id.ID(), role: wire.RoleNode, known: true}, &said, 0); err != nil {
+	if _, err := w.s.record(t.Context(), task{id: n.id.ID(), role: wire.RoleNode, known: true}, &said, 0); err != nil {
 		t.Fatal(err)
 	}
 	row, err := w.db.Node(t.Context(), n.id.ID())
@@ -345,7 +345,7 @@ func TestWordsOfAHelloSpoilNoList(t *testing.T) {
 	if b, err := json.Marshal(row); err != nil || len(b) > 8<<10 || !strings.HasPrefix(row.Program, "vvv") {
 		t.Errorf("%d bytes are kept of a node, %v", len(b), err)
 	}
-	if err := w.s.record(t.Context(), task{id: r.id.ID(), role: wire.RoleRCP, known: true}, &wire.Hello{Program: long}, 0); err != nil {
+	if _, err := w.s.record(t.Context(), task{id: r.id.ID(), role: wire.RoleRCP, known: true}, &wire.Hello{Program: long}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if rcp, err := w.db.RCPByID(t.Context(), r.id.ID()); err != nil || len(rcp.Program) > 300 {

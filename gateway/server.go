@@ -54,8 +54,8 @@ type Issuer interface {
 // They are methods of Server; tests replace them.
 type hooks struct {
 	// pending looks at a party that waits for a certificate. It is called
-	// again, every pendingSweep, until the party is gone. rcp is the record of
-	// the first hop that reports it, nil if it dialled us.
+	// again, every pendingSweep, until the party is gone. at is where it was met
+	// this time.
 	pending func(ctx context.Context, key wire.KeyHash, at pendingAt)
 	// hop is called with each new channel to an RCP, before the nodes behind it
 	// are known; an error ends the use of the channel.

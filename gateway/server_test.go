@@ -644,7 +644,7 @@ func TestWrongClockIsAnEvent(t *testing.T) {
 	task := task{id: id, role: wire.RoleNode, name: "web", known: true}
 	for _, skew := range []time.Duration{time.Second, -2 * time.Minute, -3 * time.Minute, 5 * time.Second, 0} {
 		h := n.hello
-		if err := w.s.heard(context.Background(), task, &h, skew); err != nil {
+		if _, err := w.s.heard(context.Background(), task, &h, skew); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -43,12 +43,16 @@ func (s *Server) visit(ctx context.Context, t task) (again want, delay time.Dura
 			return err
 		}
 		hello = a.hello
-		if p, ok := c.rt.(interface{ Peer() identity.Peer }); ok && t.known && s.enrolment != nil {
+		held, err := s.heard(ctx, t, &hello, a.skew)
+		if err != nil {
+			return err
+		}
+		if p, ok := c.rt.(interface{ Peer() identity.Peer }); ok && held != "" && held != p.Peer().Key && s.enrolment != nil {
 			if err := s.enrolment.follow(ctx, p.Peer()); err != nil { // it is tried again with the next
 				s.log.Warn("the key of a party is not taken over", "error", err)
 			}
 		}
-		return s.heard(ctx, t, &hello, a.skew)
+		return nil
 	})
 	if err != nil {
 		s.metrics.visits.WithLabelValues("hello", "failed").Inc()
@@ -82,19 +86,19 @@ func (s *Server) meet(ctx context.Context, t task, hello *wire.Hello) error {
 }
 
 // heard takes over a verified hello.
-func (s *Server) heard(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) error {
-	if err := s.record(ctx, t, hello, skew); err != nil {
-		return err
+func (s *Server) heard(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) (held wire.KeyHash, err error) {
+	if held, err = s.record(ctx, t, hello, skew); err != nil {
+		return "", err
 	}
 	if s.fleet.verifiedHello(t.id, t.role, *hello, skew) && t.known {
 		if err := s.raiseSkew(ctx, t.id, skew); err != nil {
-			return err
+			return "", err
 		}
 	}
 	if t.role == wire.RoleNode && hello.Outbox.Depth > 0 {
 		s.fleet.ask(wantOutbox, t.id)
 	}
-	return nil
+	return held, nil
 }
 
 // words is a hello whose words fit into a list that people read: a party may
@@ -107,30 +111,35 @@ func words(hello *wire.Hello) *wire.Hello {
 	return &h
 }
 
-// record writes what a hello says into the database.
-func (s *Server) record(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) error {
+// record writes what a hello says into the database, where held is the party's key.
+func (s *Server) record(ctx context.Context, t task, hello *wire.Hello, skew time.Duration) (held wire.KeyHash, err error) {
 	if !t.known {
-		return nil
+		return "", nil
 	}
 	said := words(hello)
-	err := s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+	err = s.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
 		if t.role == wire.RoleRCP {
 			r, err := tx.RCPByID(ctx, t.id)
 			if err != nil {
 				return err
 			}
+			held = r.KeyHash
 			return tx.SetRCPSeen(ctx, r.Name, said.Program, hello.NotAfter, hello.RenewAfter, skew)
 		}
-		_, err := tx.RecordHello(ctx, said, skew)
-		return err
+		n, err := tx.RecordHello(ctx, said, skew)
+		if err != nil {
+			return err
+		}
+		held = n.KeyHash
+		return nil
 	})
 	if errors.Is(err, store.ErrNotFound) {
-		return nil // removed a moment ago
+		return "", nil // removed a moment ago
 	}
 	if err != nil {
-		return fmt.Errorf("record hello of %s %s: %w", t.role, t.name, err)
+		return "", fmt.Errorf("record hello of %s %s: %w", t.role, t.name, err)
 	}
-	return nil
+	return held, nil
 }
 
 // ping measures the round trip of a small request in a session.

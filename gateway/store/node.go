@@ -136,13 +136,12 @@ func (tx *Tx) SetNodePresence(ctx context.Context, id wire.ID, state wire.NodeSt
 }
 
 // RecordHello writes what a verified hello says: facts, policy statuses and
-// the tags that the node itself sets. It reports whether its effective tags
-// changed, which calls for a new desired state.
-func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration) (tagsChanged bool, err error) {
+// the tags that the node itself sets.
+func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration) (*Node, error) {
 	id := h.Party.ID
 	n, err := tx.Node(ctx, id)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	n.Installation, n.Boot, n.Program, n.Mode, n.OS, n.Arch, n.AsRoot = h.Installation, h.Boot, h.Program, h.Mode, h.OS, h.Arch, h.AsRoot
 	n.VersionMin, n.VersionMax = h.Versions.Min, h.Versions.Max
@@ -150,13 +149,13 @@ func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration
 	n.Outbox, n.SkewSeconds = h.Outbox, skew.Seconds()
 	n.NotAfter, n.RenewAfter, n.LastSeen = h.NotAfter.UTC(), h.RenewAfter.UTC(), tx.now
 	if _, err := tx.prepared.helloOfNode.Exec(ctx, tx.q, n); err != nil {
-		return false, err
+		return nil, err
 	}
 	if err := tx.SetPolicyStatus(ctx, id, h.Policies); err != nil {
-		return false, err
+		return nil, err
 	}
 	tx.Wake(bus.Nodes)
-	return tx.setOwnTags(ctx, n, h.Tags)
+	return n, tx.setOwnTags(ctx, n, h.Tags)
 }
 
 // maxOwnTags bounds the tags that a node sets itself, which is half of what it
@@ -164,12 +163,11 @@ func (tx *Tx) RecordHello(ctx context.Context, h *wire.Hello, skew time.Duration
 const maxOwnTags = 128
 
 // setOwnTags replaces the tags whose source is the node.
-func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) (changed bool, err error) {
+func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) error {
 	rows, err := tx.NodeTags(ctx, n.ID)
 	if err != nil {
-		return false, err
+		return err
 	}
-	before := Effective(rows)
 	own := map[string]string{}
 	for _, t := range rows {
 		if t.Source == TagNode {
@@ -183,13 +181,9 @@ func (tx *Tx) setOwnTags(ctx context.Context, n *Node, tags map[string]string) (
 		}
 	}
 	if maps.Equal(own, allowed) {
-		return false, nil
+		return nil
 	}
-	if err := tx.replaceTags(ctx, n.ID, TagNode, allowed); err != nil {
-		return false, err
-	}
-	rows, err = tx.NodeTags(ctx, n.ID)
-	return !maps.Equal(before, Effective(rows)), err
+	return tx.replaceTags(ctx, n.ID, TagNode, allowed)
 }
 
 // RemoveNode takes a node off the list. Its row stays for its history.

@@ -84,20 +84,18 @@ func TestNodeRoundTrip(t *testing.T) {
 		Policies: []wire.PolicyStatus{{Name: "p", Type: "check", Digest: "d", State: wire.PolicyFailed, Error: "no", Since: time.Now()}},
 		Outbox:   wire.OutboxState{Spool: "s", Next: 3}, NotAfter: time.Now().Add(time.Hour),
 	}
-	update(t, db, func(tx *Tx) error {
-		changed, err := tx.RecordHello(ctx, hello, 2*time.Second)
-		if err == nil && !changed {
-			err = errors.New("new tags count as no change")
+	for range 2 {
+		update(t, db, func(tx *Tx) error {
+			n, err := tx.RecordHello(ctx, hello, 2*time.Second)
+			if err == nil && n.Boot != hello.Boot {
+				err = fmt.Errorf("it returns %+v", n)
+			}
+			return err
+		})
+		if tags := Effective(must[[]NodeTag](t)(db.NodeTags(ctx, id))); !maps.Equal(tags, hello.Tags) {
+			t.Errorf("tags %v", tags)
 		}
-		return err
-	})
-	update(t, db, func(tx *Tx) error {
-		changed, err := tx.RecordHello(ctx, hello, 0)
-		if err == nil && changed {
-			err = errors.New("the same tags count as a change")
-		}
-		return err
-	})
+	}
 	n := must[*Node](t)(db.Node(ctx, id))
 	if n.Name != "web-1" || n.Applied() != hello.Applied || n.Outbox.Next != 3 || !n.NotAfter.Equal(hello.NotAfter.Truncate(time.Microsecond)) || !n.RemovedAt.IsZero() || n.LastSeen.IsZero() {
 		t.Errorf("%+v", n)
