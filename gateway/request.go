@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"sallyport/gateway/api"
@@ -238,13 +239,15 @@ func (e *enrolment) find(ctx context.Context, q store.Queries, ref, fingerprint 
 	}
 	if fingerprint != "" {
 		var fit []*store.Request
+		var have []string
 		for _, r := range found {
+			have = append(have, r.KeyHash.Fingerprint())
 			if r.KeyHash.Fingerprint() == fingerprint {
 				fit = append(fit, r)
 			}
 		}
 		if len(found) > 0 && len(fit) == 0 {
-			return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("request %s has the fingerprint %s, not %s", ref, found[0].KeyHash.Fingerprint(), wire.Quotable(fingerprint)))
+			return nil, api.NewProblem(api.CodeConflict, fmt.Sprintf("request %s has the fingerprint %s, not %s", ref, strings.Join(have[:min(len(have), 10)], " or "), wire.Quotable(fingerprint)))
 		}
 		found = fit
 	}

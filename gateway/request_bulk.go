@@ -87,7 +87,11 @@ func (e *enrolment) decideSome(ctx context.Context, v ruling, refs []string, dry
 			var p *api.Problem
 			switch {
 			case errors.As(err, &p):
-				results = append(results, api.RequestResult{Ref: ref, Error: p.Error(), Code: p.Code})
+				r := api.RequestResult{Ref: ref, Error: p.Error(), Code: p.Code}
+				if q, err := e.find(ctx, tx.Queries, ref, ""); err == nil { // whose row it is
+					r.Request = new(requestView(q))
+				}
+				results = append(results, r)
 				continue
 			case err != nil:
 				return fmt.Errorf("request %s: %w", wire.Quotable(ref), err)

@@ -100,7 +100,7 @@ func TestManyRequestsAreDecidedAtOnce(t *testing.T) {
 				t.Errorf("result %+v", r)
 			}
 		case r.Error != "":
-			if r.Code != api.CodeNameInUse {
+			if r.Code != api.CodeNameInUse || r.Request == nil || r.Request.Name != "web-3" || r.Request.State != api.RequestPending {
 				t.Errorf("result %+v", r)
 			}
 		case r.Request.State != api.RequestGranted || r.Request.DecidedBy != "alice":

@@ -357,6 +357,9 @@ func TestTwoRequestsOfOneName(t *testing.T) {
 	if _, err := d.deny(t.Context(), "web", api.Deny{}); !api.Is(err, api.CodeAmbiguous) {
 		t.Errorf("deny of two: %v", err)
 	}
+	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: "SHA256:other"}); err == nil || !strings.Contains(err.Error(), a.id.Fingerprint()) || !strings.Contains(err.Error(), b.id.Fingerprint()) {
+		t.Errorf("the fingerprint of neither: %v", err)
+	}
 	if _, err := d.grant(t.Context(), "web", api.Grant{Fingerprint: b.id.Fingerprint()}); err != nil {
 		t.Fatal(err)
 	}

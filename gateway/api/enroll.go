@@ -122,7 +122,7 @@ type DecidedRequests struct {
 }
 
 // RequestResult is what became of one request: it was decided, or there is an
-// error.
+// error. A request that is there is shown either way, as it is now.
 type RequestResult struct {
 	Ref     string   `json:"ref"`
 	Request *Request `json:"request,omitempty"`
