@@ -43,10 +43,10 @@ func (l *lanes) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		channel.Refuse(w, http.StatusBadRequest, "bad lane request")
 		return
 	}
-	l.mu.Lock()
-	l.reqs = append(l.reqs, req)
-	l.mu.Unlock()
 	g, err := channel.FromContext(r.Context()).TakeLane(r.Context(), req)
+	l.mu.Lock()
+	l.reqs = append(l.reqs, req) // when its ticket is expected
+	l.mu.Unlock()
 	if err != nil {
 		l.legs <- leg{nil, err}
 		channel.Refuse(w, http.StatusConflict, err.Error())
