@@ -22,15 +22,20 @@ import (
 // vouched starts a party for which a device vouches; it waits without a token.
 func (d *desk) vouched(certFile, keyFile, name string) *applicant {
 	d.t.Helper()
-	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
+	d.device = deviceIn(certFile, keyFile)
+	defer func() { d.device = nil }()
+	return d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), name)
+}
+
+// deviceIn vouches with what the files of a device hold.
+func deviceIn(certFile, keyFile string) func(wire.AttestationStatement) (*wire.Envelope, error) {
+	return func(s wire.AttestationStatement) (*wire.Envelope, error) {
 		device, err := attest.Load(certFile, keyFile)
 		if err != nil {
 			return nil, err
 		}
 		return device.Sign(s)
 	}
-	defer func() { d.device = nil }()
-	return d.party(wire.RoleNode, d.join(api.CreateJoin{Manual: true}), name)
 }
 
 func indented(b []byte) string {
@@ -95,13 +100,7 @@ func TestDeviceVouches(t *testing.T) {
 	waits("the same name again", d.vouched(certFile, keyFile, "pump-1"), wire.EnrollNameInUse, "belongs to a live node")
 	d.rules(factoryRule(f, ""), false)
 	waits("the same device again", d.vouched(certFile, keyFile, "pump-9"), wire.EnrollDeviceInUse, "pump-1")
-	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
-		device, err := attest.Load(certFile, keyFile)
-		if err != nil {
-			return nil, err
-		}
-		return device.Sign(s)
-	}
+	d.device = deviceIn(certFile, keyFile)
 	d.enrolled(d.join(api.CreateJoin{}), "pump-11") // its token grants by itself
 	d.device = nil
 	n, err := d.store.Node(t.Context(), a.id.ID())
@@ -133,13 +132,7 @@ func TestDeviceGoesWithItsNode(t *testing.T) {
 	d.rules(factoryRule(f, "allow: [env=*]\n"), false)
 	certFile, keyFile, leaf := f.Device(t, "pump-1", nil)
 	d.see(d.vouched(certFile, keyFile, "pump-1"))
-	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
-		device, err := attest.Load(certFile, keyFile)
-		if err != nil {
-			return nil, err
-		}
-		return device.Sign(s)
-	}
+	d.device = deviceIn(certFile, keyFile)
 	next := d.enrolled(d.join(api.CreateJoin{Name: "pump-1", Replace: true, AllowTags: []string{"env=*"}}), "")
 	d.device = nil
 	q, err := d.store.LastRequest(t.Context(), next.id.KeyHash())
@@ -166,13 +159,7 @@ func TestRuleIsRehearsedForASuccessor(t *testing.T) {
 	code := d.join(api.CreateJoin{Name: "pump-1", Replace: true})
 	bound := "joins: [" + mustParse(t, code).TokenID + "]\nnames: [%s]\n"
 	d.rules(factoryRule(f, fmt.Sprintf(bound, "other")), false)
-	d.device = func(s wire.AttestationStatement) (*wire.Envelope, error) {
-		device, err := attest.Load(certFile, keyFile)
-		if err != nil {
-			return nil, err
-		}
-		return device.Sign(s)
-	}
+	d.device = deviceIn(certFile, keyFile)
 	next := d.party(wire.RoleNode, code, "")
 	d.device = nil
 	d.see(next)

@@ -214,6 +214,13 @@ func (a *attempt) knows(w arrival) bool {
 	return slices.ContainsFunc(a.arrivals, func(o arrival) bool { return o.link == w.link && o.since.Equal(w.since) })
 }
 
+// count begins to count leaves anew when the time for those before is over.
+func (a *attempt) count(now time.Time) {
+	if now.Sub(a.counted) >= retryGranted {
+		a.leaves, a.counted = 0, now
+	}
+}
+
 // prune forgets parties that nobody has asked for some time; mu is held.
 func (e *enrolment) prune(now time.Time) {
 	if len(e.attempts) < maxAttempts {
@@ -236,9 +243,7 @@ func (e *enrolment) asked(key wire.KeyHash, state string, err error) {
 	if a == nil {
 		return // it was granted in the meantime: ask again
 	}
-	if now := time.Now(); now.Sub(a.counted) >= retryGranted {
-		a.leaves, a.counted = 0, now
-	}
+	a.count(time.Now())
 	if state == wire.EnrollGranted { // whether it took the leaf or not
 		a.leaves++
 	}

@@ -48,13 +48,14 @@ func (e *enrolment) mayRenew(id wire.ID) bool {
 	defer e.mu.Unlock()
 	now := time.Now()
 	a := e.renewals[id]
-	if a == nil || now.Sub(a.counted) >= retryGranted {
+	if a == nil {
 		if e.renewals == nil || len(e.renewals) >= maxAttempts {
 			e.renewals = map[wire.ID]*attempt{}
 		}
-		a = &attempt{counted: now}
+		a = new(attempt)
 		e.renewals[id] = a
 	}
+	a.count(now)
 	a.leaves++
 	return a.leaves <= maxLeaves
 }
@@ -110,31 +111,25 @@ const lostAfter = visitTime
 // answer that told of it was lost: people compare fingerprints, and the key before is
 // promised to end.
 func (e *enrolment) follow(ctx context.Context, peer identity.Peer) error {
-	have, err := currentKey(ctx, e.store.Queries, peer.Party.Role, peer.Party.ID)
-	if errors.Is(err, store.ErrNotFound) || err == nil && have.KeyHash == peer.Key {
-		return nil
-	}
 	var ended int64
-	if err == nil {
-		err = e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
-			k, err := tx.Key(ctx, peer.Key)
-			if errors.Is(err, store.ErrNotFound) || err == nil && (k.PartyID != peer.Party.ID || tx.Now().Sub(k.IssuedAt) < lostAfter) {
-				return nil
-			}
-			next, nextErr := succeeds(ctx, tx.Queries, peer.Party, peer.Key)
-			if err = errors.Join(err, nextErr); err != nil || !next {
-				return err
-			}
-			name, tenant, err := e.nameOf(ctx, peer.Party)
-			if err != nil {
-				return err
-			}
-			tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s; its answer was lost", peer.Party, peer.Key.Fingerprint()))
-			c := issued{leaf: peer.Leaf, key: peer.Key, issuer: peer.Issuer}
-			ended, err = c.succeed(ctx, tx, peer.Party, name, tenant, false)
+	err := e.store.Update(ctx, func(ctx context.Context, tx *store.Tx) error {
+		k, err := tx.Key(ctx, peer.Key)
+		if errors.Is(err, store.ErrNotFound) || err == nil && (k.PartyID != peer.Party.ID || tx.Now().Sub(k.IssuedAt) < lostAfter) {
+			return nil
+		}
+		next, nextErr := succeeds(ctx, tx.Queries, peer.Party, peer.Key)
+		if err = errors.Join(err, nextErr); err != nil || !next {
 			return err
-		})
-	}
+		}
+		name, tenant, err := e.nameOf(ctx, peer.Party)
+		if err != nil {
+			return err
+		}
+		tx.Audit(ctx, "certificate.renew", name, fmt.Sprintf("%s, %s; its answer was lost", peer.Party, peer.Key.Fingerprint()))
+		c := issued{leaf: peer.Leaf, key: peer.Key, issuer: peer.Issuer}
+		ended, err = c.succeed(ctx, tx, peer.Party, name, tenant, false)
+		return err
+	})
 	if err != nil && !errors.Is(err, identity.ErrRevoked) { // then the session ends in a moment
 		return fmt.Errorf("take over the key of %s: %w", peer, err)
 	}

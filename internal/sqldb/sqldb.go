@@ -188,6 +188,10 @@ func connect(path string, readOnly bool) (*sql.DB, error) {
 		q.Set("_txlock", "immediate")
 	}
 	q.Add("_pragma", "synchronous(FULL)") // after journal_mode: WAL alone would allow NORMAL, which loses acknowledged commits at power loss
+	return openFile(path, q)
+}
+
+func openFile(path string, q url.Values) (*sql.DB, error) {
 	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: q.Encode()}
 	return sql.Open("sqlite", u.String())
 }
@@ -205,8 +209,7 @@ func Peek(ctx context.Context, path, query string, dest ...any) error {
 // Glance is [Peek] for a database that nobody uses, and leaves nothing beside it; what
 // a process that was killed has left in the write-ahead log is not seen.
 func Glance(ctx context.Context, path, query string, dest ...any) error {
-	u := url.URL{Scheme: "file", Opaque: (&url.URL{Path: path}).EscapedPath(), RawQuery: "mode=ro&immutable=1"}
-	r, err := sql.Open("sqlite", u.String())
+	r, err := openFile(path, url.Values{"mode": {"ro"}, "immutable": {"1"}})
 	if err != nil {
 		return err
 	}
